@@ -1,0 +1,35 @@
+"""The cache folder: what is made once on a machine and kept, such as the embedded models and data."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_root(cache_dir: str | None = None) -> Path:
+    """The folder `sdnb` in `cache_dir`, or in the user's cache folder where that is None."""
+    parent = cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(parent).expanduser() / "sdnb"
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `make` if it is not there yet.
+
+    It is filled aside and then renamed: it is complete or absent, also where several processes fill it at once.
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            make(aside)
+            aside.chmod(0o755)
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was first, and made the same
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return folder

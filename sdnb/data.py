@@ -1,0 +1,232 @@
+"""Image–caption data sets: loaded, checked, and turned into training batches as the reference does it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from PIL import Image
+
+from . import openmoji
+from .config import TrainConfig
+from .errors import DataError
+
+EMBEDDED = "openmoji"
+HELD_OUT_SPLITS = ("validation", "valid", "test")
+VANISHED = "lambdalabs/pokemon-blip-captions"
+
+# What `datasets` makes of a folder with images is decoded here, so that a broken one can be named.
+_DECODER = datasets.Image()
+
+
+@dataclass
+class Splits:
+    """A data set's examples: those to train on, and those held out, if there are any."""
+
+    train: ImageCaptions
+    held_out: ImageCaptions | None
+
+
+def load(config: TrainConfig) -> Splits:
+    """The data set that the settings name.
+
+    Raises:
+        DataError: if it is not there, is empty, lacks a column, or lacks a caption.
+    """
+    splits = _load_splits(config)
+    train = splits["train"]
+    if config.max_train_samples is not None:
+        if config.max_train_samples > len(train):
+            raise DataError(f"max_train_samples = {config.max_train_samples}, but {_name(config)} has {len(train)}")
+        train = train.shuffle(seed=config.seed).select(range(config.max_train_samples))
+    held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits and len(splits[name])), None)
+    return Splits(
+        ImageCaptions(train, config, "train"),
+        ImageCaptions(held_out, config, "held out") if held_out is not None else None,
+    )
+
+
+def _name(config: TrainConfig) -> str:
+    return f"data set {config.dataset_name}" if config.dataset_name else f"train_data_dir {config.train_data_dir}"
+
+
+def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
+    name, folder = config.dataset_name, config.train_data_dir
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise DataError(f"train_data_dir {folder}: there is no such folder (seen from {Path.cwd()})")
+    if name == EMBEDDED:
+        name = str(openmoji.folder(config.resolution, config.cache_dir))
+    try:
+        if name is not None:
+            splits = datasets.load_dataset(
+                name, config.dataset_config_name, cache_dir=config.cache_dir, data_dir=folder
+            )
+        else:
+            splits = datasets.load_dataset(
+                "imagefolder", data_files={"train": f"{Path(folder).expanduser()}/**"}, cache_dir=config.cache_dir
+            )
+    except Exception as error:  # `datasets` raises dozens of types, its builders' included
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise DataError(f"{_name(config)} cannot be loaded: {cause}\n{_advice(config)}") from error
+    if "train" not in splits or not len(splits["train"]):
+        raise DataError(f"{_name(config)}: has no examples in a split named train; it has: {dict(splits.num_rows)}")
+    if name is None:
+        _check_all_have_captions(splits["train"], config)
+    return splits
+
+
+def _check_all_have_captions(rows: datasets.Dataset, config: TrainConfig) -> None:
+    # `datasets` leaves out, without a word, the pictures that metadata.jsonl does not name.
+    folder = Path(config.train_data_dir).expanduser().resolve()
+    loaded = {Path(stored["path"]).resolve() for stored in rows.cast_column("image", datasets.Image(decode=False))["image"]}
+    there = {path for path in folder.rglob("*") if path.suffix.lower() in ImageFolder.EXTENSIONS}
+    if without := sorted(there - loaded):
+        shown = ", ".join(str(path.relative_to(folder)) for path in without[:5])
+        raise DataError(
+            f"{_name(config)}: {len(without)} of {len(there)} pictures have no caption: {shown}"
+            f"{', …' if len(without) > 5 else ''}. Give each a line in the folder's metadata.jsonl, or take it out."
+        )
+
+
+def _advice(config: TrainConfig) -> str:
+    if config.dataset_name == VANISHED:
+        return (
+            f"{VANISHED} was taken down from the hub. Use lambdalabs/naruto-blip-captions, the embedded "
+            f"{EMBEDDED} (both as dataset_name), or a folder of images with a metadata.jsonl (as train_data_dir)."
+        )
+    if config.dataset_name is not None:
+        return f"Give a hub id, a folder that `datasets` can load, or the embedded {EMBEDDED}."
+    return (
+        'The folder needs images, and a metadata.jsonl with a line {"file_name": "a.png", '
+        f'"{config.caption_column}": "its caption"}} for each of them.'
+    )
+
+
+class ImageCaptions(torch.utils.data.Dataset):
+    """Examples of pictures with captions; an item is what the training needs of one.
+
+    With a tokenizer set, item i is a dict of `pixel_values`, float32 [3, resolution, resolution] in [-1, 1], and
+    `input_ids`, int64 [tokens]. Random crop and flip draw from torch's global generator as torchvision's transforms do;
+    a caption out of several is drawn with Python's `random`.
+    """
+
+    def __init__(self, rows: datasets.Dataset, config: TrainConfig, split: str) -> None:
+        self.config = config
+        self.split = split
+        self.tokenizer: Any = None
+        self.captions = rows[self._column(rows, config.caption_column, "caption_column")][:]
+        column = self._column(rows, config.image_column, "image_column")
+        if not isinstance(rows.features[column], datasets.Image):
+            raise DataError(f"{_name(config)}: column {column} holds {rows.features[column]}, not images")
+        self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        for row, caption in enumerate(self.captions):
+            several = caption if isinstance(caption, list) else [caption]
+            if not several or not all(isinstance(one, str) for one in several):
+                raise DataError(
+                    f"{self.name_of(row)}: the caption in column {config.caption_column} is {caption!r}; "
+                    "a text is needed, or a list of texts"
+                )
+
+    def _column(self, rows: datasets.Dataset, column: str, setting: str) -> str:
+        if column not in rows.column_names:
+            missing_metadata = "" if len(rows.column_names) > 1 else " A folder needs a metadata.jsonl for captions."
+            raise DataError(
+                f"{setting} = {column}: {_name(self.config)} has no such column; "
+                f"it has: {', '.join(rows.column_names)}.{missing_metadata}"
+            )
+        return column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _stored(self, row: int) -> dict[str, Any]:
+        return self.rows[row][self.config.image_column] or {}
+
+    def name_of(self, row: int) -> str:
+        """What to call a row in a message: the data set, the row's number, and its file if it has one."""
+        path = self._stored(row).get("path")
+        return f"{_name(self.config)}, row {row} ({self.split}{', ' + path if path else ''})"
+
+    def picture(self, row: int) -> Image.Image:
+        """The picture of a row as it is stored, in RGB."""
+        stored = self._stored(row)
+        if not stored:
+            raise DataError(f"{self.name_of(row)}: there is no picture")
+        try:
+            return _DECODER.decode_example(stored).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"{self.name_of(row)}: the picture cannot be decoded: {error}. "
+                "Mend the file, or take it and its caption out."
+            ) from error
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
+        pixel_values = [transform(self.picture(row), self.config) for row in rows]
+        captions = [_one_of(self.captions[row]) for row in rows]
+        input_ids = tokenize(self.tokenizer, captions)
+        return [{"pixel_values": pixels, "input_ids": ids} for pixels, ids in zip(pixel_values, input_ids)]
+
+
+def _one_of(caption: str | list[str]) -> str:
+    return caption if isinstance(caption, str) else random.choice(caption)
+
+
+def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
+    """Token ids, int64 [captions, tokens], padded or cut to the model's length."""
+    return tokenizer(
+        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def transform(picture: Image.Image, config: TrainConfig) -> torch.Tensor:
+    """A picture as the reference's torchvision transforms make it: shorter side to the resolution (bilinear), square
+    crop, random mirroring, float32 [3, resolution, resolution] in [-1, 1]."""
+    picture = crop(resize(picture, config.resolution), config.resolution, config.center_crop)
+    if config.random_flip and torch.rand(1) < 0.5:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return to_tensor(picture)
+
+
+def resize(picture: Image.Image, side: int) -> Image.Image:
+    width, height = picture.size
+    if min(width, height) == side:
+        return picture
+    if width <= height:
+        return picture.resize((side, int(side * height / width)), Image.Resampling.BILINEAR)
+    return picture.resize((int(side * width / height), side), Image.Resampling.BILINEAR)
+
+
+def crop(picture: Image.Image, side: int, center: bool) -> Image.Image:
+    width, height = picture.size
+    if center:
+        top, left = round((height - side) / 2), round((width - side) / 2)
+    elif (width, height) == (side, side):
+        return picture  # without a draw, as torchvision does it
+    else:
+        top = int(torch.randint(0, height - side + 1, size=(1,)))
+        left = int(torch.randint(0, width - side + 1, size=(1,)))
+    return picture.crop((left, top, left + side, top + side))
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    return pixels.float().div(255).sub(0.5).div(0.5)
+
+
+def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A micro-batch: `pixel_values` [batch, 3, resolution, resolution] and `input_ids` [batch, tokens]."""
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "input_ids": torch.stack([example["input_ids"] for example in examples]),
+    }

