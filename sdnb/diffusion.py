@@ -1,0 +1,57 @@
+"""The mathematics of the training step: noise, target, loss. As in diffusers' `train_text_to_image.py`, in its order."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from .config import TrainConfig
+
+
+def encode(vae: AutoencoderKL, pixel_values: Tensor) -> Tensor:
+    """Latents [batch, channels, height, width] of pictures [batch, 3, H, W] in [-1, 1]: a draw from the VAE's posterior."""
+    return vae.encode(pixel_values.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+
+
+def draw_noise(latents: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The noise that is to be predicted and the noise that is added, both of the latents' shape: they differ under input
+    perturbation (arXiv 2301.11706). The offset (crosslabs.org, "Diffusion with Offset Noise") is one draw a channel."""
+    noise = torch.randn_like(latents)
+    if config.noise_offset:
+        noise += config.noise_offset * torch.randn((*latents.shape[:2], 1, 1), device=latents.device)
+    if config.input_perturbation:
+        return noise, noise + config.input_perturbation * torch.randn_like(noise)
+    return noise, noise
+
+
+def draw_timesteps(scheduler: DDPMScheduler, latents: Tensor) -> Tensor:
+    """A uniformly random timestep for each picture, int64 [batch]."""
+    return torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+
+
+def target_of(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is to predict: the noise, or the velocity of arXiv 2202.00512."""
+    if scheduler.config.prediction_type == "epsilon":
+        return noise
+    return scheduler.get_velocity(latents, noise, timesteps)
+
+
+def loss_of(
+    prediction: Tensor, target: Tensor, scheduler: DDPMScheduler, timesteps: Tensor, snr_gamma: float | None
+) -> Tensor:
+    """The mean squared error, a scalar; with `snr_gamma` weighted by min(SNR, γ)/SNR, or for a velocity by
+    min(SNR, γ)/(SNR + 1) (arXiv 2303.09556, section 3.4)."""
+    if snr_gamma is None:
+        return F.mse_loss(prediction.float(), target.float())
+    snr = compute_snr(scheduler, timesteps)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    weight = snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
+    return (per_picture_loss(prediction, target) * weight).mean()
+
+
+def per_picture_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each picture, [batch]."""
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)

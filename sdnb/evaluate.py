@@ -1,0 +1,94 @@
+"""What a training is judged by besides its own loss: the loss on held-out pictures, and pictures drawn from prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from . import runs
+from .config import TrainConfig
+from .data import ImageCaptions, crop, resize, to_tensor, tokenize
+from .diffusion import per_picture_loss, target_of
+from .models import Parts
+
+HELD_OUT_PICTURES = 64
+INFERENCE_STEPS = 20
+GUIDANCE_SCALE = 7.5
+
+
+class HeldOutLoss:
+    """The loss on pictures that are not trained on, with the same noise every time and timesteps spread evenly over the
+    schedule, so that it changes only because the UNet does. Its own generators leave the training's draws alone.
+
+    As in the training, the latents are drawn from the VAE's posterior. All is computed and kept at the start.
+    """
+
+    def __init__(self, pictures: ImageCaptions, parts: Parts, config: TrainConfig, device: torch.device) -> None:
+        count = min(HELD_OUT_PICTURES, len(pictures))
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randperm(len(pictures), generator=generator)[:count].tolist()
+        steps = parts.noise_scheduler.config.num_train_timesteps
+        self.batch_size = config.train_batch_size
+        self.scheduler = parts.noise_scheduler
+        self.timesteps = ((torch.arange(count) + 0.5) * steps / count).long().to(device)
+        with torch.no_grad():
+            self.latents = torch.cat([self._latents(pictures.picture(row), parts, config, generator) for row in rows])
+            words = tokenize(parts.tokenizer, [_first(pictures.captions[row]) for row in rows]).to(device)
+            self.words = torch.cat([parts.text_encoder(ids)[0] for ids in words.split(self.batch_size)])
+        self.noise = torch.randn(self.latents.shape, generator=generator).to(device, self.latents.dtype)
+
+    @staticmethod
+    def _latents(picture: Image.Image, parts: Parts, config: TrainConfig, generator: torch.Generator) -> Tensor:
+        pixels = to_tensor(crop(resize(picture, config.resolution), config.resolution, center=True))
+        posterior = parts.vae.encode(pixels[None].to(parts.vae.device, parts.vae.dtype)).latent_dist
+        return posterior.sample(generator) * parts.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def __call__(self, unet: torch.nn.Module) -> dict[str, Any]:
+        """The mean over the pictures, its standard error, and their number."""
+        target = target_of(self.scheduler, self.latents, self.noise, self.timesteps)
+        noisy = self.scheduler.add_noise(self.latents, self.noise, self.timesteps)
+        losses = torch.cat([
+            per_picture_loss(unet(*batch, return_dict=False)[0], goal)
+            for *batch, goal in zip(*(all_.split(self.batch_size) for all_ in (noisy, self.timesteps, self.words, target)))
+        ])  # fmt: skip
+        spread = losses.std() / len(losses) ** 0.5 if len(losses) > 1 else torch.tensor(float("nan"))
+        return {"loss": losses.mean().item(), "standard_error": spread.item(), "pictures": len(losses)}
+
+
+def _first(caption: str | list[str]) -> str:
+    return caption if isinstance(caption, str) else caption[0]
+
+
+def draw_samples(
+    pipeline: StableDiffusionPipeline, config: TrainConfig, accelerator: Accelerator, folder: Path, step: int
+) -> None:
+    """Draw each of `validation_prompts` with the settings' seed, and file the pictures with how they were made."""
+    pipeline = pipeline.to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    seed = config.seed or 0
+    prompts = list(config.validation_prompts)
+    with accelerator.autocast():
+        pictures = pipeline(
+            prompts,
+            height=config.resolution,
+            width=config.resolution,
+            num_inference_steps=INFERENCE_STEPS,
+            guidance_scale=GUIDANCE_SCALE,
+            generator=[torch.Generator().manual_seed(seed) for _ in prompts],
+        ).images
+    (folder / runs.SAMPLES).mkdir(exist_ok=True)
+    for index, (prompt, picture) in enumerate(zip(prompts, pictures)):
+        name = f"step-{step:06d}-{index}.png"
+        picture.save(folder / runs.SAMPLES / name)
+        record = dict(
+            file=name, step=step, prompt=prompt, seed=seed,
+            num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE,
+        )  # fmt: skip
+        runs.append(folder / runs.SAMPLES / "samples.jsonl", record)

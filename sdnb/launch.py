@@ -1,0 +1,219 @@
+"""From a notebook: what will run where, and the run itself on every device, followed to its end."""
+
+from __future__ import annotations
+
+import html
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import data, environment, models, runs
+from .config import TrainConfig
+from .errors import RunError
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run where: settings in which nothing is left open, the machine, and the data."""
+
+    config: TrainConfig
+    environment: dict[str, Any]
+    examples: data.Splits
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a reader wants to know before the training starts."""
+        config, count = self.config, len(self.examples.train)
+        devices = self.environment["devices"]
+        micro_batches = config.micro_batches_per_epoch(count)
+        per_epoch = config.steps_per_epoch(count)
+        trained = _pictures_per_epoch(config, count)
+        short = per_epoch - trained // config.global_batch
+        steps = config.total_steps(count)
+        held_out = len(self.examples.held_out) if self.examples.held_out is not None else 0
+        return {
+            "model": config.pretrained_model_name_or_path,
+            "data": f"{config.dataset_name or config.train_data_dir}: {count} to train on, {held_out} held out",
+            "runs on": f"{config.num_processes} × {devices['names'][0]} ({devices['memory_gib'][0]} GiB)"
+            if devices["type"] != "cpu"
+            else f"{config.num_processes} rank(s) on the CPU, {self.environment['cpu_cores']} cores, {devices['names'][0]}",
+            "precision": config.mixed_precision + (" (float32)" if config.mixed_precision == "no" else ""),
+            "global batch": f"{config.global_batch} = {config.train_batch_size} × "
+            f"{config.gradient_accumulation_steps} micro-batches × {config.num_processes} rank(s)",
+            "an epoch": f"{micro_batches} micro-batches a rank, {per_epoch} optimizer steps, "
+            f"{short} of them short; {trained} pictures"
+            + (f", {trained - count} of them repeats that fill the last round" if trained > count else ""),
+            "the training": f"{steps} steps, {steps / per_epoch:.1f} epochs",
+        }
+
+    def _repr_html_(self) -> str:
+        settings = {name: value for name, value in self.config.model_dump().items() if value is not None}
+        return (
+            _table(self.facts)
+            + f"<details><summary>All {len(settings)} settings</summary>{_table(settings)}</details>"
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name + ':':<14}{value}" for name, value in self.facts.items())
+
+
+def _pictures_per_epoch(config: TrainConfig, examples: int) -> int:
+    if config.num_processes == 1:
+        return examples
+    return config.micro_batches_per_epoch(examples) * config.num_processes * config.train_batch_size
+
+
+def _table(rows: dict[str, Any]) -> str:
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
+        f"<td style='text-align:left'>{html.escape(str(value))}</td></tr>"
+        for name, value in rows.items()
+    )
+    return f"<table>{cells}</table>"
+
+
+def prepare(config: TrainConfig) -> Plan:
+    """Settle what the settings leave open, and load the data, before anything is launched.
+
+    Raises:
+        SdnbError: if this machine, the model's name or the data do not allow what is asked for.
+    """
+    seen = environment.capture()
+    devices = seen["devices"]
+    config = config.resolved(devices["type"], len(devices["names"]), devices["bf16"])
+    models.source(config)
+    return Plan(config, seen, data.load(config))
+
+
+def launch(plan: Plan, show: Callable[[str], None] | None = None) -> runs.Run:
+    """Run the training in a clean process, with a rank on every device, and follow it to its end.
+
+    Interrupting this call ends every rank within seconds; so does the end of this process, however it comes.
+
+    Args:
+        show: is given the progress line about once a second; left out, the line is shown under the cell.
+
+    Raises:
+        RunError: if a rank fails, with that rank's own traceback. What was measured until then is in the run folder.
+    """
+    folder = runs.create(plan.config)
+    config = plan.config.updated(output_dir=str(folder))
+    config.save(folder / runs.CONFIG)
+    runs.write(folder / runs.ENVIRONMENT, {**plan.environment, "started": time.time()})
+    run = runs.Run(folder)
+    show = show or _one_line()
+
+    ends_with_us, held_here = os.pipe()
+    with (folder / runs.LOG).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sdnb.ranks", str(folder), str(ends_with_us)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**_process_environment(plan), **os.environ},
+            pass_fds=(ends_with_us,),
+            start_new_session=True,  # a group of its own, so that all of it can be ended, and no signal goes astray
+        )
+    os.close(ends_with_us)
+    try:
+        _follow(process, run, config.total_steps(len(plan.examples.train)), show)
+    except KeyboardInterrupt:
+        show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}")
+        raise
+    finally:
+        _end(process)
+        os.close(held_here)
+    if process.returncode:
+        raise RunError(_why(process, run))
+    return run
+
+
+def _process_environment(plan: Plan) -> dict[str, str]:
+    """What the ranks' process needs in its environment before it loads torch; the user's own variables go before it."""
+    if plan.environment["devices"]["type"] != "cpu":
+        return {}
+    return {
+        # Without it accelerate's launcher takes CPU ranks for GPU ranks, and each of them trains alone.
+        "ACCELERATE_USE_CPU": "true",
+        # Two ranks with a thread for every core each are ten times slower.
+        "OMP_NUM_THREADS": str(max(1, plan.environment["cpu_cores"] // plan.config.num_processes)),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def _follow(process: subprocess.Popen, run: runs.Run, steps: int, show: Callable[[str], None]) -> None:
+    last = ""
+    while True:
+        ended = process.poll() is not None
+        line = progress(run, steps)
+        if line != last:
+            show(line)
+            last = line
+        if ended:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def progress(run: runs.Run, total: int) -> str:
+    """Where a run is, in one line: step, time left, loss, images/s."""
+    done = run.steps
+    if done.empty:
+        log = run.log.strip().splitlines()
+        return f"step 0/{total} · starting" + (f" · {log[-1]}" if log else "")
+    lately = done.tail(20)
+    pace = lately.images.sum() / lately.seconds.sum()
+    left = (total - len(done)) * lately.seconds.mean()
+    bar = "█" * round(20 * len(done) / total)
+    return (
+        f"{bar:░<20} step {len(done)}/{total} · {_clock(left)} left · "
+        f"loss {done.loss.iloc[-1]:.4f} · {pace:.1f} images/s"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _one_line() -> Callable[[str], None]:
+    """Shows each text in the place of the one before: one line in the saved notebook."""
+    from IPython.display import Markdown, display
+
+    handle = display(Markdown(""), display_id=True)
+    return lambda text: handle.update(Markdown(text))
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the process and every rank of it."""
+    for kill, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        try:
+            os.killpg(process.pid, kill)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _why(process: subprocess.Popen, run: runs.Run) -> str:
+    saved = f"What was measured until then ({len(run.steps)} steps) and the log are in {run.folder}"
+    failure = run.failure
+    if failure:
+        return f"rank {failure['rank']} failed: {failure['what']}\n{failure['details'].rstrip()}\n{saved}"
+    how = f"died of {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "failed"
+    return f"the training {how}; its log ends with\n{_tail(run.log)}\n{saved}"
+
+
+def _tail(log: str, lines: int = 20) -> str:
+    return "\n".join(log.rstrip().splitlines()[-lines:])

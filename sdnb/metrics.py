@@ -1,0 +1,285 @@
+"""From the records of the steps to figures: throughput, loss, utilisation. Reads no files and draws nothing."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from tqdm import tqdm
+
+from .clock import PHASES
+from .config import TrainConfig
+
+RESULTS_MIME = "application/vnd.sdnb.results+json"
+RUNNING_MEAN_STEPS = 10
+
+# Peak matrix-product TFLOP/s without sparsity, by precision of the products, from the makers' data sheets:
+# A100, H100, H200, L40S, L4, T4, V100, A10, RTX 4090 from NVIDIA's; MI250X (one of its two dies) and MI300X from AMD's.
+_PEAK_TFLOPS = {
+    "A100": {"fp16": 312, "bf16": 312, "tf32": 156, "no": 19.5},
+    "A10": {"fp16": 125, "bf16": 125, "tf32": 62.5, "no": 31.2},
+    "H100 PCIe": {"fp16": 756, "bf16": 756, "tf32": 378, "no": 51},
+    "H100": {"fp16": 989, "bf16": 989, "tf32": 494, "no": 67},
+    "H200": {"fp16": 989, "bf16": 989, "tf32": 494, "no": 67},
+    "L40S": {"fp16": 362, "bf16": 362, "tf32": 183, "no": 91.6},
+    "L4": {"fp16": 121, "bf16": 121, "tf32": 60, "no": 30.3},
+    "T4": {"fp16": 65, "no": 8.1},
+    "V100": {"fp16": 125, "no": 15.7},
+    "4090": {"fp16": 165, "bf16": 165, "tf32": 82.6, "no": 82.6},
+    "MI250X": {"fp16": 191.5, "bf16": 191.5, "no": 47.9},
+    "MI300X": {"fp16": 1307, "bf16": 1307, "tf32": 654, "no": 163},
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def mark(steps: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
+    """The step records with three more columns: `short` (fewer pictures than the global batch), `steady` (after the
+    warm-up), and `running_loss` (the mean of `loss` over the last ten steps, weighted by pictures)."""
+    if steps.empty:
+        return steps.assign(short=[], steady=[], running_loss=[])
+    weighted = (steps.loss * steps.images).rolling(RUNNING_MEAN_STEPS, min_periods=1).sum()
+    return steps.assign(
+        short=steps.images < config.global_batch,
+        steady=np.arange(len(steps)) >= warmup_steps(len(steps)),
+        running_loss=weighted / steps.images.rolling(RUNNING_MEAN_STEPS, min_periods=1).sum(),
+    )
+
+
+def warmup_steps(steps: int) -> int:
+    """Steps left out of the throughput: the first tenth, at least one; none where there is only one."""
+    return math.ceil(steps / 10) if steps > 1 else 0
+
+
+def images_per_second(images: np.ndarray, seconds: np.ndarray) -> Estimate:
+    """Σ images / Σ seconds over steps, with its 95 % confidence interval.
+
+    The variance is that of a ratio estimate (Cochran, Sampling Techniques, 1977, section 6.3), its residuals'
+    autocorrelation taken into account as in Newey and West (Econometrica 55, 1987) with 4 (n/100)^(2/9) lags. With fewer
+    than three steps the interval is unknown (NaN).
+    """
+    images, seconds = np.asarray(images, float), np.asarray(seconds, float)
+    n, ratio = len(images), images.sum() / seconds.sum()
+    if n < 3:
+        return Estimate(ratio, math.nan, math.nan)
+    residuals = images - ratio * seconds
+    lags = min(n - 1, int(4 * (n / 100) ** (2 / 9)))
+    variance = residuals @ residuals + 2 * sum(
+        (1 - lag / (lags + 1)) * (residuals[lag:] @ residuals[:-lag]) for lag in range(1, lags + 1)
+    )
+    error = math.sqrt(max(variance, 0.0) * n / (n - 1)) / seconds.sum()
+    margin = stats.t.ppf(0.975, n - 1) * error
+    return Estimate(ratio, ratio - margin, ratio + margin)
+
+
+def smoothed_seconds_per_step(seconds: np.ndarray) -> float:
+    """The s/it that tqdm's progress bar shows after the last of these steps: its own moving average, smoothing 0.3."""
+    now = 0.0
+    bar = tqdm(total=len(seconds) + 1, file=io.StringIO())
+    bar._time = lambda: now
+    bar.start_t = bar.last_print_t = now
+    for step in seconds:
+        now += step
+        bar.update(1)
+    rate = bar.format_dict["rate"] or len(seconds) / now
+    bar.close()
+    return 1 / rate
+
+
+def nominal_ips(steps: pd.DataFrame, config: TrainConfig) -> float:
+    """Images per second per GPU as it is published: global batch / smoothed seconds per step at the last step but one /
+    GPUs. It takes every step for a full one. NaN where there is only one step."""
+    if len(steps) < 2:
+        return math.nan
+    return config.global_batch / smoothed_seconds_per_step(steps.seconds.iloc[:-1]) / config.num_processes
+
+
+def peak_tflops(device: str, precision: str, allow_tf32: bool) -> float | None:
+    """A device's peak for matrix products, in TFLOP/s; None where it is not known."""
+    rates = next((rates for name, rates in _PEAK_TFLOPS.items() if name in device.replace("-", " ").split()
+                  or (" " in name and name in device)), {})  # fmt: skip
+    return rates.get("tf32" if precision == "no" and allow_tf32 else precision)
+
+
+def time_by_phase(steps: pd.DataFrame) -> pd.Series:
+    """Mean seconds per steady step of each phase, those that took no time left out."""
+    phases = pd.DataFrame(list(steps[steps.steady].phase_seconds), columns=PHASES).mean()
+    return phases[phases > 0]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the results table."""
+
+    name: str
+    text: str
+    how: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Everything that the figures and the table of a run show."""
+
+    steps: pd.DataFrame
+    validation: pd.DataFrame
+    config: TrainConfig
+    device_noun: str
+    throughput: Estimate
+    results: tuple[Result, ...]
+
+    def __getitem__(self, name: str) -> Result:
+        return next(result for result in self.results if result.name == name)
+
+    def __repr__(self) -> str:
+        width = max(len(result.name) for result in self.results)
+        return "\n".join(f"{result.name:<{width}}  {result.text}" for result in self.results)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        left = "style='text-align:left'"
+        rows = "".join(
+            f"<tr><th {left}>{html.escape(row.name)}</th><td {left}>{html.escape(row.text)}</td>"
+            f"<td {left}>{html.escape(row.how)}</td></tr>"
+            for row in self.results
+        )
+        head = "".join(f"<th {left}>{title}</th>" for title in ("", "Result", "How it is measured"))
+        return {
+            "text/plain": repr(self),
+            "text/html": f"<table class='results'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>",
+            RESULTS_MIME: [vars(result) for result in self.results],
+        }
+
+
+def measure(run: Any) -> Measurements:
+    """All figures of a run, from what its folder holds (a `runs.Run`, complete or not, with one step at least)."""
+    config, environment = run.config, run.environment
+    steps = mark(run.steps, config)
+    on_gpu = environment["devices"]["type"] != "cpu"
+    noun = "GPU" if on_gpu else "CPU rank"
+    steady = steps[steps.steady]
+    together = images_per_second(steady.images, steady.seconds)
+    each = Estimate(*(part / config.num_processes for part in (together.value, together.low, together.high)))
+    return Measurements(
+        steps=steps,
+        validation=run.validation,
+        config=config,
+        device_noun=noun,
+        throughput=each,
+        results=(
+            *_throughput_results(steps, config, noun, each, together),
+            _mfu(run.model, config, environment["devices"], each),
+            _memory(run.summary, on_gpu),
+            *_loss_results(steps, run.validation, config, run.model),
+            _total_time(steps, run.summary, environment),
+        ),
+    )
+
+
+def _throughput_results(
+    steps: pd.DataFrame, config: TrainConfig, noun: str, each: Estimate, together: Estimate
+) -> list[Result]:
+    steady = steps[steps.steady]
+    full = steady[~steady.short]
+    warmup = len(steps) - len(steady)
+    measured = f"steps {warmup + 1} to {len(steps)}, {warmup} of warm-up left out"
+    nominal = nominal_ips(steps, config)
+    rows = [
+        Result(
+            "images/s per " + noun,
+            str(each) if math.isfinite(each.low) else f"{each.value:.2f}",
+            f"pictures trained on / time / {noun}s, with 95 % confidence interval; {measured}",
+            each.value,
+        ),
+        Result(
+            "nominal IPS",
+            f"{nominal:.2f}" if math.isfinite(nominal) else "not known from one step",
+            f"{config.global_batch} × tqdm's it/s at step {len(steps) - 1} / {config.num_processes} {noun}s; "
+            "takes every step for a full one: only to compare with published numbers",
+            nominal if math.isfinite(nominal) else None,
+        ),
+    ]
+    if config.num_processes > 1:
+        rows.append(Result(f"images/s, all {noun}s", str(together), f"{config.num_processes} {noun}s together"))
+    if len(full):
+        median, p95 = full.seconds.median(), full.seconds.quantile(0.95)
+        rows.append(
+            Result("seconds per step", f"median {median:.3f}, 95 % under {p95:.3f}",
+                   f"the {len(full)} full steps among them, {config.global_batch} pictures each", median)
+        )  # fmt: skip
+    short = int(steps.short.sum())
+    rows.append(
+        Result("short steps", f"{short} of {len(steps)}", "steps with fewer pictures than the global batch", short)
+    )
+    return rows
+
+
+def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], each: Estimate) -> Result:
+    flop = model["flop_per_image"]
+    total = flop["unet_training"] + flop["vae_encoder"] + flop["text_encoder"]
+    done = each.value * total / 1e12
+    peak = peak_tflops(devices["names"][0], config.mixed_precision, config.allow_tf32)
+    rate = f"{done:.3g} TFLOP/s ({total / 1e12:.4g} TFLOP a picture: UNet forward and backward, VAE, text encoder)"
+    if peak is None:
+        return Result("MFU", "peak of this device not known", rate)
+    return Result("MFU", f"{100 * done / peak:.1f} %", f"{rate} of {peak:g} TFLOP/s peak", done / peak)
+
+
+def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:
+    if not summary:
+        return Result("peak memory", "not known: the run did not reach its end", "")
+    peaks = [rank["peak_memory_gib"] for rank in summary["ranks"]]
+    how = "torch's allocator" if on_gpu else "resident memory of the process"
+    return Result("peak memory", f"{max(peaks):.2f} GiB", f"the highest of {len(peaks)} rank(s); {how}", max(peaks))
+
+
+def _loss_results(
+    steps: pd.DataFrame, validation: pd.DataFrame, config: TrainConfig, model: dict[str, Any]
+) -> list[Result]:
+    last, first = steps.iloc[-1], steps.iloc[0]
+    window = min(RUNNING_MEAN_STEPS, len(steps))
+    meaning = "; from random weights, so it says nothing about quality" if model["random_weights"] else ""
+    rows = [
+        Result("final loss", f"{last.running_loss:.4f}",
+               f"running mean of the last {window} steps; step 1 had {first.loss:.4f}{meaning}", last.running_loss),
+        Result("final step_loss", f"{last.step_loss:.4f}",
+               "rank 0's last micro-batch, as the reference's progress bar shows: noise", last.step_loss),
+    ]  # fmt: skip
+    if len(validation):
+        begin, end = validation.iloc[0], validation.iloc[-1]
+        rows.append(
+            Result("held-out loss", f"{begin.loss:.4f} → {end.loss:.4f}",
+                   f"{int(end.pictures)} pictures not trained on, fixed noise, timesteps spread evenly; "
+                   f"step {int(begin.step)} → {int(end.step)}", end.loss)
+        )  # fmt: skip
+    if config.target_loss is not None:
+        met = last.running_loss < config.target_loss
+        rows.append(
+            Result("target", f"{'met' if met else 'not met'}: {last.running_loss:.4f} against {config.target_loss}",
+                   f"by the running mean of the last {window} steps; "
+                   f"the step_loss of step {len(steps)} is {last.step_loss:.4f}", float(met))
+        )  # fmt: skip
+    return rows
+
+
+def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[str, Any]) -> Result:
+    training = steps.seconds.sum()
+    if not summary:
+        return Result("total time", f"{training:.0f} s in steps", "the run did not reach its end", training)
+    total = summary["ended"] - environment["started"]
+    return Result("total time", f"{total:.0f} s", f"from launch to saved pipeline; {training:.0f} s of it in steps", total)
