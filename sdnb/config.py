@@ -210,7 +210,9 @@ class TrainConfig(BaseModel):
         if precision == "bf16" and not bf16:
             raise ConfigError("mixed_precision = bf16: this GPU does not compute in bfloat16: use fp16, or no")
         if on_gpu and ranks > device_count:
-            raise ConfigError(f"num_processes = {ranks}, but this machine shows {device_count} GPUs: use {device_count}")
+            raise ConfigError(
+                f"num_processes = {ranks}, but this machine shows {device_count} GPUs: use {device_count}"
+            )
         return self.updated(mixed_precision=precision, num_processes=ranks)
 
     @property

@@ -86,7 +86,9 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
 def _check_all_have_captions(rows: datasets.Dataset, config: TrainConfig) -> None:
     # `datasets` leaves out, without a word, the pictures that metadata.jsonl does not name.
     folder = Path(config.train_data_dir).expanduser().resolve()
-    loaded = {Path(stored["path"]).resolve() for stored in rows.cast_column("image", datasets.Image(decode=False))["image"]}
+    loaded = {
+        Path(stored["path"]).resolve() for stored in rows.cast_column("image", datasets.Image(decode=False))["image"]
+    }
     there = {path for path in folder.rglob("*") if path.suffix.lower() in ImageFolder.EXTENSIONS}
     if without := sorted(there - loaded):
         shown = ", ".join(str(path.relative_to(folder)) for path in without[:5])
@@ -176,6 +178,11 @@ class ImageCaptions(torch.utils.data.Dataset):
         captions = [_one_of(self.captions[row]) for row in rows]
         input_ids = tokenize(self.tokenizer, captions)
         return [{"pixel_values": pixels, "input_ids": ids} for pixels, ids in zip(pixel_values, input_ids)]
+
+
+def first_caption(caption: str | list[str]) -> str:
+    """The caption of a picture, or the first of several."""
+    return caption if isinstance(caption, str) else caption[0]
 
 
 def _one_of(caption: str | list[str]) -> str:

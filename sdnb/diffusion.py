@@ -1,4 +1,4 @@
-"""The mathematics of the training step: noise, target, loss. As in diffusers' `train_text_to_image.py`, in its order."""
+"""The mathematics of the training step: noise, target, loss; as in diffusers' `train_text_to_image.py`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .config import TrainConfig
 
 
 def encode(vae: AutoencoderKL, pixel_values: Tensor) -> Tensor:
-    """Latents [batch, channels, height, width] of pictures [batch, 3, H, W] in [-1, 1]: a draw from the VAE's posterior."""
+    """Latents [batch, channels, h, w] of pictures [batch, 3, H, W] in [-1, 1]: a draw from the VAE's posterior."""
     return vae.encode(pixel_values.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
 
 
 def draw_noise(latents: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """The noise that is to be predicted and the noise that is added, both of the latents' shape: they differ under input
-    perturbation (arXiv 2301.11706). The offset (crosslabs.org, "Diffusion with Offset Noise") is one draw a channel."""
+    """The noise that is to be predicted and the noise that is added, both of the latents' shape: they differ under
+    input perturbation (arXiv 2301.11706). The offset (crosslabs.org, "Diffusion with Offset Noise") is one draw a
+    channel."""
     noise = torch.randn_like(latents)
     if config.noise_offset:
         noise += config.noise_offset * torch.randn((*latents.shape[:2], 1, 1), device=latents.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import runs
 from .config import TrainConfig
-from .data import ImageCaptions, crop, resize, to_tensor, tokenize
+from .data import ImageCaptions, crop, first_caption, resize, to_tensor, tokenize
 from .diffusion import per_picture_loss, target_of
 from .models import Parts
 
@@ -39,7 +39,7 @@ class HeldOutLoss:
         self.timesteps = ((torch.arange(count) + 0.5) * steps / count).long().to(device)
         with torch.no_grad():
             self.latents = torch.cat([self._latents(pictures.picture(row), parts, config, generator) for row in rows])
-            words = tokenize(parts.tokenizer, [_first(pictures.captions[row]) for row in rows]).to(device)
+            words = tokenize(parts.tokenizer, [first_caption(pictures.captions[row]) for row in rows]).to(device)
             self.words = torch.cat([parts.text_encoder(ids)[0] for ids in words.split(self.batch_size)])
         self.noise = torch.randn(self.latents.shape, generator=generator).to(device, self.latents.dtype)
 
@@ -54,16 +54,15 @@ class HeldOutLoss:
         """The mean over the pictures, its standard error, and their number."""
         target = target_of(self.scheduler, self.latents, self.noise, self.timesteps)
         noisy = self.scheduler.add_noise(self.latents, self.noise, self.timesteps)
-        losses = torch.cat([
-            per_picture_loss(unet(*batch, return_dict=False)[0], goal)
-            for *batch, goal in zip(*(all_.split(self.batch_size) for all_ in (noisy, self.timesteps, self.words, target)))
-        ])  # fmt: skip
+        batches = zip(*(whole.split(self.batch_size) for whole in (noisy, self.timesteps, self.words, target)))
+        losses = torch.cat(
+            [
+                per_picture_loss(unet(latents, timesteps, words, return_dict=False)[0], goal)
+                for latents, timesteps, words, goal in batches
+            ]
+        )
         spread = losses.std() / len(losses) ** 0.5 if len(losses) > 1 else torch.tensor(float("nan"))
         return {"loss": losses.mean().item(), "standard_error": spread.item(), "pictures": len(losses)}
-
-
-def _first(caption: str | list[str]) -> str:
-    return caption if isinstance(caption, str) else caption[0]
 
 
 def draw_samples(

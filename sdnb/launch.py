@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from . import data, environment, models, runs
 from .config import TrainConfig
@@ -19,6 +21,7 @@ from .errors import RunError
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 3.0
+LOG_LINES = 6
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Plan:
         """What a reader wants to know before the training starts."""
         config, count = self.config, len(self.examples.train)
         devices = self.environment["devices"]
+        on_gpu = devices["type"] != "cpu"
         micro_batches = config.micro_batches_per_epoch(count)
         per_epoch = config.steps_per_epoch(count)
         trained = _pictures_per_epoch(config, count)
@@ -43,9 +47,8 @@ class Plan:
         return {
             "model": config.pretrained_model_name_or_path,
             "data": f"{config.dataset_name or config.train_data_dir}: {count} to train on, {held_out} held out",
-            "runs on": f"{config.num_processes} × {devices['names'][0]} ({devices['memory_gib'][0]} GiB)"
-            if devices["type"] != "cpu"
-            else f"{config.num_processes} rank(s) on the CPU, {self.environment['cpu_cores']} cores, {devices['names'][0]}",
+            "runs on": f"{config.num_processes} × {devices['names'][0]}, "
+            + (f"{devices['memory_gib'][0]} GiB each" if on_gpu else f"{self.environment['cpu_cores']} cores in all"),
             "precision": config.mixed_precision + (" (float32)" if config.mixed_precision == "no" else ""),
             "global batch": f"{config.global_batch} = {config.train_batch_size} × "
             f"{config.gradient_accumulation_steps} micro-batches × {config.num_processes} rank(s)",
@@ -55,11 +58,17 @@ class Plan:
             "the training": f"{steps} steps, {steps / per_epoch:.1f} epochs",
         }
 
+    def look(self, count: int) -> tuple[list[Image.Image], list[str], int]:
+        """The first pictures to train on with their captions, and how many there are in all."""
+        train = self.examples.train
+        rows = range(min(count, len(train)))
+        captions = [train.captions[row] for row in rows]
+        return [train.picture(row) for row in rows], [data.first_caption(one) for one in captions], len(train)
+
     def _repr_html_(self) -> str:
         settings = {name: value for name, value in self.config.model_dump().items() if value is not None}
         return (
-            _table(self.facts)
-            + f"<details><summary>All {len(settings)} settings</summary>{_table(settings)}</details>"
+            _table(self.facts) + f"<details><summary>All {len(settings)} settings</summary>{_table(settings)}</details>"
         )
 
     def __repr__(self) -> str:
@@ -94,13 +103,14 @@ def prepare(config: TrainConfig) -> Plan:
     return Plan(config, seen, data.load(config))
 
 
-def launch(plan: Plan, show: Callable[[str], None] | None = None) -> runs.Run:
+def launch(plan: Plan, show: Callable[[str, str], None] | None = None) -> runs.Run:
     """Run the training in a clean process, with a rank on every device, and follow it to its end.
 
     Interrupting this call ends every rank within seconds; so does the end of this process, however it comes.
 
     Args:
-        show: is given the progress line about once a second; left out, the line is shown under the cell.
+        show: is given the progress line and the end of the log when they change, twice a second at the most; left out,
+            they are shown under the cell.
 
     Raises:
         RunError: if a rank fails, with that rank's own traceback. What was measured until then is in the run folder.
@@ -110,7 +120,7 @@ def launch(plan: Plan, show: Callable[[str], None] | None = None) -> runs.Run:
     config.save(folder / runs.CONFIG)
     runs.write(folder / runs.ENVIRONMENT, {**plan.environment, "started": time.time()})
     run = runs.Run(folder)
-    show = show or _one_line()
+    show = show or _OneLine()
 
     ends_with_us, held_here = os.pipe()
     with (folder / runs.LOG).open("ab") as log:
@@ -127,7 +137,7 @@ def launch(plan: Plan, show: Callable[[str], None] | None = None) -> runs.Run:
     try:
         _follow(process, run, config.total_steps(len(plan.examples.train)), show)
     except KeyboardInterrupt:
-        show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}")
+        show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}", _tail(run.log, LOG_LINES))
         raise
     finally:
         _end(process)
@@ -150,14 +160,14 @@ def _process_environment(plan: Plan) -> dict[str, str]:
     }
 
 
-def _follow(process: subprocess.Popen, run: runs.Run, steps: int, show: Callable[[str], None]) -> None:
-    last = ""
+def _follow(process: subprocess.Popen, run: runs.Run, steps: int, show: Callable[[str, str], None]) -> None:
+    shown = None
     while True:
         ended = process.poll() is not None
-        line = progress(run, steps)
-        if line != last:
-            show(line)
-            last = line
+        state = progress(run, steps), _warnings(run.log) if ended else _tail(run.log, LOG_LINES)
+        if state != shown:
+            show(*state)
+            shown = state
         if ended:
             return
         time.sleep(POLL_SECONDS)
@@ -167,8 +177,7 @@ def progress(run: runs.Run, total: int) -> str:
     """Where a run is, in one line: step, time left, loss, images/s."""
     done = run.steps
     if done.empty:
-        log = run.log.strip().splitlines()
-        return f"step 0/{total} · starting" + (f" · {log[-1]}" if log else "")
+        return f"step 0/{total} · starting"
     lately = done.tail(20)
     pace = lately.images.sum() / lately.seconds.sum()
     left = (total - len(done)) * lately.seconds.mean()
@@ -185,12 +194,19 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _one_line() -> Callable[[str], None]:
-    """Shows each text in the place of the one before: one line in the saved notebook."""
-    from IPython.display import Markdown, display
+class _OneLine:
+    """The progress under the cell, each state in the place of the one before, so that the saved notebook has one line;
+    under it while the run goes on, what the ranks log, and at its end only what they warn of."""
 
-    handle = display(Markdown(""), display_id=True)
-    return lambda text: handle.update(Markdown(text))
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self.handle = display({"text/plain": "starting"}, raw=True, display_id=True)
+
+    def __call__(self, line: str, log: str) -> None:
+        below = f"<pre style='font-size:smaller'>{html.escape(log)}</pre>" if log else ""
+        content = {"text/plain": line, "text/html": f"<div>{html.escape(line)}</div>{below}"}
+        self.handle.update(content, raw=True)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -212,8 +228,12 @@ def _why(process: subprocess.Popen, run: runs.Run) -> str:
     if failure:
         return f"rank {failure['rank']} failed: {failure['what']}\n{failure['details'].rstrip()}\n{saved}"
     how = f"died of {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "failed"
-    return f"the training {how}; its log ends with\n{_tail(run.log)}\n{saved}"
+    return f"the training {how}; its log ends with\n{_tail(run.log, 20)}\n{saved}"
 
 
-def _tail(log: str, lines: int = 20) -> str:
+def _tail(log: str, lines: int) -> str:
     return "\n".join(log.rstrip().splitlines()[-lines:])
+
+
+def _warnings(log: str) -> str:
+    return "\n".join(line for line in log.splitlines() if re.search(r" rank \d+ (WARNING|ERROR) ", line))

@@ -64,15 +64,15 @@ def mark(steps: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
 
 def warmup_steps(steps: int) -> int:
     """Steps left out of the throughput: the first tenth, at least one; none where there is only one."""
-    return math.ceil(steps / 10) if steps > 1 else 0
+    return max(1, steps // 10) if steps > 1 else 0
 
 
 def images_per_second(images: np.ndarray, seconds: np.ndarray) -> Estimate:
     """Σ images / Σ seconds over steps, with its 95 % confidence interval.
 
     The variance is that of a ratio estimate (Cochran, Sampling Techniques, 1977, section 6.3), its residuals'
-    autocorrelation taken into account as in Newey and West (Econometrica 55, 1987) with 4 (n/100)^(2/9) lags. With fewer
-    than three steps the interval is unknown (NaN).
+    autocorrelation taken into account as in Newey and West (Econometrica 55, 1987) with 4 (n/100)^(2/9) lags. With
+    fewer than three steps the interval is unknown (NaN).
     """
     images, seconds = np.asarray(images, float), np.asarray(seconds, float)
     n, ratio = len(images), images.sum() / seconds.sum()
@@ -282,4 +282,6 @@ def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[
     if not summary:
         return Result("total time", f"{training:.0f} s in steps", "the run did not reach its end", training)
     total = summary["ended"] - environment["started"]
-    return Result("total time", f"{total:.0f} s", f"from launch to saved pipeline; {training:.0f} s of it in steps", total)
+    return Result(
+        "total time", f"{total:.0f} s", f"from launch to saved pipeline; {training:.0f} s of it in steps", total
+    )

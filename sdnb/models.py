@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +18,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from . import embedded
 from .config import TrainConfig
 from .errors import ModelError
+
+# The log and the notebook have one progress bar: the training's.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 FOLDERS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 

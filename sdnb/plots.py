@@ -9,12 +9,12 @@ import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .metrics import RUNNING_MEAN_STEPS, Measurements, time_by_phase
+from .runs import SAMPLES, Run
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
 PHASE_COLOURS = {
@@ -44,7 +44,7 @@ def loss(measured: Measurements) -> Figure:
     caption = f"The running mean ends at {last.running_loss:.4f} (step 1: {steps.loss.iloc[0]:.4f})"
     if len(validation):
         caption += f"; the held-out loss goes from {validation.loss.iloc[0]:.4f} to {validation.loss.iloc[-1]:.4f}"
-    figure, axes = _figure("Loss", caption + ".", 4.0)
+    figure, axes = _figure("Loss of each optimizer step", caption + ".", 4.0)
     axes.plot(steps.step, steps.loss, color=BLUE, alpha=0.35, lw=1, label="each step")
     axes.plot(steps.step, steps.running_loss, color=BLUE, lw=2, label=f"mean of {RUNNING_MEAN_STEPS} steps")
     if len(validation):
@@ -65,9 +65,11 @@ def step_times(measured: Measurements) -> Figure:
     full, short = steps[~steps.short], steps[steps.short]
     steady = full[full.steady]
     warmup = int((~steps.steady).sum())
-    median = f"{steady.seconds.median():.3f} s is the median of the full steps after the warm-up; " if len(steady) else ""
+    median = (
+        f"{steady.seconds.median():.3f} s is the median of the full steps after the warm-up; " if len(steady) else ""
+    )
     caption = f"{median}{len(short)} of {len(steps)} steps are short; {warmup} are left out as warm-up."
-    figure, axes = _figure("Time of each step", caption, 3.6)
+    figure, axes = _figure("Wall time of each optimizer step", caption, 3.6)
     axes.plot(full.step, full.seconds, "o", color=BLUE, ms=4, label="full step")
     axes.plot(short.step, short.seconds, "D", color=ORANGE, ms=6, label="short step")
     if warmup:
@@ -93,17 +95,18 @@ def where_time_goes(measured: Measurements) -> Figure:
     return figure
 
 
-def samples(drawn: pd.DataFrame, folder: str, random_weights: bool) -> Figure | None:
+def samples(run: Run) -> Figure | None:
     """Pictures of the same prompts and seeds, a row for each step at which they were drawn; None without any."""
+    drawn = run.samples
     if drawn.empty:
         return None
     prompts, times = list(dict.fromkeys(drawn.prompt)), sorted(drawn.step.unique())
-    pictures = {(row.step, row.prompt): Image.open(f"{folder}/samples/{row.file}") for row in drawn.itertuples()}
+    pictures = {(row.step, row.prompt): Image.open(run.folder / SAMPLES / row.file) for row in drawn.itertuples()}
     first = drawn.iloc[0]
     how = f"Seed {first.seed}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."
-    if random_weights:
+    if run.model["random_weights"]:
         how += " The model started from random weights: its pictures do not show anything yet."
-    labels = [f"before" if step == 0 else f"after step {step}" for step in times]
+    labels = ["before" if step == 0 else f"after step {step}" for step in times]
     return _grid(
         [[pictures.get((step, prompt)) for prompt in prompts] for step in times],
         "Pictures drawn before and after the training", how, columns=prompts, rows=labels,
@@ -116,7 +119,11 @@ def pictures(images: Sequence[Image.Image], captions: Sequence[str], total: int)
 
 
 def _grid(
-    images: list[list[Image.Image | None]], title: str, caption: str, columns: Sequence[str], rows: Sequence[str] = ("",)
+    images: list[list[Image.Image | None]],
+    title: str,
+    caption: str,
+    columns: Sequence[str],
+    rows: Sequence[str] = ("",),
 ) -> Figure:
     across, down = len(columns), len(rows)
     side = min(2.2, WIDTH / across)

@@ -90,7 +90,8 @@ class Run:
             raise RunError(f"{self.folder}: there is no run here ({CONFIG} is missing)")
 
     def __repr__(self) -> str:
-        return f"Run({str(self.folder)!r}, {len(self.steps)} steps)"
+        steps, ended = len(self.steps), "complete" if self.summary else "did not reach its end"
+        return f"Run: {steps} steps, {ended}\n{self.folder}"
 
     @property
     def config(self) -> TrainConfig:

@@ -9,10 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import datasets
 import diffusers
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
@@ -280,9 +278,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     )
     settings = {name: value for name, value in config.model_dump().items() if name != "validation_prompts"}
     accelerator.init_trackers(config.tracker_project_name, settings)
-    for library in (diffusers.utils.logging, transformers.utils.logging, datasets.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
     return accelerator
 
 
