@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 import re
 import signal
@@ -59,9 +60,9 @@ class Plan:
         }
 
     def look(self, count: int) -> tuple[list[Image.Image], list[str], int]:
-        """The first pictures to train on with their captions, and how many there are in all."""
+        """Some pictures to train on, from all over the data set, with their captions; and how many there are in all."""
         train = self.examples.train
-        rows = range(min(count, len(train)))
+        rows = range(0, len(train), max(1, math.ceil(len(train) / count)))
         captions = [train.captions[row] for row in rows]
         return [train.picture(row) for row in rows], [data.first_caption(one) for one in captions], len(train)
 

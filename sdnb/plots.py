@@ -128,7 +128,7 @@ def _grid(
     across, down = len(columns), len(rows)
     side = min(2.2, WIDTH / across)
     figure, grid = plt.subplots(
-        down, across, figsize=(max(side * across, 5), side * down + 1.2), layout="constrained", dpi=110, squeeze=False
+        down, across, figsize=(max(side * across, 5), (side + 0.25) * down + 0.5), layout="constrained", dpi=110, squeeze=False
     )
     plt.close(figure)
     _title(figure, title, caption)

@@ -46,7 +46,12 @@ def write(notebook_path: str | Path, page_path: str | Path | None = None) -> tup
         raise RunError(f"{source}: has not been executed: run it first, for example with papermill")
     headline = [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
     # nbconvert's own templates load scripts from the network; ours loads nothing.
-    exporter = HTMLExporter(template_name="report_template", extra_template_basedirs=[str(Path(__file__).parent)])
+    exporter = HTMLExporter(
+        template_name="report_template",
+        extra_template_basedirs=[str(Path(__file__).parent)],
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
     page, _ = exporter.from_notebook_node(
         notebook,
         resources={
