@@ -128,7 +128,12 @@ def _grid(
     across, down = len(columns), len(rows)
     side = min(2.2, WIDTH / across)
     figure, grid = plt.subplots(
-        down, across, figsize=(max(side * across, 5), (side + 0.25) * down + 0.5), layout="constrained", dpi=110, squeeze=False
+        down,
+        across,
+        figsize=(max(side * across, 5), (side + 0.25) * down + 0.5),
+        layout="constrained",
+        dpi=110,
+        squeeze=False,
     )
     plt.close(figure)
     _title(figure, title, caption)
@@ -140,5 +145,6 @@ def _grid(
             if image is not None:
                 axes.imshow(image, interpolation="nearest")
     for axes, text in zip(grid[0], columns):
-        axes.set_title(textwrap.shorten(textwrap.fill(text, 22), 60, placeholder=" …"), fontsize=9, parse_math=False)
+        shown = textwrap.fill(textwrap.shorten(text, 48, placeholder=" …"), round(10 * side))
+        axes.set_title(shown, fontsize=9, parse_math=False)
     return figure
