@@ -75,12 +75,13 @@ def load(config: TrainConfig) -> Parts:
         ModelError: if the model, or a part of it, cannot be had.
     """
     where = source(config)
+    text_encoder = _load(CLIPTextModel, "text_encoder", where, config, **_weights(config)).requires_grad_(False)
     tokenizer = _load(CLIPTokenizer, "tokenizer", where, config)
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):  # what transformers makes of no files
         raise ModelError(f"model {config.pretrained_model_name_or_path}: its tokenizer has no vocabulary files")
     return Parts(
         tokenizer=tokenizer,
-        text_encoder=_load(CLIPTextModel, "text_encoder", where, config, **_weights(config)).requires_grad_(False),
+        text_encoder=text_encoder,
         vae=_load(AutoencoderKL, "vae", where, config, **_weights(config)).requires_grad_(False),
         unet=load_unet(config).train(),
         noise_scheduler=_load(DDPMScheduler, "scheduler", where, config),

@@ -1,0 +1,57 @@
+"""What the tests share. They use real models (small), real processes and real files, and no network."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """Caches of the tests' own, so that nothing that is there already helps them."""
+    root = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(root)
+    os.environ["HF_HOME"] = str(root / "huggingface")
+    return root
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Makes an image folder: of `count` pictures of a size, or of given files with given metadata lines."""
+    from PIL import Image
+
+    def make(count=0, size=(64, 64), name="images"):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = []
+        for index in range(count):
+            Image.new("RGB", size, (index * 37 % 256, index * 91 % 256, 128)).save(folder / f"{index:03}.png")
+            lines.append(json.dumps({"file_name": f"{index:03}.png", "text": f"picture {index}"}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings of a training that takes seconds."""
+    return dict(
+        pretrained_model_name_or_path="tiny",
+        dataset_name="openmoji",
+        resolution=64,
+        center_crop=True,
+        train_batch_size=2,
+        gradient_accumulation_steps=2,
+        lr_warmup_steps=0,
+        learning_rate=1e-3,
+        steps=2,
+        seed=7,
+        report_to="none",
+        output_dir=str(tmp_path / "run"),
+    )

@@ -1,0 +1,33 @@
+import pytest
+
+from sdnb.cache import cache_root, made_once
+
+
+def test_it_is_made_once(tmp_path):
+    made = []
+    for _ in range(2):
+        made_once(tmp_path / "thing", lambda folder: (made.append(1), (folder / "file").write_text("x")))
+    assert made == [1]
+    assert (tmp_path / "thing" / "file").read_text() == "x"
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        made_once(tmp_path / "thing", lambda folder: ((folder / "half").touch(), 1 / 0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_process_may_be_first(tmp_path):
+    def slow(folder):
+        (folder / "file").write_text("ours")
+        (tmp_path / "thing").mkdir()
+        (tmp_path / "thing" / "file").write_text("theirs")
+
+    assert (made_once(tmp_path / "thing", slow) / "file").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+def test_where_it_is(tmp_path, monkeypatch):
+    assert cache_root(str(tmp_path)) == tmp_path / "sdnb"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "xdg" / "sdnb"

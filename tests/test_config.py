@@ -1,0 +1,155 @@
+import pytest
+import yaml
+
+from sdnb.config import TrainConfig
+from sdnb.errors import ConfigError
+
+MODEL_AND_DATA = dict(pretrained_model_name_or_path="tiny", dataset_name="openmoji")
+
+
+def config(**settings):
+    return TrainConfig(**MODEL_AND_DATA, **settings)
+
+
+def test_defaults_are_the_references():
+    made = config()
+    assert (made.resolution, made.train_batch_size, made.gradient_accumulation_steps) == (512, 16, 1)
+    assert (made.num_train_epochs, made.max_train_steps, made.learning_rate) == (100, None, 1e-4)
+    assert (made.lr_scheduler, made.lr_warmup_steps, made.max_grad_norm) == ("constant", 500, 1.0)
+    assert (made.adam_beta1, made.adam_beta2, made.adam_weight_decay, made.adam_epsilon) == (0.9, 0.999, 1e-2, 1e-8)
+    assert not (made.center_crop or made.random_flip or made.use_ema or made.scale_lr or made.gradient_checkpointing)
+
+
+def test_it_cannot_be_changed():
+    with pytest.raises(ValueError):
+        config().seed = 3
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(stpes=3), "stpes: there is no such setting; did you mean steps?"),
+        (dict(learningrate=1), "did you mean learning_rate?"),
+        (dict(zzz=1), "zzz: there is no such setting; the settings are: adam_beta1"),
+        (dict(steps="3"), "steps = '3'"),
+        (dict(steps=0), "steps = 0"),
+        (dict(steps=2.5), "steps = 2.5"),
+        (dict(train_batch_size=True), "train_batch_size = True"),
+        (dict(resolution=100), "resolution = 100"),
+        (dict(learning_rate="fast"), "learning_rate = 'fast'"),
+        (dict(learning_rate=float("nan")), "learning_rate = nan"),
+        (dict(adam_beta1=1), "adam_beta1 = 1"),
+        (dict(center_crop="maybe"), "center_crop = 'maybe'"),
+        (dict(mixed_precision="fp61"), "mixed_precision = 'fp61'"),
+        (dict(mixed_precision=True), "mixed_precision = True"),
+        (dict(lr_scheduler="cosin"), "lr_scheduler = 'cosin'"),
+        (dict(steps=3, max_train_steps=4), "steps and max_train_steps are the same setting"),
+        (dict(dataset_name=None), "no data: give dataset_name"),
+        (dict(pretrained_model_name_or_path=None), "pretrained_model_name_or_path = None"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings, said):
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(**{**MODEL_AND_DATA, **settings})
+    assert said in str(error.value)
+
+
+def test_every_wrong_setting_is_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        config(stpes=3, resolution=7, seed=-1)
+    assert all(name in str(error.value) for name in ("stpes", "resolution", "seed"))
+
+
+def test_what_yaml_makes_of_numbers_and_no(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("{pretrained_model_name_or_path: tiny, dataset_name: openmoji, "
+                    "learning_rate: 1e-5, mixed_precision: no, center_crop: yes, validation_prompts: [a, b]}")  # fmt: skip
+    made = TrainConfig.from_yaml(file, steps=5)
+    assert (made.learning_rate, made.mixed_precision, made.center_crop) == (1e-5, "no", True)
+    assert made.validation_prompts == ("a", "b")
+    assert made.max_train_steps == 5
+
+
+@pytest.mark.parametrize("content", ["- a list", "a: [", "3"])
+def test_a_settings_file_that_is_none(tmp_path, content):
+    file = tmp_path / "settings.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"settings\.yaml"):
+        TrainConfig.from_yaml(file)
+
+
+def test_what_is_saved_makes_the_same_again(tmp_path):
+    made = config(steps=3, validation_prompts=["ä", "no"], snr_gamma=5.0, mixed_precision="no")
+    made.save(tmp_path / "config.yaml")
+    assert TrainConfig.from_yaml(tmp_path / "config.yaml") == made
+    assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == set(TrainConfig.model_fields)
+
+
+def test_the_machine_settles_what_is_left_open():
+    cpu, gpus = config().resolved("cpu", 0), config().resolved("cuda", 8)
+    assert (cpu.mixed_precision, cpu.num_processes) == ("no", 1)
+    assert (gpus.mixed_precision, gpus.num_processes) == ("fp16", 8)
+    assert config(mixed_precision="no", num_processes=2).resolved("cuda", 8).mixed_precision == "no"
+
+
+def test_what_the_machine_cannot_do():
+    with pytest.raises(ConfigError, match="fp16 needs a GPU.*use no"):
+        config(mixed_precision="fp16").resolved("cpu", 0)
+    with pytest.raises(ConfigError, match="bfloat16: use fp16"):
+        config(mixed_precision="bf16").resolved("cuda", 1, bf16=False)
+    with pytest.raises(ConfigError, match="shows 1 GPU"):
+        config(num_processes=2).resolved("cuda", 1)
+
+
+def test_an_epoch_of_the_published_run():
+    """833 pictures on eight ranks: 14 micro-batches, so 4 optimizer steps an epoch and 26 epochs for 101 steps."""
+    made = config(train_batch_size=8, gradient_accumulation_steps=4, num_processes=8, steps=101)
+    assert made.global_batch == 256
+    assert made.micro_batches_per_epoch(833) == 14
+    assert made.steps_per_epoch(833) == 4
+    assert made.total_steps(833) == 101
+    assert config(num_train_epochs=3, train_batch_size=8, num_processes=8).total_steps(833) == 3 * 14
+
+
+def notebook(*cells, **variables):
+    return {"In": ["", *cells, "config = TrainConfig.from_notebook(globals())"], **variables}
+
+
+TAGGED = "# Parameters of this run\nsteps = 101\ndataset_name = 'openmoji'\npretrained_model_name_or_path = 'tiny'"
+
+
+def test_a_notebooks_parameters():
+    made = TrainConfig.from_notebook(notebook(TAGGED, steps=101, **MODEL_AND_DATA))
+    assert made.max_train_steps == 101
+
+
+def test_the_notebooks_other_variables_are_its_own():
+    namespace = notebook("total = 3.0", TAGGED, "config = 1", steps=1, total=3.0, config=1, **MODEL_AND_DATA)
+    assert TrainConfig.from_notebook(namespace).max_train_steps == 1
+
+
+def test_an_unknown_parameter_of_papermills():
+    namespace = notebook(TAGGED, "# Parameters\nstpes = 3\n", steps=101, stpes=3, **MODEL_AND_DATA)
+    with pytest.raises(ConfigError, match="did you mean steps"):
+        TrainConfig.from_notebook(namespace)
+
+
+def test_a_mistake_that_was_mended_is_forgotten():
+    wrong = TAGGED.replace("steps", "stpes")
+    namespace = notebook(wrong, TAGGED, steps=101, stpes=101, **MODEL_AND_DATA)
+    assert TrainConfig.from_notebook(namespace).max_train_steps == 101
+
+
+@pytest.mark.parametrize(
+    "injected, expected",
+    [
+        (dict(max_train_steps=7), dict(max_train_steps=7)),
+        (dict(num_train_epochs=2), dict(max_train_steps=None, num_train_epochs=2)),
+        (dict(train_data_dir="images"), dict(dataset_name=None, train_data_dir="images")),
+        (dict(steps=5, num_train_epochs=2), dict(max_train_steps=5, num_train_epochs=2)),
+    ],
+)
+def test_a_given_setting_replaces_the_notebooks_default_for_the_same_choice(injected, expected):
+    cell = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in injected.items())
+    made = TrainConfig.from_notebook(notebook(TAGGED, cell, **{"steps": 101, **MODEL_AND_DATA, **injected}))
+    assert {name: getattr(made, name) for name in expected} == expected

@@ -1,0 +1,172 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from sdnb import data, openmoji
+from sdnb.config import TrainConfig
+from sdnb.errors import DataError
+
+
+def config(**settings):
+    return TrainConfig(**{"pretrained_model_name_or_path": "tiny", "resolution": 64, **settings})
+
+
+def load_folder(folder, **settings):
+    return data.load(config(train_data_dir=str(folder), **settings)).train
+
+
+def test_the_embedded_set():
+    splits = data.load(config(dataset_name="openmoji"))
+    assert len(splits.train) == 833
+    assert len(splits.held_out) == 1918 - 833
+    assert not set(splits.train.captions) & set(splits.held_out.captions)
+    assert splits.train.picture(0).size == (64, 64)
+    heart = [*splits.train.captions, *splits.held_out.captions].index("red heart")
+    picture = splits.train.picture(heart) if heart < 833 else splits.held_out.picture(heart - 833)
+    red, green, blue = picture.getpixel((32, 32))
+    assert red > 200 and green < 120 and blue < 120, "a red heart is red in its middle"
+    assert picture.getpixel((0, 0)) == (255, 255, 255), "on white"
+
+
+def test_the_embedded_set_has_no_skin_tone_variants():
+    assert len(openmoji.named_pictures()) == 1918
+    assert not [caption for _, caption in openmoji.named_pictures() if "skin tone" in caption]
+
+
+def test_the_embedded_set_at_another_resolution():
+    assert data.load(config(dataset_name="openmoji", resolution=32)).train.picture(5).size == (32, 32)
+
+
+def test_fewer_examples(image_folder):
+    assert len(load_folder(image_folder(5), max_train_samples=3, seed=1)) == 3
+    with pytest.raises(DataError, match="max_train_samples = 9.* has 5"):
+        load_folder(image_folder(5, name="more"), max_train_samples=9)
+
+
+def test_a_data_set_by_folder_has_its_held_out_split(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / split / "a.png")
+        (tmp_path / split / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "black"}\n')
+    splits = data.load(config(dataset_name=str(tmp_path)))
+    assert (len(splits.train), len(splits.held_out)) == (1, 1)
+
+
+def write_metadata(folder, *lines):
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+
+
+def test_a_picture_that_does_not_decode_is_named(image_folder):
+    folder = image_folder(3)
+    (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:60])
+    pictures = load_folder(folder)
+    pictures.picture(0)
+    with pytest.raises(DataError, match=r"row 1.*001\.png.*cannot be decoded"):
+        pictures.picture(1)
+
+
+def test_a_missing_caption_is_named(image_folder):
+    folder = image_folder(2)
+    write_metadata(folder, {"file_name": "000.png", "text": "a"}, {"file_name": "001.png", "text": None})
+    with pytest.raises(DataError, match=r"row 1.*001\.png.*is None"):
+        load_folder(folder)
+
+
+def test_a_picture_without_a_line_is_named(image_folder):
+    folder = image_folder(2)
+    write_metadata(folder, {"file_name": "000.png", "text": "a"})
+    with pytest.raises(DataError, match=r"1 of 2 pictures have no caption: 001\.png"):
+        load_folder(folder)
+
+
+def test_a_line_without_its_picture_is_named(image_folder):
+    folder = image_folder(1)
+    write_metadata(folder, {"file_name": "000.png", "text": "a"}, {"file_name": "gone.png", "text": "b"})
+    with pytest.raises(DataError, match=r"gone\.png"):
+        load_folder(folder).picture(1)
+
+
+def test_an_empty_folder(image_folder):
+    folder = image_folder(0)
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(DataError, match="needs images, and a metadata"):
+        load_folder(folder)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(DataError, match="there is no such folder"):
+        load_folder(tmp_path / "nowhere")
+
+
+def test_a_wrong_column_name_says_which_there_are(image_folder):
+    with pytest.raises(DataError, match="caption_column = caption.*it has: image, text"):
+        load_folder(image_folder(1), caption_column="caption")
+    with pytest.raises(DataError, match="image_column = picture.*it has: image, text"):
+        load_folder(image_folder(1, name="again"), image_column="picture")
+    with pytest.raises(DataError, match="holds .*not images"):
+        load_folder(image_folder(1, name="third"), image_column="text")
+
+
+def test_the_vanished_data_set_names_what_to_use_instead():
+    with pytest.raises(DataError) as error:
+        data.load(config(dataset_name="lambdalabs/pokemon-blip-captions"))
+    assert all(name in str(error.value) for name in ("naruto-blip-captions", "openmoji", "train_data_dir"))
+
+
+def test_resize_keeps_the_shape_as_torchvision_does():
+    # torchvision's Resize(64) makes the shorter side 64 and cuts the longer one to an integer.
+    assert data.resize(Image.new("RGB", (100, 70)), 64).size == (int(64 * 100 / 70), 64)
+    assert data.resize(Image.new("RGB", (70, 100)), 64).size == (64, int(64 * 100 / 70))
+    same = Image.new("RGB", (64, 90))
+    assert data.resize(same, 64) is same
+
+
+def coordinates(width, height):
+    """A picture whose pixels tell where they were."""
+    picture = Image.new("RGB", (width, height))
+    picture.putdata([(x, y, 0) for y in range(height) for x in range(width)])
+    return picture
+
+
+def test_the_centre_crop():
+    assert data.crop(coordinates(100, 64), 64, center=True).getpixel((0, 0)) == (18, 0, 0)
+    assert data.crop(coordinates(64, 69), 64, center=True).getpixel((0, 0)) == (0, 2, 0), "2.5 rounds to 2"
+
+
+def test_the_random_crop_draws_row_then_column():
+    torch.manual_seed(3)
+    top, left = int(torch.randint(0, 64 - 64 + 1, (1,))), int(torch.randint(0, 100 - 64 + 1, (1,)))
+    torch.manual_seed(3)
+    assert data.crop(coordinates(100, 64), 64, center=False).getpixel((0, 0)) == (left, top, 0)
+    state = torch.get_rng_state()
+    data.crop(coordinates(64, 64), 64, center=False)
+    assert torch.equal(state, torch.get_rng_state()), "nothing to choose, nothing drawn"
+
+
+def test_pixels_and_flip():
+    made = config(dataset_name="openmoji", random_flip=True, center_crop=True)
+    picture = coordinates(64, 64)
+    flipped = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = torch.rand(1) < 0.5
+        torch.manual_seed(seed)
+        pixels = data.transform(picture, made)
+        assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.float32
+        assert torch.isclose(pixels[0, 0, 0], torch.tensor((63 if expected else 0) / 255 * 2 - 1))
+        assert torch.isclose(pixels[2].max(), torch.tensor(-1.0))
+        flipped += bool(expected)
+    assert 3 < flipped < 17
+
+
+def test_one_of_several_captions_is_drawn(image_folder):
+    from sdnb import embedded
+
+    folder = image_folder(1)
+    write_metadata(folder, {"file_name": "000.png", "text": ["red heart", "blue heart"]})
+    pictures = load_folder(folder)
+    pictures.tokenizer = embedded.caption_tokenizer(24)
+    seen = {tuple(pictures[0]["input_ids"].tolist()) for _ in range(30)}
+    assert len(seen) == 2

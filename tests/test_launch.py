@@ -1,0 +1,213 @@
+"""Launching, with real processes: they join, they fail, they are interrupted, and none is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sdnb import launch, models, runs
+from sdnb.config import TrainConfig
+from sdnb.errors import ConfigError, DataError, ModelError, RunError
+
+QUIET = {"show": lambda line, log: None}
+
+
+def start(settings, **changes):
+    show = changes.pop("show", QUIET["show"])
+    return launch.launch(launch.prepare(TrainConfig(**{**settings, **changes})), show=show)
+
+
+def processes_of(folder):
+    """The processes that run a run, wherever they hang in the process tree."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if process.info["cmdline"] and str(folder) in process.info["cmdline"] and process.status() != "zombie":
+            found.append(process)
+    return found
+
+
+def none_left(folder, within=10):
+    end = time.time() + within
+    while processes_of(folder):
+        if time.time() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def at_step(step, act):
+    """A `show` that acts once, when the progress line reaches a step."""
+    done = []
+
+    def show(line, log):
+        if f" step {step}/" in f" {line}" and not done:
+            done.append(line)
+            act()
+
+    return show
+
+
+def test_two_ranks_train_as_one(settings, image_folder):
+    """After this process has computed with torch, so that a fork of it would hang."""
+    torch.ones(500, 500) @ torch.ones(500, 500)
+    folder = image_folder(37)
+    run = start(settings, dataset_name=None, train_data_dir=str(folder), num_processes=2, steps=12)
+    assert run.summary["world_size"] == 2
+    assert run.summary["distributed_type"] == "MULTI_CPU"
+    checksums = [rank["checksum"] for rank in run.summary["ranks"]]
+    assert checksums[0] == checksums[1]
+    # 19 batches of 2 make 10 rounds of 2 ranks: 5 steps of 8 pictures an epoch, 3 of the 40 pictures repeats.
+    assert list(run.steps.micro_batches) == [2] * 12
+    assert list(run.steps.images) == [8] * 12
+    assert list(run.steps.epoch) == [0] * 5 + [1] * 5 + [2] * 2
+    log = run.log
+    assert "rank 0 INFO" in log and "rank 1 INFO" in log
+    assert none_left(run.folder)
+
+
+def test_both_ranks_losses_count(settings, tmp_path):
+    """The mean over two ranks is not what one of them has."""
+    run = start(settings, num_processes=2, gradient_accumulation_steps=1, steps=2)
+    assert abs(run.steps.loss - run.steps.step_loss).min() > 1e-4
+
+
+def test_a_run_after_a_run_and_two_at_once(settings, tmp_path):
+    plans = [
+        launch.prepare(TrainConfig(**{**settings, "num_processes": 2, "output_dir": str(tmp_path / name)}))
+        for name in ("a", "b")
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda plan: launch.launch(plan, **QUIET), plans))
+    assert list(both[0].steps.loss) == list(both[1].steps.loss)
+    again = start(settings, num_processes=2, output_dir=str(tmp_path / "c"))
+    assert list(again.steps.loss) == list(both[0].steps.loss)
+
+
+def test_a_rank_that_cannot_go_on_says_why(settings, image_folder):
+    folder = image_folder(12)
+    (folder / "007.png").write_bytes(b"no picture")
+    with pytest.raises(RunError) as error:
+        start(settings, dataset_name=None, train_data_dir=str(folder), num_processes=2, steps=20)
+    assert "failed: DataError" in str(error.value) and "007.png" in str(error.value)
+    assert "Traceback" not in str(error.value), "what a user can put right needs none"
+    assert none_left(Path(settings["output_dir"]))
+
+
+def test_a_ranks_exception_comes_with_its_traceback(settings, tmp_path):
+    """A text encoder that does not fit the UNet: torch's own error, deep inside a rank."""
+    import shutil
+
+    model = Path(shutil.copytree(models.source(TrainConfig(**settings)), tmp_path / "model"))
+    unet = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps({**unet, "cross_attention_dim": 96}))
+    made = models.UNet2DConditionModel.from_config(json.loads((model / "unet" / "config.json").read_text()))
+    made.save_pretrained(model / "unet")
+    with pytest.raises(RunError) as error:
+        start(settings, pretrained_model_name_or_path=str(model), num_processes=2)
+    said = str(error.value)
+    assert "RuntimeError" in said and "Traceback (most recent call last)" in said and "sdnb/train.py" in said
+    assert "0 steps" in said
+    assert none_left(Path(settings["output_dir"]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_rank_ends_the_run_and_keeps_what_was_measured(settings, ranks):
+    folder = Path(settings["output_dir"])
+
+    def kill_the_last_rank():
+        os.kill(max(process.pid for process in processes_of(folder)), signal.SIGKILL)
+
+    began = time.time()
+    with pytest.raises(RunError, match="died of SIGKILL") as error:
+        start(settings, num_processes=ranks, steps=2000, show=at_step(3, kill_the_last_rank))
+    assert time.time() - began < 90
+    assert "steps) and the log are in" in str(error.value)
+    assert len(runs.Run(folder).steps) >= 3
+    assert none_left(folder)
+
+
+def test_an_interrupt_ends_every_rank(settings):
+    folder = Path(settings["output_dir"])
+    moment = []
+
+    def interrupt():
+        moment.append(time.time())
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        start(settings, num_processes=2, steps=2000, show=at_step(2, interrupt))
+    assert time.time() - moment[0] < 8
+    assert none_left(folder, within=2)
+    assert len(runs.Run(folder).steps) >= 2
+
+
+def test_the_death_of_the_one_who_launched_ends_every_rank(settings):
+    folder = Path(settings["output_dir"])
+    code = (
+        "import sys, json; from sdnb import launch; from sdnb.config import TrainConfig\n"
+        "launch.launch(launch.prepare(TrainConfig(**json.loads(sys.argv[1]))), show=lambda line, log: None)"
+    )
+    long = json.dumps({**settings, "num_processes": 2, "steps": 2000})
+    launcher = subprocess.Popen([sys.executable, "-c", code, long])
+    try:
+        end = time.time() + 120
+        while not (folder / runs.STEPS).exists():
+            assert launcher.poll() is None and time.time() < end
+            time.sleep(0.2)
+        assert len(processes_of(folder)) >= 2
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert none_left(folder, within=5)
+
+
+def test_ranks_that_do_not_join_are_an_error(settings, monkeypatch):
+    """As accelerate's launcher leaves CPU ranks without ACCELERATE_USE_CPU: each trains alone."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    with pytest.raises(RunError, match="2 ranks were asked for and 1 joined"):
+        start(settings, num_processes=2)
+
+
+def test_what_is_wrong_is_found_before_anything_is_launched(settings, tmp_path):
+    for changes, error in (
+        (dict(mixed_precision="fp16"), ConfigError),
+        (dict(pretrained_model_name_or_path="tinny"), ModelError),
+        (dict(dataset_name=str(tmp_path / "nowhere")), DataError),
+    ):
+        with pytest.raises(error):
+            launch.prepare(TrainConfig(**{**settings, **changes}))
+    assert not Path(settings["output_dir"]).exists()
+
+
+def test_the_plan_says_what_will_run(settings):
+    made = TrainConfig(**{**settings, "train_batch_size": 8, "gradient_accumulation_steps": 4, "num_processes": 2})
+    plan = launch.prepare(made)
+    assert plan.facts["global batch"].startswith("64 = 8 × 4")
+    # 833 / 8 = 105 batches, 53 rounds of two ranks: 13 full steps and one of a single micro-batch; 848 - 833 repeats.
+    assert (
+        "53 micro-batches a rank, 14 optimizer steps, 1 of them short; 848 pictures, 15 of them"
+        in plan.facts["an epoch"]
+    )
+    assert plan.facts["precision"].startswith("no")
+    assert "833 to train on, 1085 held out" in plan.facts["data"]
+    pictures, captions, total = plan.look(6)
+    assert len(pictures) == len(captions) == 6 and total == 833
+
+
+def test_settings_are_data_in_the_plans_html(settings, image_folder):
+    folder = image_folder(2, name="<script>alert(1)</script>".replace("/", ""))
+    plan = launch.prepare(TrainConfig(**{**settings, "dataset_name": None, "train_data_dir": str(folder)}))
+    assert "<script>" not in plan._repr_html_()
+
+
+def test_the_time_left():
+    assert [launch._clock(seconds) for seconds in (5, 65.4, 3725)] == ["0:05", "1:05", "1:02:05"]

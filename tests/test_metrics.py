@@ -1,0 +1,162 @@
+import io
+import math
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from tqdm import tqdm
+
+from sdnb import metrics
+from sdnb.clock import PHASES
+from sdnb.config import TrainConfig
+
+
+def config(**settings):
+    return TrainConfig(
+        pretrained_model_name_or_path="tiny", dataset_name="openmoji",
+        **{"train_batch_size": 8, "gradient_accumulation_steps": 4, "num_processes": 8, **settings},
+    )  # fmt: skip
+
+
+def records(micro_batches, seconds_per_micro_batch, images_per_micro_batch=64, loss=0.1):
+    micro_batches = np.asarray(micro_batches)
+    return pd.DataFrame(
+        dict(
+            step=np.arange(len(micro_batches)) + 1,
+            micro_batches=micro_batches,
+            images=micro_batches * images_per_micro_batch,
+            loss=loss,
+            step_loss=loss,
+            seconds=micro_batches * seconds_per_micro_batch,
+            phase_seconds=[dict.fromkeys(PHASES, 0.1)] * len(micro_batches),
+        )
+    )
+
+
+def published_run():
+    """What the published log comes from: 14 micro-batches an epoch, so steps of 4, 4, 4 and 2, at 0.558 s each."""
+    return records(([4, 4, 4, 2] * 26)[:101], 0.558)
+
+
+def test_the_published_number_and_the_true_one():
+    steps = published_run()
+    assert metrics.smoothed_seconds_per_step(steps.seconds[:100]) == pytest.approx(1.79, abs=0.005)
+    assert metrics.nominal_ips(steps, config()) == pytest.approx(17.88, abs=0.05)
+    together = metrics.images_per_second(steps.images, steps.seconds)
+    assert together.value / 8 == pytest.approx(14.3, abs=0.05)
+    assert together.high - together.low < 1e-6, "every picture takes as long as every other"
+
+
+def test_smoothing_is_what_a_real_progress_bar_shows():
+    bar, seconds = tqdm(total=9, file=io.StringIO(), mininterval=0.02), []
+    last = bar.last_print_t
+    for pause in (0.05, 0.03, 0.06, 0.03, 0.08, 0.04):
+        time.sleep(pause)
+        bar.update(1)
+        seconds.append(bar.last_print_t - last)
+        last = bar.last_print_t
+    # The bar under test has tqdm's own interval of 0.1 s, so it is given times ten times as long.
+    assert metrics.smoothed_seconds_per_step(np.array(seconds) * 10) == pytest.approx(
+        10 / bar.format_dict["rate"], 1e-3
+    )
+    bar.close()
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        seconds = generator.normal(1, 0.1, 90)
+        estimate = metrics.images_per_second(np.full(90, 32), seconds)
+        covered += estimate.low < 32 < estimate.high
+    assert 0.90 < covered / 400 < 0.98
+
+
+def test_slow_drift_widens_the_interval():
+    seconds = 1 + 0.1 * np.sin(np.arange(90) / 8)
+    drifting = metrics.images_per_second(np.full(90, 32), seconds)
+    shuffled = metrics.images_per_second(np.full(90, 32), np.random.default_rng(0).permutation(seconds))
+    assert drifting.high - drifting.low > 1.5 * (shuffled.high - shuffled.low)
+
+
+def test_two_steps_give_no_interval():
+    estimate = metrics.images_per_second([32, 32], [1, 1])
+    assert estimate.value == 32 and math.isnan(estimate.low)
+
+
+def test_warm_up():
+    assert [metrics.warmup_steps(steps) for steps in (1, 2, 5, 101)] == [0, 1, 1, 10]
+
+
+def test_marks():
+    steps = metrics.mark(published_run(), config())
+    assert steps.short.sum() == 25 and steps[steps.short].micro_batches.eq(2).all()
+    assert not steps.steady[:10].any() and steps.steady[10:].all()
+
+
+def test_the_running_mean_weighs_pictures():
+    steps = metrics.mark(records([4, 2], 1, loss=[0.1, 0.4]), config())
+    assert steps.running_loss.iloc[1] == pytest.approx((0.1 * 4 + 0.4 * 2) / 6)
+    long = metrics.mark(records([4] * 30, 1, loss=np.arange(30)), config())
+    assert long.running_loss.iloc[-1] == pytest.approx(np.arange(20, 30).mean())
+
+
+@pytest.mark.parametrize(
+    "device, precision, tf32, peak",
+    [
+        ("NVIDIA A100-SXM4-80GB", "fp16", False, 312),
+        ("NVIDIA A100-SXM4-80GB", "no", True, 156),
+        ("NVIDIA A100-SXM4-80GB", "no", False, 19.5),
+        ("NVIDIA A10", "fp16", False, 125),
+        ("NVIDIA H100 PCIe", "bf16", False, 756),
+        ("NVIDIA H100 80GB HBM3", "bf16", False, 989),
+        ("Tesla T4", "bf16", False, None),
+        ("AMD EPYC", "no", False, None),
+    ],
+)
+def test_peaks(device, precision, tf32, peak):
+    assert metrics.peak_tflops(device, precision, tf32) == peak
+
+
+class FakeRun:
+    """Eight GPUs cannot be had here: what their run folder would say."""
+
+    def __init__(self, steps, target=0.0456, summary=None):
+        self.config = config(target_loss=target, mixed_precision="fp16")
+        self.steps, self.validation = steps, pd.DataFrame()
+        self.environment = {"started": 0, "devices": {"type": "cuda", "names": ["NVIDIA A100-SXM4-80GB"]}}
+        self.model = {
+            "random_weights": False,
+            "flop_per_image": {"unet_training": 2.407e12, "vae_encoder": 1.117e12, "text_encoder": 0.0133e12},
+        }
+        self.summary = summary or {}
+
+
+def test_the_results_of_the_published_run():
+    ranks = [{"peak_memory_gib": 20.0 + rank} for rank in range(8)]
+    measured = metrics.measure(FakeRun(published_run(), summary={"ranks": ranks, "ended": 250.0}))
+    assert measured["images/s per GPU"].value == pytest.approx(14.3, abs=0.05)
+    assert measured["MFU"].value == pytest.approx(14.3 * 3.537 / 312, rel=0.01)
+    assert measured["peak memory"].text == "27.00 GiB"
+    assert measured["short steps"].text == "25 of 101"
+    assert measured["target"].text == "not met: 0.1000 against 0.0456"
+    assert "running mean of the last 10 steps" in measured["target"].how
+    assert measured["total time"].text == "250 s"
+    assert measured["seconds per step"].value == pytest.approx(4 * 0.558)
+
+
+def test_a_run_that_was_cut_short_still_has_results():
+    measured = metrics.measure(FakeRun(published_run()[:1]))
+    assert measured["images/s per GPU"].value == pytest.approx(14.3, abs=0.05)
+    assert "not reach its end" in measured["peak memory"].text
+    assert measured["nominal IPS"].value is None
+
+
+def test_a_target_that_is_met():
+    assert metrics.measure(FakeRun(records([4] * 20, 1, loss=0.04)))["target"].text.startswith("met")
+
+
+def test_where_the_time_goes():
+    phases = metrics.time_by_phase(metrics.mark(published_run(), config()))
+    assert dict(phases) == pytest.approx(dict.fromkeys(PHASES, 0.1))

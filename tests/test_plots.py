@@ -1,0 +1,80 @@
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from test_metrics import FakeRun, published_run
+
+from sdnb import metrics, plots, runs
+from sdnb.config import TrainConfig
+
+
+@pytest.fixture
+def measured():
+    run = FakeRun(published_run())
+    run.validation = pd.DataFrame(dict(step=[0, 101], loss=[0.2, 0.1], standard_error=[0.01, None], pictures=[64, 64]))
+    return metrics.measure(run)
+
+
+def labels(figure):
+    return figure.axes[0].get_legend_handles_labels()[1]
+
+
+def test_the_loss(measured):
+    figure = plots.loss(measured)
+    assert labels(figure)[:2] == ["each step", "mean of 10 steps"]
+    assert "target 0.0456" in labels(figure) and "held-out pictures, 95 % interval" in labels(figure)
+    assert figure.axes[0].get_xlabel() == "optimizer step"
+    assert "ends at 0.1000" in figure.get_supxlabel()
+    figure.canvas.draw()
+
+
+def test_without_a_target_there_is_no_line(measured):
+    run = FakeRun(published_run(), target=None)
+    assert not [label for label in labels(plots.loss(metrics.measure(run))) if "target" in label]
+
+
+def test_step_times_mark_the_short_steps(measured):
+    figure = plots.step_times(measured)
+    points = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert len(points["short step"].get_xdata()) == 25
+    assert len(points["full step"].get_xdata()) == 76
+    assert np.allclose(points["short step"].get_ydata(), 2 * 0.558)
+    assert "25 of 101 steps are short; 10 are left out" in figure.get_supxlabel()
+    assert "warm-up, left out" in labels(figure)
+    assert figure.axes[0].get_ylabel() == "seconds"
+
+
+def test_where_the_time_goes(measured):
+    figure = plots.where_time_goes(measured)
+    assert len(figure.axes[0].patches) == 7
+    assert "14.3 %" in figure.axes[0].texts[0].get_text()
+
+
+def test_a_run_of_one_step_can_be_drawn():
+    measured = metrics.measure(FakeRun(published_run()[:1]))
+    for draw in (plots.loss, plots.step_times, plots.where_time_goes):
+        draw(measured).canvas.draw()
+
+
+def test_pictures_with_captions_that_look_like_formulas():
+    figure = plots.pictures([Image.new("RGB", (8, 8))] * 2, ["costs $5 or $6", "x" * 300], total=9)
+    figure.canvas.draw()
+    assert figure.axes[0].get_title() == "costs $5 or $6"
+    assert figure.get_supxlabel() == "2 of 9 pictures."
+
+
+def test_samples_stand_under_their_prompt(tmp_path):
+    TrainConfig(pretrained_model_name_or_path="tiny", dataset_name="openmoji").save(tmp_path / runs.CONFIG)
+    runs.write(tmp_path / runs.MODEL, {"random_weights": True})
+    run = runs.Run(tmp_path)
+    assert plots.samples(run) is None
+    (tmp_path / "samples").mkdir()
+    for step in (0, 5):
+        for index, prompt in enumerate(("a", "b")):
+            Image.new("RGB", (8, 8)).save(tmp_path / "samples" / f"{step}-{index}.png")
+            record = dict(file=f"{step}-{index}.png", step=step, prompt=prompt, seed=3, num_inference_steps=20)
+            runs.append(tmp_path / "samples" / "samples.jsonl", {**record, "guidance_scale": 7.5})
+    figure = plots.samples(run)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
+    assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["before", "after step 5"]
+    assert "Seed 3" in figure.get_supxlabel() and "random weights" in figure.get_supxlabel()

@@ -1,0 +1,79 @@
+import re
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from sdnb import report
+from sdnb.errors import RunError
+from sdnb.metrics import RESULTS_MIME
+
+ROWS = [
+    dict(name="images/s per GPU", text="14.30 (14.20 to 14.40)", how="measured", value=14.3),
+    dict(name="peak memory", text="20 GiB", how="allocator", value=20.0),
+]
+
+
+@pytest.fixture
+def executed(tmp_path):
+    figure, _ = plt.subplots()
+    figure.savefig(tmp_path / "figure.png")
+    plt.close(figure)
+    import base64
+
+    png = base64.b64encode((tmp_path / "figure.png").read_bytes()).decode()
+    cells = [
+        new_markdown_cell("# A title\n\nProse with <b>mark-up</b>."),
+        new_code_cell("secret_code = 1", outputs=[new_output("display_data", {"image/png": png})]),
+        new_code_cell("table", outputs=[new_output("execute_result", {RESULTS_MIME: ROWS, "text/plain": "a table"})]),
+        new_code_cell("print()", outputs=[new_output("stream", text="<script>alert(1)</script>")]),
+    ]
+    path = tmp_path / "train.ipynb"
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "3"}}), path)
+    return path
+
+
+def test_the_page_is_one_file_that_loads_nothing(executed):
+    page, headline = report.write(executed)
+    html = page.read_text()
+    assert page == executed.with_suffix(".html")
+    assert [row["name"] for row in headline] == ["images/s per GPU"]
+    assert "14.30 (14.20 to 14.40)" in html and "A title" in html
+    assert 'src="data:image/png;base64,' in html
+    assert not re.search(r"<script|<link|@import|url\(|(src|href)=\"?(http|//)", html)
+    assert "&lt;script&gt;alert(1)" in html, "what a run printed is text"
+
+
+def test_code_is_folded_away(executed):
+    html = report.write(executed)[0].read_text()
+    folded = re.findall(r"<details class=\"code\">.*?</details>", html, re.S)
+    assert any("secret_code" in block for block in folded)
+    assert "secret_code" not in re.sub(r"<details.*?</details>", "", html, flags=re.S)
+
+
+def test_from_the_command_line(executed, tmp_path):
+    command = [sys.executable, "-m", "sdnb.report"]
+    done = subprocess.run([*command, executed, tmp_path / "page.html"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "14.30 (14.20 to 14.40)" in done.stdout and str(tmp_path / "page.html") in done.stdout
+    missing = subprocess.run([*command, tmp_path / "none.ipynb"], capture_output=True, text=True)
+    assert missing.returncode == 1
+    assert "none.ipynb: cannot be read" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_what_is_no_executed_notebook(tmp_path):
+    file = tmp_path / "train.ipynb"
+    file.write_text("{")
+    with pytest.raises(RunError, match="is no notebook"):
+        report.write(file)
+    nbformat.write(new_notebook(cells=[new_code_cell("1")]), file)
+    with pytest.raises(RunError, match="has not been executed"):
+        report.write(file)
+
+
+def test_a_page_that_cannot_be_written(executed, tmp_path):
+    with pytest.raises(RunError, match="cannot be written"):
+        report.write(executed, tmp_path / "nowhere" / "page.html")

@@ -1,0 +1,71 @@
+import json
+import re
+
+import pytest
+
+from sdnb import runs
+from sdnb.config import TrainConfig
+from sdnb.environment import PROJECT
+from sdnb.errors import RunError
+
+
+def config(**settings):
+    return TrainConfig(pretrained_model_name_or_path="tiny", dataset_name="openmoji", **settings)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = runs.create(config(output_dir=str(tmp_path / "run")))
+    config().save(made / runs.CONFIG)
+    return made
+
+
+def test_a_new_folder_each_time(monkeypatch, tmp_path):
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.setattr(runs, "PROJECT", tmp_path)
+    first, second = runs.create(config()), runs.create(config())
+    assert first != second and first.is_dir() and second.is_dir()
+    assert first.parent == tmp_path / "runs"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}-tiny-openmoji", first.name)
+
+
+def test_the_project_is_found():
+    assert (PROJECT / "pyproject.toml").exists()
+
+
+def test_a_run_is_never_written_over(folder):
+    with pytest.raises(RunError, match="there is a run in it already"):
+        runs.create(config(output_dir=str(folder)))
+
+
+def test_a_folder_with_other_things_in_it_may_be_used(tmp_path):
+    (tmp_path / "train.ipynb").touch()
+    assert runs.create(config(output_dir=str(tmp_path))) == tmp_path
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot make this folder"):
+        runs.create(config(output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_records_can_be_read_while_they_are_written(folder):
+    run = runs.Run(folder)
+    assert run.steps.empty and run.summary == {} and run.failure == {} and run.log == ""
+    runs.append(folder / runs.STEPS, dict(step=1, loss=0.5, grad_norm=float("inf")))
+    runs.append(folder / runs.STEPS, dict(step=2, loss=0.4, grad_norm=1.0))
+    with (folder / runs.STEPS).open("a") as file:
+        file.write('{"step": 3, "lo')  # as a crash leaves it
+    assert list(run.steps.step) == [1, 2]
+    assert json.loads((folder / runs.STEPS).read_text().splitlines()[0])["grad_norm"] is None
+
+
+def test_a_damaged_record_is_an_error_and_not_dropped(folder):
+    (folder / runs.STEPS).write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl: a line is not JSON"):
+        _ = runs.Run(folder).steps
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(RunError, match="there is no run here"):
+        runs.Run(tmp_path)

@@ -1,0 +1,212 @@
+"""The training itself, on one rank in a process of its own, with the small model."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from sdnb import launch, models, runs
+from sdnb.clock import PHASES, StepClock
+from sdnb.config import TrainConfig
+from sdnb.diffusion import draw_noise, loss_of, target_of
+from sdnb.evaluate import HeldOutLoss
+
+
+def train(settings, **changes):
+    plan = launch.prepare(TrainConfig(**{**settings, **changes}))
+    return launch.launch(plan, show=lambda line, log: None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """37 pictures on one rank, 2 × 2 a step: epochs of 10 steps, the last with one micro-batch of one picture."""
+    folder = tmp_path_factory.mktemp("train")
+    from PIL import Image
+
+    lines = []
+    for index in range(37):
+        Image.new("RGB", (80, 64), (index * 7 % 256, 0, 0)).save(folder / f"{index:02}.png")
+        lines.append(json.dumps({"file_name": f"{index:02}.png", "text": f"picture {index}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return train(
+        dict(
+            pretrained_model_name_or_path="tiny", train_data_dir=str(folder), resolution=64, random_flip=True,
+            train_batch_size=2, gradient_accumulation_steps=2, steps=21, learning_rate=1e-3, lr_warmup_steps=0,
+            use_ema=True, seed=7, validation_prompts=["red heart"], validation_loss_steps=5,
+            output_dir=str(folder / "run"),
+        )
+    )  # fmt: skip
+
+
+def test_short_steps_and_the_pictures_trained_on(run):
+    steps = run.steps
+    assert list(steps.step) == list(range(1, 22))
+    assert list(steps.epoch) == [0] * 10 + [1] * 10 + [2]
+    assert list(steps.micro_batches) == ([2] * 9 + [1]) * 2 + [2]
+    assert list(steps.images) == ([4] * 9 + [1]) * 2 + [4]
+    assert steps[steps.epoch == 0].images.sum() == 37, "each picture once an epoch"
+
+
+def test_loss_and_train_loss(run):
+    steps = run.steps
+    full, short = steps[steps.micro_batches == 2], steps[steps.micro_batches == 1]
+    assert (full.loss - full.train_loss).abs().max() < 1e-6
+    assert (short.loss - 2 * short.train_loss).abs().max() < 1e-6, "the reference divides by 2 though there was 1"
+    assert (short.loss - short.step_loss).abs().max() < 1e-6, "one micro-batch on one rank is the last"
+
+
+def test_the_record_of_a_step(run):
+    record = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(record) == {
+        "step", "epoch", "micro_batches", "images", "loss", "train_loss", "step_loss", "grad_norm", "lr", "seconds",
+        "phase_seconds",
+    }  # fmt: skip
+    assert record["lr"] == 1e-3
+    assert record["grad_norm"] > 0
+    assert set(record["phase_seconds"]) == set(PHASES)
+    assert sum(record["phase_seconds"].values()) == pytest.approx(record["seconds"], rel=0.01)
+
+
+def test_what_else_the_run_folder_holds(run):
+    assert TrainConfig.from_yaml(run.folder / "config.yaml").num_processes == 1
+    assert run.environment["packages"]["torch"] == torch.__version__
+    assert run.model["parameters"]["unet"] > 9e6 and run.model["random_weights"]
+    assert run.summary["world_size"] == 1 and 0.1 < run.summary["ranks"][0]["peak_memory_gib"] < 8
+    assert "rank 0 INFO" in run.log
+    assert list((run.folder / "logs").rglob("events.out.tfevents*"))
+
+
+def test_no_held_out_pictures_is_said(run):
+    assert run.validation.empty
+    assert "WARNING no held-out pictures" in run.log
+
+
+def test_pictures_before_and_after(run):
+    assert list(run.samples.step) == [0, 21]
+    assert (run.samples.prompt == "red heart").all() and (run.samples.seed == 7).all()
+    files = [(run.folder / "samples" / file).read_bytes() for file in run.samples.file]
+    assert files[0] != files[1]
+
+
+def test_the_trained_pipeline_loads_and_draws(run):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(run.folder)
+    picture = pipeline("red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert picture.size == (64, 64)
+    untrained = models.load_unet(run.config).state_dict()
+    trained = pipeline.unet.state_dict()
+    assert any(not torch.equal(trained[name], untrained[name]) for name in trained)
+
+
+def test_what_is_saved_is_the_average_of_the_weights(settings, tmp_path):
+    """The same training without EMA ends at other weights; the average lies between the start and those."""
+    start = models.load_unet(TrainConfig(**settings)).conv_in.weight
+    ends = {}
+    for use_ema in (False, True):
+        run = train(settings, use_ema=use_ema, output_dir=str(tmp_path / f"ema-{use_ema}"))
+        ends[use_ema] = models.load_unet(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)}))
+    plain, average = (ends[use_ema].conv_in.weight - start for use_ema in (False, True))
+    # After two steps with decays 0 (not yet) … (1 + 1) / (10 + 1): close to the weights, but not they.
+    assert 0.5 < (average.norm() / plain.norm()).item() < 1.0
+
+
+def test_the_same_seed_gives_the_same_training(settings, tmp_path):
+    first = train(settings, output_dir=str(tmp_path / "a"), validation_loss_steps=1, validation_prompts=["sun"])
+    second = train(settings, output_dir=str(tmp_path / "b"))
+    other = train(settings, output_dir=str(tmp_path / "c"), seed=8)
+    assert list(first.steps.loss) == list(second.steps.loss), "looking at it does not change it"
+    assert list(first.steps.loss) != list(other.steps.loss)
+    assert list(first.validation.step) == [0, 1, 2]
+    assert (first.validation.pictures == 64).all()
+    assert (first.validation.standard_error > 0).all()
+
+
+def test_a_learning_rate_schedule(settings):
+    run = train(settings, lr_scheduler="linear", lr_warmup_steps=2, steps=4, scale_lr=True, learning_rate=1e-4)
+    assert list(run.steps.lr) == pytest.approx([0, 2e-4, 4e-4, 2e-4])
+
+
+def test_gradients_are_clipped(settings, tmp_path):
+    loose = train(settings, output_dir=str(tmp_path / "loose"), steps=1)
+    tight = train(settings, output_dir=str(tmp_path / "tight"), steps=1, max_grad_norm=1e-3)
+    assert loose.steps.grad_norm[0] == tight.steps.grad_norm[0] > 1, "the norm recorded is that before clipping"
+
+
+def test_bfloat16_on_the_cpu(settings):
+    run = train(settings, mixed_precision="bf16", steps=1)
+    assert 0.5 < run.steps.loss[0] < 2
+
+
+def scheduler(prediction_type="epsilon"):
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(prediction_type=prediction_type)
+
+
+def test_noise_offset_and_perturbation():
+    latents = torch.zeros(2, 4, 8, 8)
+    config = TrainConfig(pretrained_model_name_or_path="tiny", dataset_name="openmoji")
+    noise, added = draw_noise(latents, config)
+    assert added is noise
+    noise, _ = draw_noise(latents, config.updated(noise_offset=10.0))
+    assert noise.mean((2, 3)).std() > 3, "each channel of each picture is shifted"
+    noise, added = draw_noise(latents, config.updated(input_perturbation=0.1))
+    assert 0.08 < (added - noise).std() < 0.12
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights(prediction_type):
+    """arXiv 2303.09556: min(SNR, γ) / SNR for the noise, min(SNR, γ) / (SNR + 1) for the velocity."""
+    made = scheduler(prediction_type)
+    timesteps = torch.tensor([10, 900])
+    prediction, target = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
+    snr = made.alphas_cumprod[timesteps] / (1 - made.alphas_cumprod[timesteps])
+    expected = snr.clamp(max=5) / (snr + (prediction_type == "v_prediction"))
+    assert loss_of(prediction, target, made, timesteps, 5.0) == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert loss_of(prediction, target, made, timesteps, None) == 1
+
+
+def test_what_is_predicted():
+    latents, noise, timesteps = torch.ones(1, 4, 2, 2), torch.full((1, 4, 2, 2), 2.0), torch.tensor([500])
+    assert target_of(scheduler(), latents, noise, timesteps) is noise
+    made = scheduler("v_prediction")
+    alpha = made.alphas_cumprod[500]
+    velocity = target_of(made, latents, noise, timesteps)
+    assert velocity.flatten()[0] == pytest.approx((alpha.sqrt() * 2 - (1 - alpha).sqrt()).item(), rel=1e-5)
+
+
+def test_the_held_out_loss_is_the_same_every_time_and_draws_nothing(settings):
+    from sdnb import data
+
+    config = TrainConfig(**settings)
+    parts, splits = models.load(config), data.load(config)
+    state = torch.get_rng_state()
+    first, second = (HeldOutLoss(splits.held_out, parts, config, torch.device("cpu"))(parts.unet) for _ in range(2))
+    assert first == second
+    assert torch.equal(state, torch.get_rng_state())
+    assert 0.5 < first["loss"] < 2
+
+
+def test_the_clock_adds_up():
+    import time
+
+    clock = StepClock(torch.device("cpu"))
+    time.sleep(0.02)
+    clock.lap("data")
+    time.sleep(0.03)
+    clock.lap("forward")
+    time.sleep(0.01)
+    seconds, phases = clock.read()
+    assert sum(phases.values()) == pytest.approx(seconds)
+    assert phases["data"] >= 0.02 and phases["forward"] >= 0.03 and phases["other"] >= 0.01
+    assert phases["backward"] == 0
+    time.sleep(0.05)
+    clock.restart()
+    assert clock.read()[0] < 0.05, "what came before the restart belongs to no step"
+
+
+def test_the_records_make_a_table(run):
+    assert isinstance(run.steps, pd.DataFrame)
+    assert runs.Run(run.folder).steps.equals(run.steps)
