@@ -285,7 +285,7 @@ def _log_to(path: Path, accelerator: Accelerator) -> None:
     handler = logging.FileHandler(path)
     rank = accelerator.process_index
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
-    logger.addHandler(handler)
+    logger.handlers = [handler]  # not those of a training before this one in the same process
     logger.setLevel(logging.INFO)
 
 

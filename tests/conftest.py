@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # two test workers, with two ranks each, on two cores
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -62,8 +62,10 @@ def test_every_wrong_setting_is_named_at_once():
 
 def test_what_yaml_makes_of_numbers_and_no(tmp_path):
     file = tmp_path / "settings.yaml"
-    file.write_text("{pretrained_model_name_or_path: tiny, dataset_name: openmoji, "
-                    "learning_rate: 1e-5, mixed_precision: no, center_crop: yes, validation_prompts: [a, b]}")  # fmt: skip
+    file.write_text(
+        "{pretrained_model_name_or_path: tiny, dataset_name: openmoji, learning_rate: 1e-5, "
+        "mixed_precision: no, center_crop: yes, validation_prompts: [a, b]}"
+    )
     made = TrainConfig.from_yaml(file, steps=5)
     assert (made.learning_rate, made.mixed_precision, made.center_crop) == (1e-5, "no", True)
     assert made.validation_prompts == ("a", "b")

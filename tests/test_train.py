@@ -1,12 +1,14 @@
-"""The training itself, on one rank in a process of its own, with the small model."""
+"""The training itself, on one rank in this process, with the small model."""
 
 import json
 
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from sdnb import launch, models, runs
+from sdnb import train as training
 from sdnb.clock import PHASES, StepClock
 from sdnb.config import TrainConfig
 from sdnb.diffusion import draw_noise, loss_of, target_of
@@ -14,8 +16,14 @@ from sdnb.evaluate import HeldOutLoss
 
 
 def train(settings, **changes):
+    AcceleratorState._reset_state(reset_partial_state=True)
     plan = launch.prepare(TrainConfig(**{**settings, **changes}))
-    return launch.launch(plan, show=lambda line, log: None)
+    folder = runs.create(plan.config)
+    config = plan.config.updated(output_dir=str(folder))
+    config.save(folder / runs.CONFIG)
+    runs.write(folder / runs.ENVIRONMENT, plan.environment)
+    training.train(config)
+    return runs.Run(folder)
 
 
 @pytest.fixture(scope="module")

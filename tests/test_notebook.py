@@ -1,0 +1,193 @@
+"""The main notebook, executed: by papermill from a shell, and in a kernel as JupyterLab does it."""
+
+import copy
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from conftest import ROOT
+from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
+from test_launch import none_left, processes_of
+
+from sdnb import report, runs
+
+SMALL = ["-p", "train_batch_size", "2", "-p", "gradient_accumulation_steps", "2", "-p", "validation_loss_steps", "0"]
+
+
+def papermill(out, *arguments, cwd=ROOT, notebook="notebooks/train.ipynb"):
+    command = [sys.executable, "-m", "papermill", notebook, str(out), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=250)
+
+
+def outputs(notebook, kind):
+    every = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    return [output.data[kind] for output in every if kind in output.get("data", {})]
+
+
+def test_papermill_from_the_projects_root(tmp_path):
+    out = tmp_path / "run" / "train.ipynb"
+    out.parent.mkdir()
+    done = papermill(out, *SMALL, "-p", "steps", "4", "-p", "output_dir", str(out.parent), "-p", "num_processes", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = runs.Run(out.parent)
+    assert len(run.steps) == 4 and run.summary["world_size"] == 2 and run.config.max_train_steps == 4
+    assert list(run.samples.step) == [0] * 4 + [4] * 4
+
+    notebook = nbformat.read(out, 4)
+    said = outputs(notebook, "text/plain")
+    assert len([text for text in said if "step 4/4" in text]) == 1, "one progress line, in its last state"
+    assert not [text for text in said if "step 1/4" in text]
+    assert len(outputs(notebook, "image/png")) == 5, "training pictures, loss, step times, phases, samples"
+    streams = [output.text for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output]
+    assert streams == [], "no warnings and no chatter"
+    names = [row["name"] for row in report.results(notebook)]
+    assert names[:2] == ["images/s per CPU rank", "nominal IPS"] and "peak memory" in names and "total time" in names
+    page, headline = report.write(out)
+    assert headline and page.stat().st_size < 3e6
+
+
+def test_papermill_from_the_notebooks_folder_with_a_settings_file(tmp_path):
+    """Into a new folder under runs/ in the project's root; `mixed_precision: no` is a boolean in YAML."""
+    (tmp_path / "settings.yaml").write_text(
+        "mixed_precision: no\nmax_train_steps: 2\ntrain_batch_size: 2\nvalidation_prompts: null\nlearning_rate: 1e-4\n"
+    )
+    before = set((ROOT / "runs").glob("*"))
+    done = papermill(
+        tmp_path / "out.ipynb", "-f", str(tmp_path / "settings.yaml"), cwd=ROOT / "notebooks", notebook="train.ipynb"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (new,) = set((ROOT / "runs").glob("*")) - before
+    try:
+        config = runs.Run(new).config
+        assert (config.mixed_precision, config.max_train_steps, config.learning_rate) == ("no", 2, 1e-4)
+        assert len(runs.Run(new).steps) == 2 and runs.Run(new).samples.empty
+    finally:
+        shutil.rmtree(new)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["-p", "stpes", "3"], "stpes: there is no such setting; did you mean steps?"),
+        (["-p", "steps", "many"], "steps = 'many'"),
+        (["-p", "resolution", "-64"], "resolution = -64"),
+        (["-p", "mixed_precision", "fp16"], "fp16 needs a GPU"),
+        (["-f", "params/reference.yaml", "-p", "mixed_precision", "no"], "num_processes"),
+    ][: None if not shutil.which("nvidia-smi") else 3],
+)
+def test_a_wrong_parameter_fails_in_seconds(tmp_path, given, said):
+    if "params/reference.yaml" in given:
+        said = "taken down from the hub"
+        given = [*given, "-p", "pretrained_model_name_or_path", "tiny", "-p", "output_dir", str(tmp_path / "run")]
+    before, began = set((ROOT / "runs").glob("*")), time.time()
+    done = papermill(tmp_path / "out.ipynb", *given)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "pydantic" not in done.stderr
+    assert time.time() - began < 60
+    assert set((ROOT / "runs").glob("*")) == before and not (tmp_path / "run").exists()
+
+
+def small_cells(folder, steps):
+    """The notebook's cells with small settings, as a user would edit them."""
+    cells = nbformat.read(ROOT / "notebooks" / "train.ipynb", 4).cells
+    small = dict(steps=steps, train_batch_size=2, validation_loss_steps=0, validation_prompts=None, output_dir=folder)
+    for cell in cells:
+        if "parameters" in cell.metadata.get("tags", ()):
+            cell.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
+    return cells
+
+
+def executed(cells):
+    notebook = nbformat.v4.new_notebook(
+        cells=[*map(copy.copy, cells)], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    )
+    for index, cell in enumerate(notebook.cells):
+        cell.id = f"c{index}"
+    return NotebookClient(notebook, timeout=200, resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
+
+
+def test_run_all_twice_in_a_kernel_that_has_computed(tmp_path):
+    """Also with variables of the user's own, which are no settings."""
+    torch_first = nbformat.v4.new_code_cell(
+        "import torch\nfrom accelerate import Accelerator\nAccelerator()\n"
+        "total = (torch.ones(500, 500) @ torch.ones(500, 500)).sum().item()"
+    )
+    once, again = small_cells(str(tmp_path / "once"), 2), small_cells(str(tmp_path / "again"), 3)
+    executed([torch_first, *once, *again])
+    assert [len(runs.Run(tmp_path / name).steps) for name in ("once", "again")] == [2, 3]
+
+
+def test_a_rank_that_fails_shows_in_the_notebook(tmp_path, image_folder):
+    folder = image_folder(9)
+    (folder / "005.png").write_bytes(b"no picture")  # not one of those that the notebook shows
+    done = papermill(
+        tmp_path / "out.ipynb", *SMALL, "-p", "steps", "9", "-p", "num_processes", "2",
+        "-p", "train_data_dir", str(folder), "-p", "output_dir", str(tmp_path / "run"),
+    )  # fmt: skip
+    assert done.returncode == 1
+    shown = [output for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for output in cell.get("outputs", ())]
+    (error,) = [output for output in shown if output.output_type == "error"]
+    assert error.ename == "RunError" and "failed: DataError" in error.evalue and "005.png" in error.evalue
+    assert len(error.traceback) < 4, "the message, and not where in sdnb it was raised"
+
+
+def wait_for(condition, within=120):
+    end = time.time() + within
+    while not condition():
+        assert time.time() < end, "it did not come"
+        time.sleep(0.2)
+
+
+def test_interrupting_the_cell_ends_every_rank(tmp_path):
+    cells = [cell for cell in small_cells(str(tmp_path / "run"), 5000) if cell.cell_type == "code"]
+    launching = next(index for index, cell in enumerate(cells) if "launch.launch(" in cell.source)
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(ROOT / "notebooks"))
+    client = manager.client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        for cell in cells[:launching]:
+            client.execute_interactive(cell.source, timeout=120, output_hook=lambda message: None)
+        client.execute(cells[launching].source)
+        wait_for((tmp_path / "run" / runs.STEPS).exists)
+        manager.interrupt_kernel()
+        assert none_left(tmp_path / "run", within=8)
+        reply = client.get_shell_msg(timeout=10)["content"]
+        assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt"
+        shown = []
+        client.execute_interactive(
+            "1 + 1",
+            timeout=30,
+            output_hook=lambda message: shown.append(message["content"].get("data", {}).get("text/plain")),
+        )
+        assert "2" in shown, "the kernel goes on"
+        assert len(runs.Run(tmp_path / "run").steps) >= 1
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killing_papermill_ends_every_rank(tmp_path, number):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(tmp_path / "out.ipynb")]
+    given = [*SMALL, "-p", "steps", "5000", "-p", "num_processes", "2", "-p", "output_dir", str(folder)]
+    process = subprocess.Popen(
+        [*command, *given], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        wait_for((folder / runs.STEPS).exists)
+        assert len(processes_of(folder)) >= 3
+        os.kill(process.pid, number)
+        assert none_left(folder, within=15)
+    finally:
+        process.kill()
+        process.wait()
