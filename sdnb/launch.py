@@ -48,8 +48,12 @@ class Plan:
         return {
             "model": config.pretrained_model_name_or_path,
             "data": f"{config.dataset_name or config.train_data_dir}: {count} to train on, {held_out} held out",
-            "runs on": f"{config.num_processes} × {devices['names'][0]}, "
-            + (f"{devices['memory_gib'][0]} GiB each" if on_gpu else f"{self.environment['cpu_cores']} cores in all"),
+            "runs on": f"{config.num_processes} rank(s), "
+            + (
+                f"each on {devices['names'][0]} with {devices['memory_gib'][0]} GiB"
+                if on_gpu
+                else f"on the CPU: {devices['names'][0]}, {self.environment['cpu_cores']} cores"
+            ),
             "precision": config.mixed_precision + (" (float32)" if config.mixed_precision == "no" else ""),
             "global batch": f"{config.global_batch} = {config.train_batch_size} × "
             f"{config.gradient_accumulation_steps} micro-batches × {config.num_processes} rank(s)",

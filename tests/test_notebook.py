@@ -1,6 +1,7 @@
 """The main notebook, executed: by papermill from a shell, and in a kernel as JupyterLab does it."""
 
 import copy
+import ctypes
 import os
 import shutil
 import signal
@@ -175,13 +176,23 @@ def test_interrupting_the_cell_ends_every_rank(tmp_path):
         manager.shutdown_kernel(now=True)
 
 
+def end_with_the_tests():
+    """A group of its own, as a shell gives to a job; and no longer than the tests."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killing_papermill_ends_every_rank(tmp_path, number):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(tmp_path / "out.ipynb")]
     given = [*SMALL, "-p", "steps", "5000", "-p", "num_processes", "2", "-p", "output_dir", str(folder)]
     process = subprocess.Popen(
-        [*command, *given], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        [*command, *given],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=end_with_the_tests,
     )
     try:
         wait_for((folder / runs.STEPS).exists)
