@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import os
 import re
@@ -10,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +144,7 @@ def launch(plan: Plan, show: Callable[[str, str], None] | None = None) -> runs.R
     try:
         _follow(process, run, config.total_steps(len(plan.examples.train)), show)
     except KeyboardInterrupt:
-        show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}", _tail(run.log, LOG_LINES))
+        show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}", "")
         raise
     finally:
         _end(process)
@@ -166,10 +168,19 @@ def _process_environment(plan: Plan) -> dict[str, str]:
 
 
 def _follow(process: subprocess.Popen, run: runs.Run, steps: int, show: Callable[[str, str], None]) -> None:
+    records, log = runs.Tail(run.folder / runs.STEPS), runs.Tail(run.folder / runs.LOG)
+    lately: deque[dict[str, Any]] = deque(maxlen=20)
+    lines: deque[str] = deque(maxlen=LOG_LINES)
+    warnings: list[str] = []
     shown = None
     while True:
         ended = process.poll() is not None
-        state = progress(run, steps), _warnings(run.log) if ended else _tail(run.log, LOG_LINES)
+        lately.extend(json.loads(line) for line in records.new())
+        for line in log.new():
+            lines.append(line)
+            if re.search(r" rank \d+ (WARNING|ERROR) ", line):
+                warnings.append(line)
+        state = progress(lately, steps), "\n".join(warnings if ended else lines)
         if state != shown:
             show(*state)
             shown = state
@@ -178,18 +189,18 @@ def _follow(process: subprocess.Popen, run: runs.Run, steps: int, show: Callable
         time.sleep(POLL_SECONDS)
 
 
-def progress(run: runs.Run, total: int) -> str:
-    """Where a run is, in one line: step, time left, loss, images/s."""
-    done = run.steps
-    if done.empty:
+def progress(lately: Sequence[dict[str, Any]], total: int) -> str:
+    """Where a run is, in one line: step, time left, loss, images/s, from the records of its latest steps."""
+    if not lately:
         return f"step 0/{total} · starting"
-    lately = done.tail(20)
-    pace = lately.images.sum() / lately.seconds.sum()
-    left = (total - len(done)) * lately.seconds.mean()
-    bar = "█" * round(20 * len(done) / total)
+    step, loss = lately[-1]["step"], lately[-1]["loss"]
+    seconds = sum(record["seconds"] for record in lately)
+    pace = sum(record["images"] for record in lately) / seconds
+    left = _clock((total - step) * seconds / len(lately))
+    bar = "█" * (20 * step // total)
     return (
-        f"{bar:░<20} step {len(done)}/{total} · {_clock(left)} left · "
-        f"loss {done.loss.iloc[-1]:.4f} · {pace:.1f} images/s"
+        f"{bar:░<20} step {step}/{total} · {left} left · "
+        f"loss {'not finite' if loss is None else f'{loss:.4f}'} · {pace:.1f} images/s"
     )
 
 
@@ -233,12 +244,5 @@ def _why(process: subprocess.Popen, run: runs.Run) -> str:
     if failure:
         return f"rank {failure['rank']} failed: {failure['what']}\n{failure['details'].rstrip()}\n{saved}"
     how = f"died of {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "failed"
-    return f"the training {how}; its log ends with\n{_tail(run.log, 20)}\n{saved}"
-
-
-def _tail(log: str, lines: int) -> str:
-    return "\n".join(log.rstrip().splitlines()[-lines:])
-
-
-def _warnings(log: str) -> str:
-    return "\n".join(line for line in log.splitlines() if re.search(r" rank \d+ (WARNING|ERROR) ", line))
+    log_end = "\n".join(run.log.rstrip().splitlines()[-20:])
+    return f"the training {how}; its log ends with\n{log_end}\n{saved}"

@@ -137,6 +137,25 @@ class Run:
         return path.read_text(errors="replace") if path.exists() else ""
 
 
+class Tail:
+    """Reads the lines that a growing file has gained. A line without its end is left for the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.read_to = 0
+
+    def new(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.read_to)
+            whole = file.read().rpartition(b"\n")[0]
+        if not whole:
+            return []
+        self.read_to += len(whole) + 1
+        return whole.decode(errors="replace").split("\n")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -149,10 +168,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _read_lines(path: Path) -> pd.DataFrame:
     """A JSON-lines file as a table. A last line without its end is one that is being written, or was when a crash came:
     it is left out."""
-    if not path.exists():
-        return pd.DataFrame()
-    *lines, _unfinished = path.read_text().split("\n")
     try:
-        return pd.DataFrame([json.loads(line) for line in lines])
+        records = [json.loads(line) for line in Tail(path).new()]
+        # null is what `append` makes of a number that is not finite
+        return pd.DataFrame(
+            [{key: math.nan if value is None else value for key, value in one.items()} for one in records]
+        )
     except json.JSONDecodeError as error:
         raise RunError(f"{path}: a line is not JSON: {error}") from None

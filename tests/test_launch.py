@@ -209,5 +209,12 @@ def test_settings_are_data_in_the_plans_html(settings, image_folder):
     assert "<script>" not in plan._repr_html_()
 
 
+def test_the_progress_line():
+    records = [dict(step=step, seconds=2.0, images=32, loss=0.25) for step in (49, 50)]
+    assert launch.progress([], 100) == "step 0/100 · starting"
+    assert launch.progress(records, 100) == "██████████░░░░░░░░░░ step 50/100 · 1:40 left · loss 0.2500 · 16.0 images/s"
+    assert "loss not finite" in launch.progress([{**records[0], "loss": None}], 100)
+
+
 def test_the_time_left():
     assert [launch._clock(seconds) for seconds in (5, 65.4, 3725)] == ["0:05", "1:05", "1:02:05"]

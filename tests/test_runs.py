@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import pytest
@@ -57,7 +58,18 @@ def test_records_can_be_read_while_they_are_written(folder):
     with (folder / runs.STEPS).open("a") as file:
         file.write('{"step": 3, "lo')  # as a crash leaves it
     assert list(run.steps.step) == [1, 2]
+    assert math.isnan(run.steps.grad_norm[0]) and run.steps.grad_norm[1] == 1
     assert json.loads((folder / runs.STEPS).read_text().splitlines()[0])["grad_norm"] is None
+
+
+def test_the_lines_that_a_file_has_gained(tmp_path):
+    tail = runs.Tail(tmp_path / "log")
+    assert tail.new() == []
+    with (tmp_path / "log").open("w") as file:
+        for text, gained in (("a\nb", ["a"]), ("c\n", ["bc"]), ("", []), ("\nd\ne\n", ["", "d", "e"])):
+            file.write(text)
+            file.flush()
+            assert tail.new() == gained
 
 
 def test_a_damaged_record_is_an_error_and_not_dropped(folder):
