@@ -78,7 +78,7 @@ def test_the_record_of_a_step(run):
 
 def test_what_else_the_run_folder_holds(run):
     assert TrainConfig.from_yaml(run.folder / "config.yaml").num_processes == 1
-    assert run.environment["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(run.environment["packages"]["torch"].partition("+")[0])
     assert run.model["parameters"]["unet"] > 9e6 and run.model["random_weights"]
     assert run.summary["world_size"] == 1 and 0.1 < run.summary["ranks"][0]["peak_memory_gib"] < 8
     assert "rank 0 INFO" in run.log
