@@ -36,14 +36,15 @@ class StepClock:
         Returns:
             The step's seconds on the wall, and the seconds of each phase; `other` is what no lap claimed.
         """
-        seconds = time.perf_counter() - self._began
+        end_of_step, event = time.perf_counter(), self._now()
+        seconds = end_of_step - self._began
         if self._on_gpu:
             self._laps[-1][1].synchronize()
         phases = dict.fromkeys(PHASES, 0.0)
         for (_, start), (phase, end) in zip(self._laps, self._laps[1:]):
             phases[phase] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
-        phases["other"] = max(0.0, seconds - sum(phases.values()))
-        self.restart()
+        phases["other"] += max(0.0, seconds - sum(phases.values()))
+        self._laps, self._began = [("", event)], end_of_step
         return seconds, phases
 
     def _now(self) -> Any:

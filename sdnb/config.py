@@ -148,6 +148,8 @@ class TrainConfig(BaseModel):
                 "no data: give dataset_name (a hub id, a folder, or the embedded openmoji) "
                 "or train_data_dir (a folder of images with a metadata.jsonl)"
             )
+        if self.dataset_name == "openmoji" and self.train_data_dir is not None:
+            raise ValueError("dataset_name = openmoji and train_data_dir exclude each other: set one of them to None")
         return self
 
     @classmethod

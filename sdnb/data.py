@@ -78,19 +78,24 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
         raise DataError(f"{_name(config)} cannot be loaded: {cause}\n{_advice(config)}") from error
     if "train" not in splits or not len(splits["train"]):
         raise DataError(f"{_name(config)}: has no examples in a split named train; it has: {dict(splits.num_rows)}")
-    if name is None:
+    if name is None and "image" in splits["train"].column_names:
         _check_all_have_captions(splits["train"], config)
     return splits
 
 
 def _check_all_have_captions(rows: datasets.Dataset, config: TrainConfig) -> None:
     # `datasets` leaves out, without a word, the pictures that metadata.jsonl does not name.
-    folder = Path(config.train_data_dir).expanduser().resolve()
+    folder = Path(config.train_data_dir).expanduser()
     loaded = {
         Path(stored["path"]).resolve() for stored in rows.cast_column("image", datasets.Image(decode=False))["image"]
     }
-    there = {path for path in folder.rglob("*") if path.suffix.lower() in ImageFolder.EXTENSIONS}
-    if without := sorted(there - loaded):
+    there = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in ImageFolder.EXTENSIONS
+        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    ]
+    if without := [path for path in there if path.resolve() not in loaded]:
         shown = ", ".join(str(path.relative_to(folder)) for path in without[:5])
         raise DataError(
             f"{_name(config)}: {len(without)} of {len(there)} pictures have no caption: {shown}"

@@ -38,7 +38,7 @@ def devices() -> Devices:
             "cuda",
             tuple(device.name for device in seen),
             tuple(round(device.total_memory / 2**30, 1) for device in seen),
-            torch.cuda.is_bf16_supported(),
+            torch.cuda.is_bf16_supported(including_emulation=False),
         )
     return Devices("cpu", (_cpu_name(),), (round(psutil.virtual_memory().total / 2**30, 1),), True)
 

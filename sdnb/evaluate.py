@@ -68,22 +68,23 @@ class HeldOutLoss:
 def draw_samples(
     pipeline: StableDiffusionPipeline, config: TrainConfig, accelerator: Accelerator, folder: Path, step: int
 ) -> None:
-    """Draw each of `validation_prompts` with the settings' seed, and file the pictures with how they were made."""
-    pipeline = pipeline.to(accelerator.device)
+    """Draw each of `validation_prompts` with the settings' seed, and file the pictures with how they were made. As in
+    the reference's validation, no safety checker looks at them."""
+    unchecked = {**pipeline.components, "safety_checker": None, "feature_extractor": None}
+    pipeline = StableDiffusionPipeline(**unchecked, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     seed = config.seed or 0
-    prompts = list(config.validation_prompts)
-    with accelerator.autocast():
-        pictures = pipeline(
-            prompts,
-            height=config.resolution,
-            width=config.resolution,
-            num_inference_steps=INFERENCE_STEPS,
-            guidance_scale=GUIDANCE_SCALE,
-            generator=[torch.Generator().manual_seed(seed) for _ in prompts],
-        ).images
     (folder / runs.SAMPLES).mkdir(exist_ok=True)
-    for index, (prompt, picture) in enumerate(zip(prompts, pictures)):
+    for index, prompt in enumerate(config.validation_prompts):  # one at a time: the optimizer's state is in memory too
+        with accelerator.autocast():
+            picture = pipeline(
+                prompt,
+                height=config.resolution,
+                width=config.resolution,
+                num_inference_steps=INFERENCE_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                generator=torch.Generator().manual_seed(seed),
+            ).images[0]
         name = f"step-{step:06d}-{index}.png"
         picture.save(folder / runs.SAMPLES / name)
         record = dict(

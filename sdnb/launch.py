@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -123,13 +124,30 @@ def launch(plan: Plan, show: Callable[[str, str], None] | None = None) -> runs.R
         RunError: if a rank fails, with that rank's own traceback. What was measured until then is in the run folder.
     """
     folder = runs.create(plan.config)
-    config = plan.config.updated(output_dir=str(folder))
-    config.save(folder / runs.CONFIG)
+    # Without the folder, so that the file makes another run elsewhere.
+    plan.config.updated(output_dir=None).save(folder / runs.CONFIG)
     runs.write(folder / runs.ENVIRONMENT, {**plan.environment, "started": time.time()})
     run = runs.Run(folder)
     show = show or _OneLine()
 
     ends_with_us, held_here = os.pipe()
+    try:
+        process = _start(plan, folder, ends_with_us)
+        try:
+            _follow(process, run, plan.config.total_steps(len(plan.examples.train)), show)
+        except KeyboardInterrupt:
+            show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}", "")
+            raise
+        finally:
+            _end(process)
+    finally:
+        os.close(held_here)  # which ends the process too, if an impatient second interrupt came
+    if process.returncode:
+        raise RunError(_why(process, run))
+    return run
+
+
+def _start(plan: Plan, folder: Path, ends_with_us: int) -> subprocess.Popen:
     with (folder / runs.LOG).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "sdnb.ranks", str(folder), str(ends_with_us)],
@@ -141,30 +159,17 @@ def launch(plan: Plan, show: Callable[[str, str], None] | None = None) -> runs.R
             start_new_session=True,  # a group of its own, so that all of it can be ended, and no signal goes astray
         )
     os.close(ends_with_us)
-    try:
-        _follow(process, run, config.total_steps(len(plan.examples.train)), show)
-    except KeyboardInterrupt:
-        show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}", "")
-        raise
-    finally:
-        _end(process)
-        os.close(held_here)
-    if process.returncode:
-        raise RunError(_why(process, run))
-    return run
+    return process
 
 
 def _process_environment(plan: Plan) -> dict[str, str]:
     """What the ranks' process needs in its environment before it loads torch; the user's own variables go before it."""
+    # Two CPU ranks with a thread for every core each are ten times slower.
+    threads = {"OMP_NUM_THREADS": str(max(1, plan.environment["cpu_cores"] // plan.config.num_processes))}
     if plan.environment["devices"]["type"] != "cpu":
-        return {}
-    return {
-        # Without it accelerate's launcher takes CPU ranks for GPU ranks, and each of them trains alone.
-        "ACCELERATE_USE_CPU": "true",
-        # Two ranks with a thread for every core each are ten times slower.
-        "OMP_NUM_THREADS": str(max(1, plan.environment["cpu_cores"] // plan.config.num_processes)),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
+        return threads
+    # Without the first, accelerate's launcher takes CPU ranks for GPU ranks, and each of them trains alone.
+    return {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", **threads}
 
 
 def _follow(process: subprocess.Popen, run: runs.Run, steps: int, show: Callable[[str, str], None]) -> None:

@@ -54,11 +54,13 @@ def mark(steps: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
     warm-up), and `running_loss` (the mean of `loss` over the last ten steps, weighted by pictures)."""
     if steps.empty:
         return steps.assign(short=[], steady=[], running_loss=[])
-    weighted = (steps.loss * steps.images).rolling(RUNNING_MEAN_STEPS, min_periods=1).sum()
+    window = dict(window=RUNNING_MEAN_STEPS, min_periods=1)
+    weighted = (steps.loss * steps.images).rolling(**window).sum()
+    weighted[steps.loss.isna().rolling(**window).max() > 0] = math.nan  # a loss that is not finite is not passed over
     return steps.assign(
         short=steps.images < config.global_batch,
         steady=np.arange(len(steps)) >= warmup_steps(len(steps)),
-        running_loss=weighted / steps.images.rolling(RUNNING_MEAN_STEPS, min_periods=1).sum(),
+        running_loss=weighted / steps.images.rolling(**window).sum(),
     )
 
 
@@ -110,11 +112,12 @@ def nominal_ips(steps: pd.DataFrame, config: TrainConfig) -> float:
     return config.global_batch / smoothed_seconds_per_step(steps.seconds.iloc[:-1]) / config.num_processes
 
 
-def peak_tflops(device: str, precision: str, allow_tf32: bool) -> float | None:
-    """A device's peak for matrix products, in TFLOP/s; None where it is not known."""
+def peak_tflops(device: str, precision: str) -> float | None:
+    """A device's peak for matrix products, in TFLOP/s; None where it is not known. In float32 that is TF32's where the
+    device has it: convolutions use it unless they are told not to."""
     rates = next((rates for name, rates in _PEAK_TFLOPS.items() if name in device.replace("-", " ").split()
                   or (" " in name and name in device)), {})  # fmt: skip
-    return rates.get("tf32" if precision == "no" and allow_tf32 else precision)
+    return rates.get("tf32", rates.get("no")) if precision == "no" else rates.get(precision)
 
 
 def time_by_phase(steps: pd.DataFrame) -> pd.Series:
@@ -233,7 +236,7 @@ def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], ea
     flop = model["flop_per_image"]
     total = flop["unet_training"] + flop["vae_encoder"] + flop["text_encoder"]
     done = each.value * total / 1e12
-    peak = peak_tflops(devices["names"][0], config.mixed_precision, config.allow_tf32)
+    peak = peak_tflops(devices["names"][0], config.mixed_precision)
     rate = f"{done:.3g} TFLOP/s ({total / 1e12:.4g} TFLOP a picture: UNet forward and backward, VAE, text encoder)"
     if peak is None:
         return Result("MFU", "peak of this device not known", rate)
@@ -264,13 +267,14 @@ def _loss_results(
         begin, end = validation.iloc[0], validation.iloc[-1]
         rows.append(
             Result("held-out loss", f"{begin.loss:.4f} → {end.loss:.4f}",
-                   f"{int(end.pictures)} pictures not trained on, fixed noise, timesteps spread evenly; "
+                   f"{int(end.pictures)} pictures not trained on, the UNet as trained (not its average), fixed noise; "
                    f"step {int(begin.step)} → {int(end.step)}", end.loss)
         )  # fmt: skip
     if config.target_loss is not None:
         met = last.running_loss < config.target_loss
+        verdict = "met" if met else "not met" if math.isfinite(last.running_loss) else "not met, the loss is not finite"
         rows.append(
-            Result("target", f"{'met' if met else 'not met'}: {last.running_loss:.4f} against {config.target_loss}",
+            Result("target", f"{verdict}: {last.running_loss:.4f} against {config.target_loss}",
                    f"by the running mean of the last {window} steps; "
                    f"the step_loss of step {len(steps)} is {last.step_loss:.4f}", float(met))
         )  # fmt: skip

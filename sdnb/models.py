@@ -43,10 +43,10 @@ def has_random_weights(config: TrainConfig) -> bool:
 
 
 def source(config: TrainConfig) -> str:
-    """The folder or the hub id to load from; an embedded model is built into its folder first.
+    """The folder to load from: an embedded model is built into one, and a model of the hub is downloaded, once.
 
     Raises:
-        ModelError: if a folder lacks a part, or a name is neither a folder nor a possible hub id.
+        ModelError: if a folder lacks a part, or a name is neither a folder nor a model of the hub.
     """
     name = config.pretrained_model_name_or_path
     if name in embedded.ARCHITECTURES:
@@ -65,7 +65,10 @@ def source(config: TrainConfig) -> str:
         near = difflib.get_close_matches(name, embedded.ARCHITECTURES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"embedded are: {', '.join(embedded.ARCHITECTURES)}"
         raise ModelError(f"model {name}: there is no such folder, and it is no hub id (owner/name); {hint}")
-    return name
+    try:
+        return StableDiffusionPipeline.download(name, **_hub(config))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _cannot_be_loaded(config, "pipeline", error) from error
 
 
 def load(config: TrainConfig) -> Parts:
@@ -97,37 +100,41 @@ def _weights(config: TrainConfig) -> dict[str, Any]:
     return dict(variant=config.variant, use_safetensors=True)
 
 
+def _hub(config: TrainConfig) -> dict[str, Any]:
+    return dict(revision=config.revision, cache_dir=config.cache_dir, **_weights(config))
+
+
 def _load(cls: type, part: str, where: str, config: TrainConfig, **arguments: Any) -> Any:
     try:
-        loaded = cls.from_pretrained(
-            where, subfolder=part, revision=config.revision, cache_dir=config.cache_dir, **arguments
-        )
+        loaded = cls.from_pretrained(where, subfolder=part, **arguments)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"model {config.pretrained_model_name_or_path}: its {part} cannot be loaded: {_first_line(error)}\n"
-            "Weights must be safetensors files. Without a network, give the folder of a downloaded model, "
-            f"or an embedded one: {', '.join(embedded.ARCHITECTURES)}."
-        ) from error
+        raise _cannot_be_loaded(config, part, error) from error
     return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
+
+
+def _cannot_be_loaded(config: TrainConfig, part: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"model {config.pretrained_model_name_or_path}: its {part} cannot be loaded: {_first_line(error)}\n"
+        "Weights must be safetensors files. Without a network, give the folder of a downloaded model, "
+        f"or an embedded one: {', '.join(embedded.ARCHITECTURES)}."
+    )
 
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def pipeline(config: TrainConfig, parts: Parts, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """The base model's pipeline around a trained UNet, as the reference puts it together."""
-    return StableDiffusionPipeline.from_pretrained(
-        source(config),
-        tokenizer=parts.tokenizer,
-        text_encoder=parts.text_encoder,
-        vae=parts.vae,
-        unet=unet,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        use_safetensors=True,
-    )
+def pipeline(config: TrainConfig, parts: Parts) -> StableDiffusionPipeline:
+    """The base model's pipeline around these parts, as the reference puts it together to save it.
+
+    Raises:
+        ModelError: if something else that the base model's pipeline names, such as a safety checker, cannot be had.
+    """
+    own = dict(tokenizer=parts.tokenizer, text_encoder=parts.text_encoder, vae=parts.vae, unet=parts.unet)
+    try:
+        return StableDiffusionPipeline.from_pretrained(source(config), **own, **_weights(config))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _cannot_be_loaded(config, "pipeline", error) from error
 
 
 def flop_per_image(parts: Parts, resolution: int) -> dict[str, float]:

@@ -48,10 +48,7 @@ def loss(measured: Measurements) -> Figure:
     axes.plot(steps.step, steps.loss, color=BLUE, alpha=0.35, lw=1, label="each step")
     axes.plot(steps.step, steps.running_loss, color=BLUE, lw=2, label=f"mean of {RUNNING_MEAN_STEPS} steps")
     if len(validation):
-        axes.errorbar(
-            validation.step, validation.loss, yerr=1.96 * validation.standard_error.fillna(0).astype(float),
-            color=RED, marker="o", ms=4, lw=1.2, capsize=2, label="held-out pictures, 95 % interval",
-        )  # fmt: skip
+        axes.plot(validation.step, validation.loss, color=RED, marker="o", ms=4, lw=1.2, label="held-out pictures")
     if measured.config.target_loss is not None:
         axes.axhline(measured.config.target_loss, color=GREY, ls="--", label=f"target {measured.config.target_loss:g}")
     axes.set(xlabel="optimizer step", ylabel="mean squared error", ylim=(0, None))

@@ -14,7 +14,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from .errors import SdnbError
 
 def main() -> None:
     folder, pipe = Path(sys.argv[1]), int(sys.argv[2])
-    config = runs.Run(folder).config
-    _end_with(pipe)
+    config = runs.Run(folder).config.updated(output_dir=str(folder))
+    _end_when(lambda: os.read(pipe, 1) == b"")  # nothing is ever written: it returns when the other end closes
 
     from accelerate import notebook_launcher
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,25 +37,27 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # the launcher says "2 CUDAs" of CPU ranks too
             notebook_launcher(
                 _rank,
-                args=(config, pipe),
+                args=(config,),
                 num_processes=config.num_processes,
                 mixed_precision=config.mixed_precision,
                 use_port=str(_free_port()),
             )
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        if not (folder / runs.FAILURE).exists():  # a rank that was killed could not write its own
+        if failure.exitcode < 0:  # a rank that was killed could not write its own
             killed = "SIGKILL, sent by hand or by the system for want of memory"
             how = killed if failure.exitcode == -signal.SIGKILL else failure.signal_name()
-            _file_failure(folder, rank, f"it died of {how}", failure.message)
+            runs.write(folder / runs.FAILURE, {"rank": rank, "what": f"it died of {how}", "details": failure.message})
         sys.exit(1)
 
 
-def _rank(config: TrainConfig, pipe: int) -> None:
+def _rank(config: TrainConfig) -> None:
     sys.stdout = sys.__stdout__
     # elastic's handler, inherited, would not let a rank that waits for another end.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _end_with(pipe)
+    if config.num_processes > 1:
+        launcher = os.getppid()
+        _end_when(lambda: time.sleep(1) or os.getppid() != launcher)
     try:
         from .train import train
 
@@ -62,6 +66,8 @@ def _rank(config: TrainConfig, pipe: int) -> None:
         rank = int(os.environ.get("RANK", 0))
         lines = str(error) if isinstance(error, SdnbError) else traceback.format_exc()
         print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        if not isinstance(error, SdnbError):
+            time.sleep(1)  # a rank that lost its peer fails too: the launcher ends it before it files that
         _file_failure(Path(config.output_dir), rank, type(error).__name__, lines)
         sys.stderr.flush()
         os._exit(1)  # at once: interpreter shutdown would wait for ranks that wait for this one
@@ -76,12 +82,15 @@ def _file_failure(folder: Path, rank: int, what: str, details: Any) -> None:
     runs.write(folder / runs.FAILURE, {"rank": rank, "what": what, "details": str(details)})
 
 
-def _end_with(pipe: int) -> None:
-    def wait() -> None:
-        os.read(pipe, 1)  # nothing is ever written: this returns when the other end closes
+def _end_when(is_over: Callable[[], bool]) -> None:
+    """End every process of the run as soon as `is_over`, which may take its time, says so."""
+
+    def watch() -> None:
+        while not is_over():
+            pass
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _free_port() -> int:

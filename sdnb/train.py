@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
+import re
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -130,10 +131,12 @@ def train(config: TrainConfig) -> None:
                 record["seconds"], record["phase_seconds"] = clock.read()
                 if observer.after_step(record, last=step == total_steps):
                     clock.restart()
+                else:
+                    clock.lap("other")
                 if step == total_steps:
                     break
 
-    observer.after_training(ema)
+    observer.after_training(ema, step)
 
 
 class Tally:
@@ -197,9 +200,14 @@ class Observer:
 
     def before_training(self) -> None:
         self._measure_held_out(step=0)
-        if self.accelerator.is_main_process and self.config.validation_prompts:
-            draw_samples(self._pipeline(), self.config, self.accelerator, self.folder, step=0)
+        if self.accelerator.is_main_process:
+            # Put together now, so that what cannot be had is missed before the training and not after it.
+            self.pipeline = models.pipeline(self.config, self.parts)
+            self._draw(step=0)
         self.accelerator.wait_for_everyone()
+        if self.accelerator.device.type == "cuda":  # the peak that is reported is the training's
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def after_step(self, record: dict[str, Any], last: bool) -> bool:
         """File the record, and measure where it is time to. Returns whether the training was held up."""
@@ -214,18 +222,14 @@ class Observer:
         self.accelerator.wait_for_everyone()
         return True
 
-    def after_training(self, ema: EMAModel | None) -> None:
+    def after_training(self, ema: EMAModel | None, steps: int) -> None:
         accelerator, trained = self.accelerator, time.perf_counter()
+        ranks = self._ranks()
         if ema is not None:
             ema.copy_to(self.unet.parameters())
-        ranks = self._ranks()
         if accelerator.is_main_process:
             logger.info("saving the pipeline")
-            pipeline = self._pipeline()
-            pipeline.save_pretrained(self.folder)
-            if self.config.validation_prompts:
-                step = len(runs.Run(self.folder).steps)
-                draw_samples(pipeline, self.config, accelerator, self.folder, step)
+            self.pipeline.save_pretrained(self.folder)
             summary = dict(
                 world_size=accelerator.num_processes,
                 distributed_type=accelerator.distributed_type.value,
@@ -235,8 +239,13 @@ class Observer:
                 ended=time.time(),
             )
             runs.write(self.folder / runs.SUMMARY, summary)
+            self._draw(steps)
         accelerator.wait_for_everyone()
         accelerator.end_training()
+
+    def _draw(self, step: int) -> None:
+        if self.config.validation_prompts:
+            draw_samples(self.pipeline, self.config, self.accelerator, self.folder, step)
 
     def _measure_held_out(self, step: int) -> None:
         if self.held_out_loss is not None:
@@ -244,18 +253,17 @@ class Observer:
                 measured = self.held_out_loss(self.accelerator.unwrap_model(self.unet))
             runs.append(self.folder / runs.VALIDATION, dict(step=step, **measured))
 
-    def _pipeline(self) -> diffusers.StableDiffusionPipeline:
-        return models.pipeline(self.config, self.parts, self.accelerator.unwrap_model(self.unet))
-
     def _ranks(self) -> list[dict[str, Any]]:
         """Each rank's peak memory, and a checksum of its parameters (sum and sum of squares): all ranks must agree."""
         if self.accelerator.device.type == "cuda":
             memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
         else:
-            memory = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024] * 2
-        parameters = [parameter.detach().double() for parameter in self.unet.parameters()]
-        checksum = [sum(p.sum() for p in parameters).item(), sum(p.square().sum() for p in parameters).item()]
-        own = torch.tensor([*memory, *checksum], dtype=torch.float64, device=self.accelerator.device)
+            memory = [_peak_resident_bytes()] * 2
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        for parameter in self.unet.parameters():  # one at a time: a copy of all of them may not fit
+            values = parameter.detach().double()
+            sums += torch.stack([values.sum(), values.square().sum()])
+        own = torch.cat([sums.new_tensor(memory), sums])
         every = self.accelerator.gather(own[None]).tolist()
         if any(rank[2:] != every[0][2:] for rank in every):
             logger.error("the ranks' parameters differ at the end: %s", [rank[2:] for rank in every])
@@ -272,6 +280,8 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
+        # The ranks wait for each other while one of them fills a cache, draws, or saves.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
@@ -279,6 +289,12 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     settings = {name: value for name, value in config.model_dump().items() if name != "validation_prompts"}
     accelerator.init_trackers(config.tracker_project_name, settings)
     return accelerator
+
+
+def _peak_resident_bytes() -> int:
+    # ru_maxrss would not do: it begins with that of the process which started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def _log_to(path: Path, accelerator: Accelerator) -> None:

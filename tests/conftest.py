@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two test workers, with two ranks each, on
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session", autouse=True)
-def caches(tmp_path_factory):
-    """Caches of the tests' own, so that nothing that is there already helps them."""
-    root = tmp_path_factory.mktemp("cache")
-    os.environ["XDG_CACHE_HOME"] = str(root)
-    os.environ["HF_HOME"] = str(root / "huggingface")
-    return root
+# Caches of the tests' own, so that nothing that is there already helps them; set before anything reads them.
+_CACHE = tempfile.TemporaryDirectory(prefix="sdnb-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ["HF_HOME"] = f"{_CACHE.name}/huggingface"
 
 
 @pytest.fixture

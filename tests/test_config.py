@@ -44,6 +44,7 @@ def test_it_cannot_be_changed():
         (dict(mixed_precision=True), "mixed_precision = True"),
         (dict(lr_scheduler="cosin"), "lr_scheduler = 'cosin'"),
         (dict(steps=3, max_train_steps=4), "steps and max_train_steps are the same setting"),
+        (dict(train_data_dir="x"), "dataset_name = openmoji and train_data_dir exclude each other"),
         (dict(dataset_name=None), "no data: give dataset_name"),
         (dict(pretrained_model_name_or_path=None), "pretrained_model_name_or_path = None"),
     ],

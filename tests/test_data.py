@@ -81,6 +81,16 @@ def test_a_picture_without_a_line_is_named(image_folder):
         load_folder(folder)
 
 
+def test_linked_and_hidden_pictures(image_folder, tmp_path):
+    folder = image_folder(2)
+    (tmp_path / "elsewhere.png").write_bytes((folder / "001.png").read_bytes())
+    (folder / "001.png").unlink()
+    (folder / "001.png").symlink_to(tmp_path / "elsewhere.png")
+    (folder / ".thumbnails").mkdir()
+    (folder / ".thumbnails" / "000.png").write_bytes((folder / "000.png").read_bytes())
+    assert len(load_folder(folder)) == 2
+
+
 def test_a_line_without_its_picture_is_named(image_folder):
     folder = image_folder(1)
     write_metadata(folder, {"file_name": "000.png", "text": "a"}, {"file_name": "gone.png", "text": "b"})

@@ -18,6 +18,7 @@ from test_launch import none_left, processes_of
 
 from sdnb import report, runs
 
+WITHOUT_GPU = pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="this machine has a GPU")
 SMALL = ["-p", "train_batch_size", "2", "-p", "gradient_accumulation_steps", "2", "-p", "validation_loss_steps", "0"]
 
 
@@ -68,6 +69,11 @@ def test_papermill_from_the_notebooks_folder_with_a_settings_file(tmp_path):
         config = runs.Run(new).config
         assert (config.mixed_precision, config.max_train_steps, config.learning_rate) == ("no", 2, 1e-4)
         assert len(runs.Run(new).steps) == 2 and runs.Run(new).samples.empty
+        again = papermill(
+            tmp_path / "again.ipynb", "-f", str(new / "config.yaml"), "-p", "output_dir", str(tmp_path / "2")
+        )
+        assert again.returncode == 0, again.stderr[-3000:]
+        assert list(runs.Run(tmp_path / "2").steps.loss) == list(runs.Run(new).steps.loss), "enough to run it again"
     finally:
         shutil.rmtree(new)
 
@@ -78,21 +84,27 @@ def test_papermill_from_the_notebooks_folder_with_a_settings_file(tmp_path):
         (["-p", "stpes", "3"], "stpes: there is no such setting; did you mean steps?"),
         (["-p", "steps", "many"], "steps = 'many'"),
         (["-p", "resolution", "-64"], "resolution = -64"),
-        (["-p", "mixed_precision", "fp16"], "fp16 needs a GPU"),
-        (["-f", "params/reference.yaml", "-p", "mixed_precision", "no"], "num_processes"),
-    ][: None if not shutil.which("nvidia-smi") else 3],
+        (["-f", "params/demo.yaml", "-p", "train_data_dir", "."], "exclude each other"),
+        pytest.param(["-p", "mixed_precision", "fp16"], "fp16 needs a GPU", marks=WITHOUT_GPU),
+    ],
 )
 def test_a_wrong_parameter_fails_in_seconds(tmp_path, given, said):
-    if "params/reference.yaml" in given:
-        said = "taken down from the hub"
-        given = [*given, "-p", "pretrained_model_name_or_path", "tiny", "-p", "output_dir", str(tmp_path / "run")]
+    fails_in_seconds(tmp_path, given, said)
+
+
+def test_the_vanished_data_set_fails_in_seconds(tmp_path):
+    tiny = ["-p", "pretrained_model_name_or_path", "tiny", "-p", "mixed_precision", "no", "-p", "num_processes", "1"]
+    fails_in_seconds(tmp_path, ["-f", "params/reference.yaml", *tiny], "taken down from the hub")
+
+
+def fails_in_seconds(tmp_path, given, said):
     before, began = set((ROOT / "runs").glob("*")), time.time()
     done = papermill(tmp_path / "out.ipynb", *given)
     assert done.returncode == 1
     assert said in done.stderr
     assert "pydantic" not in done.stderr
     assert time.time() - began < 60
-    assert set((ROOT / "runs").glob("*")) == before and not (tmp_path / "run").exists()
+    assert set((ROOT / "runs").glob("*")) == before and not (ROOT / "sd-pokemon-model").exists()
 
 
 def small_cells(folder, steps):

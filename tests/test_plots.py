@@ -22,7 +22,7 @@ def labels(figure):
 def test_the_loss(measured):
     figure = plots.loss(measured)
     assert labels(figure)[:2] == ["each step", "mean of 10 steps"]
-    assert "target 0.0456" in labels(figure) and "held-out pictures, 95 % interval" in labels(figure)
+    assert "target 0.0456" in labels(figure) and "held-out pictures" in labels(figure)
     assert figure.axes[0].get_xlabel() == "optimizer step"
     assert "ends at 0.1000" in figure.get_supxlabel()
     figure.canvas.draw()
