@@ -21,7 +21,7 @@ train: $(VENV)/.installed ## Train the embedded model on the embedded data, and 
 	@$(BIN)/python -m sdnb.report "$(RUN)/train.ipynb"
 
 test: $(VENV)/.installed ## Run all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 lint: $(VENV)/.installed ## Check style and common mistakes
 	$(BIN)/ruff check .

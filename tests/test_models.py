@@ -119,3 +119,16 @@ def test_damaged_weights(model_folder):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="its unet cannot be loaded"):
         models.load(config(str(model_folder)))
+
+
+def test_a_hub_model_that_was_downloaded_before(model_folder, tmp_path):
+    """The hub's cache, as a download leaves it, without a network."""
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "0123abc"
+    shutil.copytree(model_folder, snapshot)
+    (tmp_path / "hub" / "models--some--model" / "refs").mkdir()
+    (tmp_path / "hub" / "models--some--model" / "refs" / "main").write_text("0123abc")
+    hub = config("some/model", cache_dir=str(tmp_path / "hub"))
+    assert models.source(hub) == str(snapshot)
+    parts = models.load(hub)
+    assert torch.equal(parts.unet.conv_in.weight, models.load_unet(config()).conv_in.weight)
+    assert models.pipeline(hub, parts).unet is parts.unet

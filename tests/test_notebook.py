@@ -19,6 +19,7 @@ from test_launch import none_left, processes_of
 from sdnb import report, runs
 
 WITHOUT_GPU = pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="this machine has a GPU")
+LOOKS_AT_RUNS = pytest.mark.xdist_group("runs")  # which other tests must not fill meanwhile
 SMALL = ["-p", "train_batch_size", "2", "-p", "gradient_accumulation_steps", "2", "-p", "validation_loss_steps", "0"]
 
 
@@ -54,6 +55,7 @@ def test_papermill_from_the_projects_root(tmp_path):
     assert headline and page.stat().st_size < 3e6
 
 
+@LOOKS_AT_RUNS
 def test_papermill_from_the_notebooks_folder_with_a_settings_file(tmp_path):
     """Into a new folder under runs/ in the project's root; `mixed_precision: no` is a boolean in YAML."""
     (tmp_path / "settings.yaml").write_text(
@@ -78,6 +80,7 @@ def test_papermill_from_the_notebooks_folder_with_a_settings_file(tmp_path):
         shutil.rmtree(new)
 
 
+@LOOKS_AT_RUNS
 @pytest.mark.parametrize(
     "given, said",
     [
@@ -92,6 +95,7 @@ def test_a_wrong_parameter_fails_in_seconds(tmp_path, given, said):
     fails_in_seconds(tmp_path, given, said)
 
 
+@LOOKS_AT_RUNS
 def test_the_vanished_data_set_fails_in_seconds(tmp_path):
     tiny = ["-p", "pretrained_model_name_or_path", "tiny", "-p", "mixed_precision", "no", "-p", "num_processes", "1"]
     fails_in_seconds(tmp_path, ["-f", "params/reference.yaml", *tiny], "taken down from the hub")
