@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from .errors import CacheError
+
 
 def cache_root(cache_dir: str | None = None) -> Path:
     """The folder `sdnb` in `cache_dir`, or in the user's cache folder where that is None."""
@@ -19,10 +21,19 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """`folder`, filled by `make` if it is not there yet.
 
     It is filled aside and then renamed: it is complete or absent, also where several processes fill it at once.
+
+    Raises:
+        CacheError: if nothing can be written there.
     """
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        except OSError as error:
+            raise CacheError(
+                f"the cache folder {folder.parent} cannot be written: {error}; "
+                "set cache_dir, or XDG_CACHE_HOME, to another"
+            ) from None
         try:
             make(aside)
             aside.chmod(0o755)

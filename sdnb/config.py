@@ -136,6 +136,9 @@ class TrainConfig(BaseModel):
             steps = settings.pop("steps")
             if settings.setdefault("max_train_steps", steps) != steps:
                 raise ConfigError("steps and max_train_steps are the same setting: give one of them")
+        for name, value in settings.items():
+            if value in ("", "null"):
+                raise ConfigError(f"{name} = {value!r}: write None for no value (in a YAML file: null, without quotes)")
         try:
             super().__init__(**settings)
         except ValidationError as error:
@@ -249,7 +252,11 @@ def _parameter_cells(cells: Any) -> list[set[str]]:
 
 def _assigned_names(source: str) -> set[str]:
     targets: list[ast.expr] = []
-    for statement in ast.parse(source).body:
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # the notebook has shown it where it is
+        return set()
+    for statement in statements:
         if isinstance(statement, ast.Assign):
             targets += statement.targets
         elif isinstance(statement, ast.AnnAssign):

@@ -147,7 +147,7 @@ class ImageCaptions(torch.utils.data.Dataset):
             missing_metadata = "" if len(rows.column_names) > 1 else " A folder needs a metadata.jsonl for captions."
             raise DataError(
                 f"{setting} = {column}: {_name(self.config)} has no such column; "
-                f"it has: {', '.join(rows.column_names)}.{missing_metadata}"
+                f"it has: {', '.join(rows.column_names)}. Set {setting} to the one that is meant.{missing_metadata}"
             )
         return column
 
@@ -168,10 +168,15 @@ class ImageCaptions(torch.utils.data.Dataset):
         if not stored:
             raise DataError(f"{self.name_of(row)}: there is no picture")
         try:
-            return _DECODER.decode_example(stored).convert("RGB")
+            picture = _DECODER.decode_example(stored)
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError(
+                    f"its pixels are of mode {picture.mode}, deeper than 8 bits, and would be cut to white"
+                )
+            return picture.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(
-                f"{self.name_of(row)}: the picture cannot be decoded: {error}. "
+                f"{self.name_of(row)}: the picture cannot be used: {error}. "
                 "Mend the file, or take it and its caption out."
             ) from error
 

@@ -21,5 +21,9 @@ class DataError(SdnbError):
     """A data set that is not there, or an example in it that cannot be used."""
 
 
+class CacheError(SdnbError):
+    """A cache folder that cannot be written."""
+
+
 class RunError(SdnbError):
     """A run that cannot start, that failed, or a run folder that cannot be read."""

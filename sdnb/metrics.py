@@ -46,7 +46,8 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+        interval = f" ({self.low:.2f} to {self.high:.2f})" if math.isfinite(self.low) else ""
+        return f"{self.value:.2f}{interval}"
 
 
 def mark(steps: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
@@ -165,7 +166,10 @@ class Measurements:
         return {
             "text/plain": repr(self),
             "text/html": f"<table class='results'><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>",
-            RESULTS_MIME: [vars(result) for result in self.results],
+            RESULTS_MIME: [
+                {**vars(row), "value": row.value if row.value is not None and math.isfinite(row.value) else None}
+                for row in self.results
+            ],
         }
 
 
@@ -205,7 +209,7 @@ def _throughput_results(
     rows = [
         Result(
             "images/s per " + noun,
-            str(each) if math.isfinite(each.low) else f"{each.value:.2f}",
+            str(each),
             f"pictures trained on / time / {noun}s, with 95 % confidence interval; {measured}",
             each.value,
         ),

@@ -36,12 +36,15 @@ def write(notebook_path: str | Path, page_path: str | Path | None = None) -> tup
         RunError: if the notebook is not there, is none, or has not been executed.
     """
     source = Path(notebook_path)
+    target = Path(page_path) if page_path else source.with_suffix(".html")
+    if target.resolve() == source.resolve():
+        raise RunError(f"{target}: is the notebook itself; give the page another name")
     try:
         notebook = nbformat.read(source, as_version=4)
     except OSError as error:
         raise RunError(f"{source}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, nbformat.reader.NotJSONError) as error:
-        raise RunError(f"{source}: is no notebook: {error}") from None
+    except Exception as error:  # a file can fail to be a notebook in many ways
+        raise RunError(f"{source}: is no notebook: {str(error).partition(chr(10))[0]}") from None
     if not any(cell.get("outputs") for cell in notebook.cells):
         raise RunError(f"{source}: has not been executed: run it first, for example with papermill")
     headline = [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
@@ -61,7 +64,6 @@ def write(notebook_path: str | Path, page_path: str | Path | None = None) -> tup
             "source": source.name,
         },
     )
-    target = Path(page_path) if page_path else source.with_suffix(".html")
     try:
         target.write_text(page)
     except OSError as error:

@@ -37,8 +37,9 @@ def create(config: TrainConfig) -> Path:
             return _new_folder(config)
         folder = Path(config.output_dir).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOG).touch()
     except OSError as error:
-        raise RunError(f"output_dir {config.output_dir}: cannot make this folder: {error}") from None
+        raise RunError(f"output_dir {config.output_dir}: no run can be written there: {error}") from None
     if (folder / STEPS).exists() or (folder / CONFIG).exists():
         raise RunError(
             f"output_dir {config.output_dir}: there is a run in it already. "

@@ -192,6 +192,7 @@ class Observer:
         self.accelerator, self.config, self.parts, self.unet = accelerator, config, parts, unet
         self.folder = Path(config.output_dir)
         self.began = time.perf_counter()
+        self.diverged = False
         self.held_out_loss = None
         if config.validation_loss_steps and held_out is None:
             logger.warning("no held-out pictures in this data set (a split named validation or test): no such loss")
@@ -214,6 +215,9 @@ class Observer:
         step = record["step"]
         if self.accelerator.is_main_process:
             runs.append(self.folder / runs.STEPS, record)
+            if not math.isfinite(record["loss"]) and not self.diverged:
+                self.diverged = True
+                logger.warning("step %d: the loss is not finite; what comes after is of no use", step)
         self.accelerator.log({name: record[name] for name in ("train_loss", "loss", "lr")}, step=step)
         every = self.config.validation_loss_steps
         if not every or (step % every and not last):
@@ -264,13 +268,18 @@ class Observer:
             values = parameter.detach().double()
             sums += torch.stack([values.sum(), values.square().sum()])
         own = torch.cat([sums.new_tensor(memory), sums])
-        every = self.accelerator.gather(own[None]).tolist()
-        if any(rank[2:] != every[0][2:] for rank in every):
-            logger.error("the ranks' parameters differ at the end: %s", [rank[2:] for rank in every])
-        return [
-            dict(rank=index, peak_memory_gib=allocated / 2**30, peak_reserved_gib=reserved / 2**30, checksum=checksum)
-            for index, (allocated, reserved, *checksum) in enumerate(every)
+        ranks = [
+            dict(
+                rank=rank,
+                peak_memory_gib=allocated / 2**30,
+                peak_reserved_gib=reserved / 2**30,
+                checksum=[value.hex() for value in checksum],
+            )
+            for rank, (allocated, reserved, *checksum) in enumerate(self.accelerator.gather(own[None]).tolist())
         ]
+        if any(rank["checksum"] != ranks[0]["checksum"] for rank in ranks):
+            logger.error("the ranks' parameters differ at the end: %s", [rank["checksum"] for rank in ranks])
+        return ranks
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -1,6 +1,7 @@
 import pytest
 
 from sdnb.cache import cache_root, made_once
+from sdnb.errors import CacheError
 
 
 def test_it_is_made_once(tmp_path):
@@ -25,6 +26,12 @@ def test_another_process_may_be_first(tmp_path):
 
     assert (made_once(tmp_path / "thing", slow) / "file").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match="set cache_dir"):
+        made_once(tmp_path / "file" / "data" / "thing", lambda folder: None)
 
 
 def test_where_it_is(tmp_path, monkeypatch):

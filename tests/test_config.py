@@ -46,6 +46,9 @@ def test_it_cannot_be_changed():
         (dict(steps=3, max_train_steps=4), "steps and max_train_steps are the same setting"),
         (dict(train_data_dir="x"), "dataset_name = openmoji and train_data_dir exclude each other"),
         (dict(dataset_name=None), "no data: give dataset_name"),
+        (dict(seed="null"), "seed = 'null': write None"),
+        (dict(validation_prompts="null"), "validation_prompts = 'null': write None"),
+        (dict(output_dir=""), "output_dir = ''"),
         (dict(pretrained_model_name_or_path=None), "pretrained_model_name_or_path = None"),
     ],
 )

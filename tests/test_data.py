@@ -63,8 +63,15 @@ def test_a_picture_that_does_not_decode_is_named(image_folder):
     (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:60])
     pictures = load_folder(folder)
     pictures.picture(0)
-    with pytest.raises(DataError, match=r"row 1.*001\.png.*cannot be decoded"):
+    with pytest.raises(DataError, match=r"row 1.*001\.png.*cannot be used"):
         pictures.picture(1)
+
+
+def test_a_picture_with_deep_pixels_is_named(image_folder):
+    folder = image_folder(1)
+    Image.new("I;16", (64, 64), 40000).save(folder / "000.png")
+    with pytest.raises(DataError, match="row 0.*deeper than 8 bits"):
+        load_folder(folder).picture(0)
 
 
 def test_a_missing_caption_is_named(image_folder):

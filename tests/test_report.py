@@ -74,6 +74,22 @@ def test_what_is_no_executed_notebook(tmp_path):
         report.write(file)
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", '"x"', "{}", '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [1]}']
+)
+def test_json_that_is_no_notebook(tmp_path, content):
+    (tmp_path / "train.ipynb").write_text(content)
+    with pytest.raises(RunError, match=r"train\.ipynb"):
+        report.write(tmp_path / "train.ipynb")
+
+
+def test_the_notebook_is_not_written_over(executed):
+    before = executed.read_bytes()
+    with pytest.raises(RunError, match="is the notebook itself"):
+        report.write(executed, executed)
+    assert executed.read_bytes() == before
+
+
 def test_a_page_that_cannot_be_written(executed, tmp_path):
     with pytest.raises(RunError, match="cannot be written"):
         report.write(executed, tmp_path / "nowhere" / "page.html")

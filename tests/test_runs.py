@@ -46,7 +46,7 @@ def test_a_folder_with_other_things_in_it_may_be_used(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot make this folder"):
+    with pytest.raises(RunError, match="no run can be written there"):
         runs.create(config(output_dir=str(tmp_path / "file" / "run")))
 
 

@@ -1,13 +1,14 @@
 """The training itself, on one rank in this process, with the small model."""
 
 import json
+import time
 
 import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from sdnb import launch, models, runs
+from sdnb import launch, metrics, models, runs
 from sdnb import train as training
 from sdnb.clock import PHASES, StepClock
 from sdnb.config import TrainConfig
@@ -21,7 +22,7 @@ def train(settings, **changes):
     folder = runs.create(plan.config)
     config = plan.config.updated(output_dir=str(folder))
     plan.config.save(folder / runs.CONFIG)
-    runs.write(folder / runs.ENVIRONMENT, plan.environment)
+    runs.write(folder / runs.ENVIRONMENT, {**plan.environment, "started": time.time()})
     training.train(config)
     return runs.Run(folder)
 
@@ -138,6 +139,16 @@ def test_the_loss_falls(settings):
     assert start.loss - end.loss > 5 * (start.standard_error + end.standard_error)
 
 
+def test_a_training_that_diverges_is_said(settings):
+    run = train(settings, learning_rate=1e30, steps=3)
+    assert run.steps.loss.isna().any()
+    assert "rank 0 WARNING step" in run.log and "the loss is not finite" in run.log
+    measured = metrics.measure(run)
+    assert measured["final loss"].text == "nan"
+    assert "NaN" not in json.dumps(measured._repr_mimebundle_())
+    assert "ERROR" not in run.log
+
+
 def test_a_learning_rate_schedule(settings):
     run = train(settings, lr_scheduler="linear", lr_warmup_steps=2, steps=4, scale_lr=True, learning_rate=1e-4)
     assert list(run.steps.lr) == pytest.approx([0, 2e-4, 4e-4, 2e-4])
@@ -205,8 +216,6 @@ def test_the_held_out_loss_is_the_same_every_time_and_draws_nothing(settings):
 
 
 def test_the_clock_adds_up():
-    import time
-
     clock = StepClock(torch.device("cpu"))
     time.sleep(0.02)
     clock.lap("data")
