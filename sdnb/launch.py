@@ -42,6 +42,7 @@ class Plan:
         config, count = self.config, len(self.examples.train)
         devices = self.environment["devices"]
         on_gpu = devices["type"] != "cpu"
+        ranks = "1 rank" if config.num_processes == 1 else f"{config.num_processes} ranks"
         micro_batches = config.micro_batches_per_epoch(count)
         per_epoch = config.steps_per_epoch(count)
         trained = _pictures_per_epoch(config, count)
@@ -51,7 +52,7 @@ class Plan:
         return {
             "model": config.pretrained_model_name_or_path,
             "data": f"{config.dataset_name or config.train_data_dir}: {count} to train on, {held_out} held out",
-            "runs on": f"{config.num_processes} rank(s), "
+            "runs on": f"{ranks}, "
             + (
                 f"each on {devices['names'][0]} with {devices['memory_gib'][0]} GiB"
                 if on_gpu
@@ -59,7 +60,7 @@ class Plan:
             ),
             "precision": config.mixed_precision + (" (float32)" if config.mixed_precision == "no" else ""),
             "global batch": f"{config.global_batch} = {config.train_batch_size} × "
-            f"{config.gradient_accumulation_steps} micro-batches × {config.num_processes} rank(s)",
+            f"{config.gradient_accumulation_steps} micro-batches × {ranks}",
             "an epoch": f"{micro_batches} micro-batches a rank, {per_epoch} optimizer steps, "
             f"{short} of them short; {trained} pictures"
             + (f", {trained - count} of them repeats that fill the last round" if trained > count else ""),

@@ -252,7 +252,12 @@ def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:
         return Result("peak memory", "not known: the run did not reach its end", "")
     peaks = [rank["peak_memory_gib"] for rank in summary["ranks"]]
     how = "torch's allocator" if on_gpu else "resident memory of the process"
-    return Result("peak memory", f"{max(peaks):.2f} GiB", f"the highest of {len(peaks)} rank(s); {how}", max(peaks))
+    return Result(
+        "peak memory",
+        f"{max(peaks):.2f} GiB",
+        f"{'the highest of the ranks; ' if len(peaks) > 1 else ''}{how}",
+        max(peaks),
+    )
 
 
 def _loss_results(
