@@ -6,6 +6,8 @@ RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)-demo
 RUN := $(RUN)
 # Any other settings for papermill, such as PARAMS="-p num_processes 2" or PARAMS="-f params/reference.yaml"
 PARAMS ?=
+# Options for JupyterLab, such as LAB="--no-browser --port 9000"
+LAB ?=
 
 .PHONY: help train test lint lab clean
 .DEFAULT_GOAL := help
@@ -28,7 +30,7 @@ lint: $(VENV)/.installed ## Check style and common mistakes
 	$(BIN)/ruff format --check .
 
 lab: $(VENV)/.installed ## Open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
 clean: ## Remove the environment; runs stay
 	rm -rf $(VENV)
