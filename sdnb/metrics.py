@@ -19,21 +19,21 @@ from .config import TrainConfig
 RESULTS_MIME = "application/vnd.sdnb.results+json"
 RUNNING_MEAN_STEPS = 10
 
-# Peak matrix-product TFLOP/s without sparsity, by precision of the products, from the makers' data sheets:
+# Peak matrix-product TFLOP/s without sparsity, by precision of the products ("no": float32), from data sheets:
 # A100, H100, H200, L40S, L4, T4, V100, A10, RTX 4090 from NVIDIA's; MI250X (one of its two dies) and MI300X from AMD's.
 _PEAK_TFLOPS = {
-    "A100": {"fp16": 312, "bf16": 312, "tf32": 156, "no": 19.5},
-    "A10": {"fp16": 125, "bf16": 125, "tf32": 62.5, "no": 31.2},
-    "H100 PCIe": {"fp16": 756, "bf16": 756, "tf32": 378, "no": 51},
-    "H100": {"fp16": 989, "bf16": 989, "tf32": 494, "no": 67},
-    "H200": {"fp16": 989, "bf16": 989, "tf32": 494, "no": 67},
-    "L40S": {"fp16": 362, "bf16": 362, "tf32": 183, "no": 91.6},
-    "L4": {"fp16": 121, "bf16": 121, "tf32": 60, "no": 30.3},
+    "A100": {"fp16": 312, "bf16": 312, "tf32": 156},
+    "A10": {"fp16": 125, "bf16": 125, "tf32": 62.5},
+    "H100 PCIe": {"fp16": 756, "bf16": 756, "tf32": 378},
+    "H100": {"fp16": 989, "bf16": 989, "tf32": 494},
+    "H200": {"fp16": 989, "bf16": 989, "tf32": 494},
+    "L40S": {"fp16": 362, "bf16": 362, "tf32": 183},
+    "L4": {"fp16": 121, "bf16": 121, "tf32": 60},
     "T4": {"fp16": 65, "no": 8.1},
     "V100": {"fp16": 125, "no": 15.7},
-    "4090": {"fp16": 165, "bf16": 165, "tf32": 82.6, "no": 82.6},
+    "4090": {"fp16": 165, "bf16": 165, "tf32": 82.6},
     "MI250X": {"fp16": 191.5, "bf16": 191.5, "no": 47.9},
-    "MI300X": {"fp16": 1307, "bf16": 1307, "tf32": 654, "no": 163},
+    "MI300X": {"fp16": 1307, "bf16": 1307, "no": 163},
 }
 
 
@@ -144,8 +144,6 @@ class Measurements:
     steps: pd.DataFrame
     validation: pd.DataFrame
     config: TrainConfig
-    device_noun: str
-    throughput: Estimate
     results: tuple[Result, ...]
 
     def __getitem__(self, name: str) -> Result:
@@ -186,8 +184,6 @@ def measure(run: Any) -> Measurements:
         steps=steps,
         validation=run.validation,
         config=config,
-        device_noun=noun,
-        throughput=each,
         results=(
             *_throughput_results(steps, config, noun, each, together),
             _mfu(run.model, config, environment["devices"], each),
