@@ -111,8 +111,8 @@ class Run:
     def steps(self) -> pd.DataFrame:
         """The records of the optimizer steps, a line of metrics.jsonl each: `step` (from 1), `epoch` (from 0, as the
         reference's loop counts), `micro_batches` (a rank's), `images` (of all ranks), `loss` (mean over micro-batches
-        and ranks), `train_loss` (as the reference logs it), `step_loss` (rank 0's last micro-batch), `grad_norm` (before
-        clipping), `lr` (that the step used), `seconds` (wall time), and `phase_seconds`, where they went."""
+        and ranks), `train_loss` (as the reference logs it), `step_loss` (rank 0's last micro-batch), `grad_norm`
+        (before clipping), `lr` (that the step used), `seconds` (wall time), and `phase_seconds`, where they went."""
         return _read_lines(self.folder / STEPS)
 
     @property
