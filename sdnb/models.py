@@ -66,7 +66,9 @@ def source(config: TrainConfig) -> str:
         hint = f"did you mean {near[0]}?" if near else f"embedded are: {', '.join(embedded.ARCHITECTURES)}"
         raise ModelError(f"model {name}: there is no such folder, and it is no hub id (owner/name); {hint}")
     try:
-        return StableDiffusionPipeline.download(name, **_hub(config))
+        return StableDiffusionPipeline.download(
+            name, revision=config.revision, cache_dir=config.cache_dir, **_weights(config)
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise _cannot_be_loaded(config, "pipeline", error) from error
 
@@ -86,22 +88,13 @@ def load(config: TrainConfig) -> Parts:
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=_load(AutoencoderKL, "vae", where, config, **_weights(config)).requires_grad_(False),
-        unet=load_unet(config).train(),
+        unet=_load(UNet2DConditionModel, "unet", where, config, **_weights(config)).train(),
         noise_scheduler=_load(DDPMScheduler, "scheduler", where, config),
     )
 
 
-def load_unet(config: TrainConfig) -> UNet2DConditionModel:
-    """The UNet alone, in float32."""
-    return _load(UNet2DConditionModel, "unet", source(config), config, **_weights(config))
-
-
 def _weights(config: TrainConfig) -> dict[str, Any]:
     return dict(variant=config.variant, use_safetensors=True)
-
-
-def _hub(config: TrainConfig) -> dict[str, Any]:
-    return dict(revision=config.revision, cache_dir=config.cache_dir, **_weights(config))
 
 
 def _load(cls: type, part: str, where: str, config: TrainConfig, **arguments: Any) -> Any:

@@ -130,5 +130,5 @@ def test_a_hub_model_that_was_downloaded_before(model_folder, tmp_path):
     hub = config("some/model", cache_dir=str(tmp_path / "hub"))
     assert models.source(hub) == str(snapshot)
     parts = models.load(hub)
-    assert torch.equal(parts.unet.conv_in.weight, models.load_unet(config()).conv_in.weight)
+    assert torch.equal(parts.unet.conv_in.weight, models.load(config()).unet.conv_in.weight)
     assert models.pipeline(hub, parts).unet is parts.unet

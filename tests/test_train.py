@@ -104,18 +104,18 @@ def test_the_trained_pipeline_loads_and_draws(run):
     pipeline = StableDiffusionPipeline.from_pretrained(run.folder)
     picture = pipeline("red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert picture.size == (64, 64)
-    untrained = models.load_unet(run.config).state_dict()
+    untrained = models.load(run.config).unet.state_dict()
     trained = pipeline.unet.state_dict()
     assert any(not torch.equal(trained[name], untrained[name]) for name in trained)
 
 
 def test_what_is_saved_is_the_average_of_the_weights(settings, tmp_path):
     """The same training without EMA ends at other weights; the average lies between the start and those."""
-    start = models.load_unet(TrainConfig(**settings)).conv_in.weight
+    start = models.load(TrainConfig(**settings)).unet.conv_in.weight
     ends = {}
     for use_ema in (False, True):
         run = train(settings, use_ema=use_ema, output_dir=str(tmp_path / f"ema-{use_ema}"))
-        ends[use_ema] = models.load_unet(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)}))
+        ends[use_ema] = models.load(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)})).unet
     plain, average = (ends[use_ema].conv_in.weight - start for use_ema in (False, True))
     # After two steps with decays 0 (not yet) … (1 + 1) / (10 + 1): close to the weights, but not they.
     assert 0.5 < (average.norm() / plain.norm()).item() < 1.0
