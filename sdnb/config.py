@@ -1,4 +1,4 @@
-"""TrainConfig: every setting of a training, validated before anything is loaded."""
+"""TrainConfig: the settings of one training, validated before anything is loaded; from a notebook or a YAML file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from .errors import ConfigError
+from .settings import GROUPS
 
 # The first line of a notebook's parameter cells: of the tagged cell, and of the one that papermill injects after it.
 PARAMETERS_COMMENT = "# Parameters"
@@ -24,111 +25,12 @@ ONE_CHOICE = (
 )
 
 
-def _number_from_text(value: Any) -> Any:
-    # YAML 1.1 reads 1e-5 (no dot) as text.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _flag_from_text(value: Any) -> Any:
-    # `papermill -p center_crop true` passes the text "true"; only True and False arrive as booleans.
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _precision_from_flag(value: Any) -> Any:
-    # `no` is a boolean in YAML 1.1.
-    return "no" if value is False else value
-
-
-def _several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-Flag = Annotated[bool, BeforeValidator(_flag_from_text)]
-Real = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
-
-
-def setting(default: Any, description: str, **limits: Any) -> Any:
-    return Field(default, description=description, **limits)
-
-
-class TrainConfig(BaseModel):
-    """The settings of one training. Names, defaults and meaning are those of diffusers' `train_text_to_image.py`;
-    what that script does not have stands at the end. Immutable.
+class TrainConfig(*reversed(GROUPS)):
+    """The settings of one training, validated; the groups that it is made of list them. Immutable.
 
     Raises:
         ConfigError: names every setting that is wrong, with what would be right.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    # Model
-    pretrained_model_name_or_path: str = setting(..., "hub id, folder, or an embedded model: tiny, sd-v1-4-random")
-    revision: str | None = setting(None, "branch, tag or commit on the hub")
-    variant: str | None = setting(None, "weights variant, such as fp16")
-    prediction_type: Literal["epsilon", "v_prediction"] | None = setting(
-        None, "what the UNet predicts; left out, what the model's scheduler says"
-    )
-
-    # Data
-    dataset_name: str | None = setting(None, "hub id or folder of a data set, or the embedded openmoji")
-    dataset_config_name: str | None = setting(None, "configuration of the data set")
-    train_data_dir: str | None = setting(None, "folder of images with a metadata.jsonl")
-    image_column: str = setting("image", "column that holds the image")
-    caption_column: str = setting("text", "column that holds the caption, or a list of captions")
-    max_train_samples: Count | None = setting(None, "train on this many examples only")
-    cache_dir: str | None = setting(None, "folder for downloaded and embedded models and data")
-    resolution: int = setting(512, "side of the training pictures, in pixels", ge=16, multiple_of=8)
-    center_crop: Flag = setting(False, "crop the centre; otherwise a random place")
-    random_flip: Flag = setting(False, "mirror every other picture, at random")
-    dataloader_num_workers: int = setting(0, "processes that load data, per rank; 0: the rank itself", ge=0)
-
-    # Training
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = setting(None, "seed of everything random in the training")
-    train_batch_size: Count = setting(16, "pictures in a micro-batch, per rank")
-    gradient_accumulation_steps: Count = setting(1, "micro-batches in an optimizer step")
-    max_train_steps: Count | None = setting(None, "optimizer steps; overrides num_train_epochs")
-    num_train_epochs: Count = setting(100, "passes over the data")
-    learning_rate: Real = setting(1e-4, "initial learning rate, after the warm-up", ge=0)
-    scale_lr: Flag = setting(False, "multiply the learning rate by the global batch")
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = setting("constant", "schedule of the learning rate")
-    lr_warmup_steps: int = setting(500, "optimizer steps in which the learning rate rises", ge=0)
-    adam_beta1: Real = setting(0.9, "Adam's first decay", ge=0, lt=1)
-    adam_beta2: Real = setting(0.999, "Adam's second decay", ge=0, lt=1)
-    adam_weight_decay: Real = setting(1e-2, "weight decay", ge=0)
-    adam_epsilon: Real = setting(1e-8, "Adam's epsilon", gt=0)
-    max_grad_norm: Real = setting(1.0, "gradients are clipped to this norm", gt=0)
-    use_ema: Flag = setting(False, "keep an exponential moving average of the weights, and save that")
-    gradient_checkpointing: Flag = setting(False, "recompute activations: less memory, more time")
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, BeforeValidator(_precision_from_flag)] = setting(
-        None, "left out: fp16 on a GPU, no on a CPU"
-    )
-    allow_tf32: Flag = setting(False, "TF32 matrix products on NVIDIA GPUs since Ampere")
-
-    # Loss
-    snr_gamma: Real | None = setting(None, "min-SNR weighting of the loss (arXiv 2303.09556); 5 is recommended", gt=0)
-    noise_offset: Real = setting(0.0, "scale of the noise offset", ge=0)
-    input_perturbation: Real = setting(0.0, "scale of the input perturbation; 0.1 is recommended", ge=0)
-
-    # Output
-    output_dir: str | None = setting(None, "the run folder; left out, a new one under runs/")
-    validation_prompts: Texts | None = setting(None, "prompts that are drawn before and after the training")
-    report_to: Literal["tensorboard", "none"] = setting("tensorboard", "where the loss is logged besides metrics.jsonl")
-    logging_dir: str = setting("logs", "the tracker's folder in the run folder")
-    tracker_project_name: str = setting("text2image-fine-tune", "project name for the tracker")
-
-    # What the reference does not have
-    num_processes: Count | None = setting(None, "ranks; left out, one per GPU, or one")
-    validation_loss_steps: int = setting(0, "measure the loss on held-out pictures every so many steps; 0: never", ge=0)
-    target_loss: Real | None = setting(None, "the loss that the training is to end under", gt=0)
 
     def __init__(self, **settings: Any) -> None:
         # `steps` is the notebook's short form.
@@ -153,6 +55,26 @@ class TrainConfig(BaseModel):
             )
         if self.dataset_name == "openmoji" and self.train_data_dir is not None:
             raise ValueError("dataset_name = openmoji and train_data_dir exclude each other: set one of them to None")
+        return self
+
+    @model_validator(mode="after")
+    def _go_together(self) -> TrainConfig:
+        if self.dream_training and self.prediction_type == "v_prediction":
+            raise ValueError("dream_training is not defined for prediction_type = v_prediction: leave one of them out")
+        if self.machine_rank >= self.num_machines:
+            raise ValueError(
+                f"machine_rank = {self.machine_rank}: num_machines = {self.num_machines} machines are counted from 0"
+            )
+        if self.num_machines > 1 and (self.main_process_ip is None or self.output_dir is None):
+            raise ValueError(
+                "num_machines > 1 needs main_process_ip, the address of machine 0, "
+                "and output_dir, a folder that all machines share"
+            )
+        if self.num_processes and self.num_processes % self.num_machines:
+            raise ValueError(
+                f"num_processes = {self.num_processes} counts the ranks of all machines together, and "
+                f"num_machines = {self.num_machines} must have as many each"
+            )
         return self
 
     @classmethod
@@ -180,6 +102,12 @@ class TrainConfig(BaseModel):
             namespace: the notebook's `globals()`. IPython keeps the cells' sources in its `In`.
         """
         settings = {name: namespace[name] for name in [*cls.model_fields, "steps"] if name in namespace}
+        if settings.get("hub_token"):
+            raise ConfigError(
+                "hub_token: a notebook keeps what its cells say, so a token must not stand in it: give it in the "
+                "environment as HF_TOKEN, or log in once with `hf auth login`. Take it out of this notebook, and out "
+                "of the one that papermill is writing; if either was shared, revoke the token."
+            )
         for names in _parameter_cells(namespace.get("In", ())):
             for choice in ONE_CHOICE:
                 if choice & names:
@@ -189,8 +117,9 @@ class TrainConfig(BaseModel):
         return cls(**settings)
 
     def save(self, path: str | Path) -> None:
-        """Write the settings as YAML, from which `from_yaml` makes an equal TrainConfig."""
-        Path(path).write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        """Write the settings as YAML, from which `from_yaml` makes an equal TrainConfig; but no token."""
+        settings = self.model_dump(mode="json", exclude={"hub_token"})
+        Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     def updated(self, **changes: Any) -> TrainConfig:
         """A copy with some settings changed, validated again."""
@@ -209,14 +138,15 @@ class TrainConfig(BaseModel):
         """
         on_gpu = device_type != "cpu"
         precision = self.mixed_precision or ("fp16" if on_gpu else "no")
-        ranks = self.num_processes or (device_count if on_gpu else 1)
+        ranks = self.num_processes or self.num_machines * (device_count if on_gpu else 1)
         if precision == "fp16" and not on_gpu:
             raise ConfigError("mixed_precision = fp16 needs a GPU, and this machine shows none: use no, or bf16")
         if precision == "bf16" and not bf16:
             raise ConfigError("mixed_precision = bf16: this GPU does not compute in bfloat16: use fp16, or no")
-        if on_gpu and ranks > device_count:
+        if on_gpu and ranks > device_count * self.num_machines:
             raise ConfigError(
-                f"num_processes = {ranks}, but this machine shows {device_count} GPUs: use {device_count}"
+                f"num_processes = {ranks}, but this machine shows {device_count} GPUs: "
+                f"use {device_count * self.num_machines}"
             )
         return self.updated(mixed_precision=precision, num_processes=ranks)
 
@@ -224,6 +154,11 @@ class TrainConfig(BaseModel):
     def global_batch(self) -> int:
         """Pictures in a full optimizer step, all ranks together. Needs `num_processes` to be resolved."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after the warm-up, on any number of ranks."""
+        return self.learning_rate * (self.global_batch if self.scale_lr else 1)
 
     def micro_batches_per_epoch(self, examples: int) -> int:
         """A rank's micro-batches in one epoch: accelerate fills the last round, so that every rank has as many."""
@@ -236,6 +171,25 @@ class TrainConfig(BaseModel):
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole training."""
         return self.max_train_steps or self.num_train_epochs * self.steps_per_epoch(examples)
+
+    def schedule_steps(self, examples: int) -> int:
+        """Optimizer steps that the learning rate's schedule is laid out for. As in the reference (v0.26.3), epochs are
+        counted as if one rank had all the data: with several ranks it is longer than the training, unless
+        `max_train_steps` is given."""
+        return self.max_train_steps or self.updated(num_processes=1).total_steps(examples)
+
+    def trajectory(self) -> dict[str, Any]:
+        """The settings that decide how the training goes, bit for bit; where things are is said in full."""
+        names = [name for group in GROUPS if group.decides_trajectory for name in group.model_fields]
+        decides = {name: getattr(self, name) for name in [*names, "num_processes"]}
+        if self.lr_scheduler.startswith("constant"):  # how long it goes on changes nothing of how it goes
+            del decides["max_train_steps"], decides["num_train_epochs"]
+        elif self.max_train_steps is not None:
+            del decides["num_train_epochs"]
+        for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir"):
+            if decides[name] is not None and Path(decides[name]).expanduser().is_dir():
+                decides[name] = str(Path(decides[name]).expanduser().resolve())
+        return decides
 
 
 def _parameter_cells(cells: Any) -> list[set[str]]:
@@ -280,5 +234,6 @@ def _explain(error: ValidationError) -> str:
             lines.append(str(detail["ctx"]["error"]))
         else:
             shown = "steps" if name == "max_train_steps" else name
-            lines.append(f"{shown} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}")
+            given = "…" if name == "hub_token" else repr(detail["input"])
+            lines.append(f"{shown} = {given}: {detail['msg'][0].lower()}{detail['msg'][1:]}")
     return "\n".join(dict.fromkeys(lines))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +131,7 @@ class ImageCaptions(torch.utils.data.Dataset):
         self.config = config
         self.split = split
         self.tokenizer: Any = None
+        self.pass_over(0)
         self.captions = rows[self._column(rows, config.caption_column, "caption_column")][:]
         column = self._column(rows, config.image_column, "image_column")
         if not isinstance(rows.features[column], datasets.Image):
@@ -153,6 +156,11 @@ class ImageCaptions(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def digest(self) -> str:
+        """What tells this data set from another: how many examples, and a hash of their captions in their order."""
+        captions = hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16]
+        return f"{len(self)} examples, captions {captions}"
 
     def _stored(self, row: int) -> dict[str, Any]:
         return self.rows[row][self.config.image_column] or {}
@@ -184,10 +192,30 @@ class ImageCaptions(torch.utils.data.Dataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
+        if self._is_passed_over():
+            return [self._draw_only(row) for row in rows]
         pixel_values = [transform(self.picture(row), self.config) for row in rows]
         captions = [_one_of(self.captions[row]) for row in rows]
         input_ids = tokenize(self.tokenizer, captions)
         return [{"pixel_values": pixels, "input_ids": ids} for pixels, ids in zip(pixel_values, input_ids)]
+
+    def pass_over(self, batches: int) -> None:
+        """Of the loader's next epoch, leave out the pixels and tokens of so many batches, but none of their draws."""
+        self._passed_over, self._fetched = batches, 0
+
+    def _is_passed_over(self) -> bool:
+        worker = torch.utils.data.get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        batch = self._fetched * workers + number  # the workers fetch in turn
+        self._fetched += 1
+        return batch < self._passed_over
+
+    def _draw_only(self, row: int) -> dict[str, torch.Tensor]:
+        side = self.config.resolution
+        centred = self.config.center_crop  # then a picture's size decides no draw, and it need not be read
+        draw_view((side, side) if centred else resized(self.picture(row).size, side), self.config)
+        _one_of(self.captions[row])
+        return {"pixel_values": torch.empty(0), "input_ids": torch.empty(0)}
 
 
 def first_caption(caption: str | list[str]) -> str:
@@ -207,33 +235,44 @@ def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
 
 
 def transform(picture: Image.Image, config: TrainConfig) -> torch.Tensor:
-    """A picture as the reference's torchvision transforms make it: shorter side to the resolution (bilinear), square
-    crop, random mirroring, float32 [3, resolution, resolution] in [-1, 1]."""
-    picture = crop(resize(picture, config.resolution), config.resolution, config.center_crop)
-    if config.random_flip and torch.rand(1) < 0.5:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return to_tensor(picture)
+    """A picture as the reference's torchvision transforms make it: shorter side to the resolution, square crop, random
+    mirroring, float32 [3, resolution, resolution] in [-1, 1]."""
+    picture = resize(picture, config.resolution, config.image_interpolation_mode)
+    left, top, mirrored = draw_view(picture.size, config)
+    picture = picture.crop((left, top, left + config.resolution, top + config.resolution))
+    return to_tensor(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture)
 
 
-def resize(picture: Image.Image, side: int) -> Image.Image:
-    width, height = picture.size
-    if min(width, height) == side:
+def resized(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The width and height that make the shorter one `side`."""
+    width, height = size
+    return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+
+
+def resize(picture: Image.Image, side: int, mode: str = "bilinear") -> Image.Image:
+    """The picture with its shorter side of that length, interpolated as torchvision does it on PIL pictures."""
+    if min(picture.size) == side:
         return picture
-    if width <= height:
-        return picture.resize((side, int(side * height / width)), Image.Resampling.BILINEAR)
-    return picture.resize((int(side * width / height), side), Image.Resampling.BILINEAR)
+    return picture.resize(resized(picture.size, side), getattr(Image.Resampling, mode.partition("_")[0].upper()))
 
 
-def crop(picture: Image.Image, side: int, center: bool) -> Image.Image:
-    width, height = picture.size
-    if center:
-        top, left = round((height - side) / 2), round((width - side) / 2)
+def draw_view(size: tuple[int, int], config: TrainConfig) -> tuple[int, int, bool]:
+    """Where a picture of this width and height is cropped, left and top, and whether it is mirrored; with torch's
+    global generator, in torchvision's order, which draws no place where there is but one."""
+    (width, height), side = size, config.resolution
+    if config.center_crop:
+        left, top = centre(size, side)
     elif (width, height) == (side, side):
-        return picture  # without a draw, as torchvision does it
+        left = top = 0
     else:
         top = int(torch.randint(0, height - side + 1, size=(1,)))
         left = int(torch.randint(0, width - side + 1, size=(1,)))
-    return picture.crop((left, top, left + side, top + side))
+    return left, top, config.random_flip and bool(torch.rand(1) < 0.5)
+
+
+def centre(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Left and top of the square in the middle, rounded as torchvision rounds them."""
+    return round((size[0] - side) / 2), round((size[1] - side) / 2)
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:

@@ -40,6 +40,29 @@ def target_of(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timestep
     return scheduler.get_velocity(latents, noise, timesteps)
 
 
+def dream(
+    unet: torch.nn.Module,
+    scheduler: DDPMScheduler,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    words: Tensor,
+    noise: Tensor,
+    target: Tensor,
+    detail_preservation: float,
+) -> tuple[Tensor, Tensor]:
+    """DREAM (arXiv 2312.00210, algorithm 1): the noise that the UNet does not find in `noisy_latents` yet, weighted by
+    (1 - ᾱ)^(p/2), is put into both.
+
+    Returns:
+        The rectified noisy latents and target, of the shapes of those given.
+    """
+    deviation = (1 - scheduler.alphas_cumprod.to(timesteps.device)[timesteps, None, None, None]) ** 0.5
+    with torch.no_grad():
+        missed = noise - unet(noisy_latents, timesteps, words, return_dict=False)[0]
+    missed = missed * deviation**detail_preservation
+    return noisy_latents + deviation * missed, target + missed
+
+
 def loss_of(
     prediction: Tensor, target: Tensor, scheduler: DDPMScheduler, timesteps: Tensor, snr_gamma: float | None
 ) -> Tensor:

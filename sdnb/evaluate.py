@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from . import runs
 from .config import TrainConfig
-from .data import ImageCaptions, crop, first_caption, resize, to_tensor, tokenize
+from .data import ImageCaptions, centre, first_caption, resize, to_tensor, tokenize
 from .diffusion import per_picture_loss, target_of
 from .models import Parts
 
@@ -45,7 +48,10 @@ class HeldOutLoss:
 
     @staticmethod
     def _latents(picture: Image.Image, parts: Parts, config: TrainConfig, generator: torch.Generator) -> Tensor:
-        pixels = to_tensor(crop(resize(picture, config.resolution), config.resolution, center=True))
+        side = config.resolution
+        picture = resize(picture, side, config.image_interpolation_mode)
+        left, top = centre(picture.size, side)
+        pixels = to_tensor(picture.crop((left, top, left + side, top + side)))
         posterior = parts.vae.encode(pixels[None].to(parts.vae.device, parts.vae.dtype)).latent_dist
         return posterior.sample(generator) * parts.vae.config.scaling_factor
 
@@ -68,13 +74,14 @@ class HeldOutLoss:
 def draw_samples(
     pipeline: StableDiffusionPipeline, config: TrainConfig, accelerator: Accelerator, folder: Path, step: int
 ) -> None:
-    """Draw each of `validation_prompts` with the settings' seed, and file the pictures with how they were made. As in
-    the reference's validation, no safety checker looks at them."""
+    """Draw each of `validation_prompts` with the settings' seed, file the pictures with how they were made, and show
+    them to the trackers. As in the reference's validation, no safety checker looks at them."""
     unchecked = {**pipeline.components, "safety_checker": None, "feature_extractor": None}
     pipeline = StableDiffusionPipeline(**unchecked, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     seed = config.seed or 0
     (folder / runs.SAMPLES).mkdir(exist_ok=True)
+    pictures, records = [], []
     for index, prompt in enumerate(config.validation_prompts):  # one at a time: the optimizer's state is in memory too
         with accelerator.autocast():
             picture = pipeline(
@@ -91,4 +98,23 @@ def draw_samples(
             file=name, step=step, prompt=prompt, seed=seed,
             num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE,
         )  # fmt: skip
-        runs.append(folder / runs.SAMPLES / "samples.jsonl", record)
+        records.append(record)
+        pictures.append(picture)
+    for record in records:  # when all are there, so that a run that is killed here draws them again
+        runs.append(folder / runs.SAMPLES_LIST, record)
+    for tracker in accelerator.trackers:
+        _show(tracker, pictures, config.validation_prompts, step)
+
+
+def _show(tracker: GeneralTracker, pictures: list[Image.Image], prompts: Sequence[str], step: int) -> None:
+    if tracker.name == "tensorboard":
+        batch = np.stack([np.asarray(picture) for picture in pictures])
+        tracker.writer.add_images("validation", batch, step, dataformats="NHWC")
+    elif tracker.name == "wandb":
+        import wandb
+
+        shown = [wandb.Image(picture, caption=prompt) for picture, prompt in zip(pictures, prompts)]
+        tracker.log({"validation": shown}, step=step)
+    elif tracker.name == "comet_ml":
+        for picture, prompt in zip(pictures, prompts):
+            tracker.tracker.log_image(picture, name=prompt, step=step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import math
@@ -20,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from . import data, environment, models, runs
+from .checkpoints import find
 from .config import TrainConfig
 from .errors import RunError
 
@@ -35,11 +37,13 @@ class Plan:
     config: TrainConfig
     environment: dict[str, Any]
     examples: data.Splits
+    resumes_after: int = 0
 
     @property
     def facts(self) -> dict[str, str]:
         """What a reader wants to know before the training starts."""
         config, count = self.config, len(self.examples.train)
+        resumed = {"resumes": f"after step {self.resumes_after}"} if self.resumes_after else {}
         devices = self.environment["devices"]
         on_gpu = devices["type"] != "cpu"
         ranks = "1 rank" if config.num_processes == 1 else f"{config.num_processes} ranks"
@@ -65,6 +69,7 @@ class Plan:
             f"{short} of them short; {trained} pictures"
             + (f", {trained - count} of them repeats that fill the last round" if trained > count else ""),
             "the training": f"{steps} steps, {steps / per_epoch:.1f} epochs",
+            **resumed,
         }
 
     def look(self, count: int) -> tuple[list[Image.Image], list[str], int]:
@@ -108,8 +113,11 @@ def prepare(config: TrainConfig) -> Plan:
     seen = environment.capture()
     devices = seen["devices"]
     config = config.resolved(devices["type"], len(devices["names"]), devices["bf16"])
+    environment.require(config)
     models.source(config)
-    return Plan(config, seen, data.load(config))
+    examples = data.load(config)
+    checkpoints = find(config, examples.train).usable
+    return Plan(config, seen, examples, checkpoints[0].step if checkpoints else 0)
 
 
 def launch(plan: Plan, show: Callable[[str, str], None] | None = None) -> runs.Run:
@@ -124,10 +132,8 @@ def launch(plan: Plan, show: Callable[[str, str], None] | None = None) -> runs.R
     Raises:
         RunError: if a rank fails, with that rank's own traceback. What was measured until then is in the run folder.
     """
-    folder = runs.create(plan.config)
-    # Without the folder, so that the file makes another run elsewhere.
-    plan.config.updated(output_dir=None).save(folder / runs.CONFIG)
-    runs.write(folder / runs.ENVIRONMENT, {**plan.environment, "started": time.time()})
+    config = plan.config
+    folder = runs.begin(config, plan.environment) if config.machine_rank == 0 else runs.join(config)
     run = runs.Run(folder)
     show = show or _OneLine()
 
@@ -152,15 +158,22 @@ def _start(plan: Plan, folder: Path, ends_with_us: int) -> subprocess.Popen:
     with (folder / runs.LOG).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "sdnb.ranks", str(folder), str(ends_with_us)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env={**_process_environment(plan), **os.environ},
+            env={**_process_environment(plan), **os.environ, **_token(plan.config)},
             pass_fds=(ends_with_us,),
             start_new_session=True,  # a group of its own, so that all of it can be ended, and no signal goes astray
         )
     os.close(ends_with_us)
+    config = plan.config.updated(output_dir=str(folder)).model_dump(mode="json", exclude={"hub_token"})
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # where it has ended already, its log says why
+        process.stdin.write(json.dumps(config).encode())
     return process
+
+
+def _token(config: TrainConfig) -> dict[str, str]:
+    return {"HF_TOKEN": config.hub_token.get_secret_value()} if config.hub_token else {}
 
 
 def _process_environment(plan: Plan) -> dict[str, str]:
@@ -170,7 +183,8 @@ def _process_environment(plan: Plan) -> dict[str, str]:
     if plan.environment["devices"]["type"] != "cpu":
         return threads
     # Without the first, accelerate's launcher takes CPU ranks for GPU ranks, and each of them trains alone.
-    return {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", **threads}
+    network = {"GLOO_SOCKET_IFNAME": "lo"} if plan.config.num_machines == 1 else {}
+    return {"ACCELERATE_USE_CPU": "true", **network, **threads}
 
 
 def _follow(process: subprocess.Popen, run: runs.Run, steps: int, show: Callable[[str, str], None]) -> None:

@@ -11,6 +11,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -88,9 +89,35 @@ def load(config: TrainConfig) -> Parts:
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=_load(AutoencoderKL, "vae", where, config, **_weights(config)).requires_grad_(False),
-        unet=_load(UNet2DConditionModel, "unet", where, config, **_weights(config)).train(),
+        unet=_unet(where, config).train(),
         noise_scheduler=_load(DDPMScheduler, "scheduler", where, config),
     )
+
+
+def _unet(where: str, config: TrainConfig) -> UNet2DConditionModel:
+    """The UNet to train: as in the reference, `variant` does not apply to it, and `non_ema_revision` applies only to
+    it. A folder that has the variant alone gives that."""
+    if config.variant is None and config.non_ema_revision in (None, config.revision):
+        return _load(UNet2DConditionModel, "unet", where, config, use_safetensors=True)
+    name = config.pretrained_model_name_or_path
+    if name in embedded.ARCHITECTURES or Path(name).expanduser().is_dir():
+        plain = (Path(where) / "unet" / SAFETENSORS_WEIGHTS_NAME).exists()
+        weights = dict(use_safetensors=True) if plain else _weights(config)
+        return _load(UNet2DConditionModel, "unet", where, config, **weights)
+    revision = config.non_ema_revision or config.revision
+    hub = dict(revision=revision, cache_dir=config.cache_dir, use_safetensors=True)
+    return _load(UNet2DConditionModel, "unet", name, config, **hub)
+
+
+def start_of_average(config: TrainConfig, parts: Parts) -> UNet2DConditionModel:
+    """What the average of the UNet's weights begins with: the UNet of `revision` and `variant`, as in the reference.
+
+    Raises:
+        ModelError: if that cannot be had.
+    """
+    if config.variant is None and config.non_ema_revision in (None, config.revision):
+        return parts.unet
+    return _load(UNet2DConditionModel, "unet", source(config), config, **_weights(config))
 
 
 def _weights(config: TrainConfig) -> dict[str, Any]:

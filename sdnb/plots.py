@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -22,6 +23,7 @@ PHASE_COLOURS = {
     "optimizer": GREEN, "ema": "#F0E442", "other": GREY,
 }  # fmt: skip
 WIDTH = 9.0
+MOST_ROWS = 6
 
 
 def _figure(title: str, caption: str, height: float) -> tuple[Figure, Axes]:
@@ -97,7 +99,7 @@ def samples(run: Run) -> Figure | None:
     drawn = run.samples
     if drawn.empty:
         return None
-    prompts, times = list(dict.fromkeys(drawn.prompt)), sorted(drawn.step.unique())
+    prompts, times = list(dict.fromkeys(drawn.prompt)), _spread(sorted(drawn.step.unique()), MOST_ROWS)
     pictures = {(row.step, row.prompt): Image.open(run.folder / SAMPLES / row.file) for row in drawn.itertuples()}
     first = drawn.iloc[0]
     how = f"Seed {first.seed}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."
@@ -106,13 +108,18 @@ def samples(run: Run) -> Figure | None:
     labels = ["before" if step == 0 else f"after step {step}" for step in times]
     return _grid(
         [[pictures.get((step, prompt)) for prompt in prompts] for step in times],
-        "Pictures drawn before and after the training", how, columns=prompts, rows=labels,
+        "Pictures drawn from the same noise as the training went on", how, columns=prompts, rows=labels,
     )  # fmt: skip
 
 
 def pictures(images: Sequence[Image.Image], captions: Sequence[str], total: int) -> Figure:
     """Some training pictures with their captions."""
     return _grid([list(images)], "What it trains on", f"{len(images)} of {total} pictures.", columns=captions)
+
+
+def _spread(values: list[int], most: int) -> list[int]:
+    """So many of the values at most, from all over, the first and the last among them."""
+    return [values[round(index)] for index in np.linspace(0, len(values) - 1, min(most, len(values)))]
 
 
 def _grid(

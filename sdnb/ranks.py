@@ -1,6 +1,6 @@
-"""The process that a run happens in: `python -m sdnb.ranks <run folder> <pipe>` starts the ranks with accelerate's
-notebook_launcher. It is a process of its own because that launcher forks: a kernel that has computed before, or that
-holds an Accelerator, would hang or fail there.
+"""The process that a run happens in: `python -m sdnb.ranks <run folder> <pipe>`, with the settings as JSON on its
+standard input, starts the ranks with accelerate's notebook_launcher. It is a process of its own because that launcher
+forks: a kernel that has computed before, or that holds an Accelerator, would hang or fail there.
 
 When the other end of the pipe closes, the one who launched the run is gone, however it ended, and every rank ends.
 """
@@ -9,45 +9,55 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from . import runs
 from .config import TrainConfig
 from .errors import SdnbError
+from .watchdog import end_when, end_with_parent
 
 
 def main() -> None:
     folder, pipe = Path(sys.argv[1]), int(sys.argv[2])
-    config = runs.Run(folder).config.updated(output_dir=str(folder))
-    _end_when(lambda: os.read(pipe, 1) == b"")  # nothing is ever written: it returns when the other end closes
+    config = TrainConfig(**json.load(sys.stdin))
+    # nothing is ever written: the pipe can be read when its other end closes
+    end_when(lambda: os.read(pipe, 1) == b"", everyone=True)
 
     from accelerate import notebook_launcher
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from .compat import first_failure
+
+    here = config.num_processes // config.num_machines
+    address, port = config.main_process_ip or "127.0.0.1", config.main_process_port
+    port = str(port or (29500 if config.num_machines > 1 else _free_port()))
+    if here == 1 and config.num_machines > 1:  # which the launcher would take for a training on its own
+        os.environ.update(RANK=str(config.machine_rank), LOCAL_RANK="0", WORLD_SIZE=str(config.num_machines),
+                          MASTER_ADDR=address, MASTER_PORT=port)  # fmt: skip
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the launcher says "2 CUDAs" of CPU ranks too
             notebook_launcher(
                 _rank,
                 args=(config,),
-                num_processes=config.num_processes,
+                num_processes=here,
+                num_nodes=config.num_machines,
+                node_rank=config.machine_rank,
                 mixed_precision=config.mixed_precision,
-                use_port=str(_free_port()),
+                master_addr=address,
+                use_port=port,
             )
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode < 0:  # a rank that was killed could not write its own
+    except Exception as error:
+        rank, exit_code = first_failure(error)
+        if exit_code < 0:  # a rank that was killed could not write its own
             killed = "SIGKILL, sent by hand or by the system for want of memory"
-            how = killed if failure.exitcode == -signal.SIGKILL else failure.signal_name()
-            runs.write(folder / runs.FAILURE, {"rank": rank, "what": f"it died of {how}", "details": failure.message})
+            how = killed if exit_code == -signal.SIGKILL else signal.Signals(-exit_code).name
+            runs.fail(folder, rank, f"it died of {how}", "")
         sys.exit(1)
 
 
@@ -55,9 +65,8 @@ def _rank(config: TrainConfig) -> None:
     sys.stdout = sys.__stdout__
     # elastic's handler, inherited, would not let a rank that waits for another end.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if config.num_processes > 1:
-        launcher = os.getppid()
-        _end_when(lambda: time.sleep(1) or os.getppid() != launcher)
+    if config.num_processes > config.num_machines:
+        end_with_parent()
     try:
         from .train import train
 
@@ -68,29 +77,9 @@ def _rank(config: TrainConfig) -> None:
         print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         if not isinstance(error, SdnbError):
             time.sleep(1)  # a rank that lost its peer fails too: the launcher ends it before it files that
-        _file_failure(Path(config.output_dir), rank, type(error).__name__, lines)
+        runs.fail(Path(config.output_dir), rank, type(error).__name__, lines)
         sys.stderr.flush()
         os._exit(1)  # at once: interpreter shutdown would wait for ranks that wait for this one
-
-
-def _file_failure(folder: Path, rank: int, what: str, details: Any) -> None:
-    """Keep the first failure; the others' are its consequences."""
-    try:
-        os.close(os.open(folder / f".{runs.FAILURE}.claim", os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return
-    runs.write(folder / runs.FAILURE, {"rank": rank, "what": what, "details": str(details)})
-
-
-def _end_when(is_over: Callable[[], bool]) -> None:
-    """End every process of the run as soon as `is_over`, which may take its time, says so."""
-
-    def watch() -> None:
-        while not is_over():
-            pass
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _free_port() -> int:

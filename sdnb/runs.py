@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -23,14 +26,62 @@ VALIDATION = "validation.jsonl"
 LOG = "train.log"
 SUMMARY = "summary.json"
 FAILURE = "failure.json"
+LOCK = ".lock"
+FAILURE_CLAIM = ".failure.json.claim"
 SAMPLES = "samples"
+SAMPLES_LIST = f"{SAMPLES}/samples.jsonl"
+
+
+def begin(config: TrainConfig, environment: dict[str, Any]) -> Path:
+    """Make the run folder, and file what is known before the training.
+
+    Args:
+        environment: what `environment.capture` gives.
+
+    Raises:
+        RunError: if a run is in it already that is not to be resumed, or it cannot be made.
+    """
+    folder = create(config)
+    lock(folder).close()
+    before = _read(folder / ENVIRONMENT)
+    resumed = [*before.get("resumed", []), {"started": before["started"], "host": before["host"]}] if before else []
+    # Without the folder, so that the file makes another run elsewhere.
+    config.updated(output_dir=None, num_machines=1, machine_rank=0).save(folder / CONFIG)
+    write(folder / ENVIRONMENT, {**environment, "started": time.time(), "resumed": resumed})
+    for name in (SUMMARY, FAILURE, FAILURE_CLAIM):  # those of the run that is resumed
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def lock(folder: Path) -> TextIO:
+    """Keep a run folder for one training. The lock ends when what is returned is closed, and with its process.
+
+    Raises:
+        RunError: if another training has it.
+    """
+    file = (folder / LOCK).open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunError(f"{folder}: another training is running in this folder; wait for it, or end it") from None
+    return file
+
+
+def join(config: TrainConfig) -> Path:
+    """The run folder on a machine that trains along: machine 0 keeps it, here only its settings may have to be put."""
+    folder = Path(config.output_dir).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG).exists():
+        config.updated(output_dir=None, num_machines=1, machine_rank=0).save(folder / CONFIG)
+    return folder
 
 
 def create(config: TrainConfig) -> Path:
     """Make the run folder that the settings name, or a new one under `runs/` in the project's root.
 
     Raises:
-        RunError: if a run is in it already, or it cannot be made.
+        RunError: if a run is in it already that is not to be resumed, or it cannot be made.
     """
     try:
         if config.output_dir is None:
@@ -40,10 +91,10 @@ def create(config: TrainConfig) -> Path:
         (folder / LOG).touch()
     except OSError as error:
         raise RunError(f"output_dir {config.output_dir}: no run can be written there: {error}") from None
-    if (folder / STEPS).exists() or (folder / CONFIG).exists():
+    if config.resume_from_checkpoint is None and ((folder / STEPS).exists() or (folder / CONFIG).exists()):
         raise RunError(
-            f"output_dir {config.output_dir}: there is a run in it already. "
-            "Give another output_dir, or none for a new folder under runs/."
+            f"output_dir {config.output_dir}: there is a run in it already. Give another output_dir, "
+            "or resume_from_checkpoint = latest to go on with that run."
         )
     return folder
 
@@ -71,10 +122,51 @@ def append(path: Path, record: dict[str, Any]) -> None:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
+def records(folder: Path) -> list[Path]:
+    """The JSON-lines files of a run folder, those that there are; each line says its step."""
+    return [folder / name for name in (STEPS, VALIDATION, SAMPLES_LIST) if (folder / name).exists()]
+
+
+def last_step(folder: Path) -> int:
+    """The step of the last record; 0 if there is none."""
+    return max((json.loads(line)["step"] for line in _whole_lines(folder / STEPS)), default=0)
+
+
+def cut(folder: Path, step: int) -> None:
+    """Take what was recorded after a step out of the records, so that a resumed training can record it again."""
+    for path in records(folder):
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        _write_whole(path, "".join(f"{line}\n" for line in kept))
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    """The lines up to the first that a loss of power has torn."""
+    for line in Tail(path).new():
+        try:
+            json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            return
+        yield line
+
+
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
+    _write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def fail(folder: Path, rank: int, what: str, details: str) -> bool:
+    """File the first failure; the others' are its consequences. Returns whether this one is the first."""
+    try:
+        os.close(os.open(folder / FAILURE_CLAIM, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    write(folder / FAILURE, {"rank": rank, "what": what, "details": details})
+    return True
+
+
+def _write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    aside.write_text(text)
     aside.replace(path)
 
 
@@ -113,17 +205,17 @@ class Run:
         reference's loop counts), `micro_batches` (a rank's), `images` (of all ranks), `loss` (mean over micro-batches
         and ranks), `train_loss` (as the reference logs it), `step_loss` (rank 0's last micro-batch), `grad_norm`
         (before clipping), `lr` (that the step used), `seconds` (wall time), and `phase_seconds`, where they went."""
-        return _read_lines(self.folder / STEPS)
+        return read_lines(self.folder / STEPS)
 
     @property
     def validation(self) -> pd.DataFrame:
         """The measurements of the loss on held-out pictures: step, loss, its standard error, pictures."""
-        return _read_lines(self.folder / VALIDATION)
+        return read_lines(self.folder / VALIDATION)
 
     @property
     def samples(self) -> pd.DataFrame:
         """The pictures drawn: file (in samples/), step, prompt, seed and how they were drawn."""
-        return _read_lines(self.folder / SAMPLES / "samples.jsonl")
+        return read_lines(self.folder / SAMPLES_LIST)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -152,6 +244,8 @@ class Tail:
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self.read_to:  # it was cut for a training to be resumed
+                self.read_to = 0
             file.seek(self.read_to)
             whole = file.read().rpartition(b"\n")[0]
         if not whole:
@@ -169,7 +263,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: is not JSON: {error}") from None
 
 
-def _read_lines(path: Path) -> pd.DataFrame:
+def read_lines(path: Path) -> pd.DataFrame:
     """A JSON-lines file as a table. A last line without its end is one that is being written, or was when a crash came:
     it is left out."""
     try:

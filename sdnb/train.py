@@ -1,60 +1,67 @@
-"""The training, as every rank runs it."""
+"""The training, as every rank runs it; and `python -m sdnb.train`, which takes the reference's command line."""
 
 from __future__ import annotations
 
 import logging
-import math
-import re
+import os
+import sys
 import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from . import data, models, runs
+from . import arguments, data, environment, metrics, models, runs
+from .batches import Batches
+from .checkpoints import Checkpoints, clean_up, find
 from .clock import StepClock
 from .config import TrainConfig
-from .diffusion import draw_noise, draw_timesteps, encode, loss_of, target_of
-from .errors import RunError
-from .evaluate import HeldOutLoss, draw_samples
+from .diffusion import draw_noise, draw_timesteps, dream, encode, loss_of, target_of
+from .ema import Average
+from .errors import ConfigError, RunError, SdnbError
+from .observer import Observer, Tally
+from .watchdog import end_with_parent
 
 logger = logging.getLogger("sdnb")
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def train(config: TrainConfig) -> None:
-    """Train on this rank, from the first step to the saved pipeline. `config` is resolved: its run folder exists, its
-    precision and number of ranks are set.
+def train(config: TrainConfig, show: Callable[[dict[str, Any], int], None] = lambda record, total: None) -> None:
+    """Train on this rank, from the first step, or the one resumed after, to the saved pipeline. `config` is resolved:
+    its run folder exists, its precision and number of ranks are set.
+
+    Args:
+        show: is given the record of each step, and the number of steps.
 
     Raises:
-        SdnbError: if the ranks did not join, or the model or the data cannot be used.
+        SdnbError: if the ranks did not join, or the model, the data or a checkpoint cannot be used.
     """
     folder = Path(config.output_dir)
     accelerator = _accelerator(config)
     _log_to(folder / runs.LOG, accelerator)
     _check_ranks_joined(accelerator, config)
+    held = runs.lock(folder) if accelerator.is_main_process else None  # until this function ends, or its process
     if config.seed is not None:
         set_seed(config.seed)
 
     with accelerator.main_process_first():  # the first to come fills the caches
         parts = models.load(config)
         splits = data.load(config)
-    ema = _ema(parts.unet) if config.use_ema else None
-    if config.prediction_type is not None:
-        parts.noise_scheduler.register_to_config(prediction_type=config.prediction_type)
-    if config.gradient_checkpointing:
-        parts.unet.enable_gradient_checkpointing()
+        ema = Average(models.start_of_average(config, parts), config) if config.use_ema else None
+    found = find(config, splits.train)
+    _set_up(parts, config)
     if accelerator.is_main_process:
         runs.write(folder / runs.MODEL, models.describe(config, parts))
-
     splits.train.tokenizer = parts.tokenizer
     loader = DataLoader(
         splits.train,
@@ -63,10 +70,9 @@ def train(config: TrainConfig) -> None:
         batch_size=config.train_batch_size,
         num_workers=config.dataloader_num_workers,
     )
-    total_steps = config.total_steps(len(splits.train))
-    optimizer = torch.optim.AdamW(
+    optimizer = _adam(config)(
         parts.unet.parameters(),
-        lr=config.learning_rate * (config.global_batch if config.scale_lr else 1),
+        lr=config.peak_learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
@@ -76,26 +82,27 @@ def train(config: TrainConfig) -> None:
         config.lr_scheduler,
         optimizer=optimizer,
         num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=total_steps * accelerator.num_processes,
+        num_training_steps=config.schedule_steps(len(splits.train)) * accelerator.num_processes,
     )
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(parts.unet, optimizer, loader, lr_scheduler)
+    batches = Batches(loader)
     text_encoder = parts.text_encoder.to(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
     vae = parts.vae.to(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
     if ema is not None:
-        ema.to(accelerator.device)
+        ema.settle(accelerator.device)
 
-    observer = Observer(accelerator, config, parts, splits.held_out, unet)
-    logger.info(
-        "%s: %d pictures, %d optimizer steps of %d, %d ranks, %s", accelerator.distributed_type.value,
-        len(splits.train), total_steps, config.global_batch, accelerator.num_processes, accelerator.device,
-    )  # fmt: skip
-    observer.before_training()
+    checkpoints = Checkpoints(accelerator, config, splits.train, batches, optimizer, lr_scheduler, ema)
+    observer = Observer(accelerator, config, parts, splits.held_out, unet, ema, checkpoints)
+    step, total_steps = checkpoints.resume(found), config.total_steps(len(splits.train))
+    _start_records(accelerator, config, step)
+    _say_what_begins(accelerator, config, len(splits.train), step)
+    observer.before_training(step)
 
     clock = StepClock(accelerator.device)
     tally = Tally(accelerator, config)
-    step = 0
-    for epoch in range(math.ceil(total_steps / config.steps_per_epoch(len(splits.train)))):
-        for batch in loader:
+    while step < total_steps:
+        epoch = batches.epoch
+        for batch in batches:
             clock.lap("data")
             with accelerator.accumulate(unet):
                 latents = encode(vae, batch["pixel_values"])
@@ -106,6 +113,11 @@ def train(config: TrainConfig) -> None:
                 target = target_of(parts.noise_scheduler, latents, noise, timesteps)
                 clock.lap("encode")
 
+                if config.dream_training:
+                    noisy_latents, target = dream(
+                        unet, parts.noise_scheduler, noisy_latents, timesteps, words, noise, target,
+                        config.dream_detail_preservation,
+                    )  # fmt: skip
                 prediction = unet(noisy_latents, timesteps, words, return_dict=False)[0]
                 loss = loss_of(prediction, target, parts.noise_scheduler, timesteps, config.snr_gamma)
                 clock.lap("forward")
@@ -129,163 +141,24 @@ def train(config: TrainConfig) -> None:
                 step += 1
                 record = dict(step=step, epoch=epoch, **tally.read(grad_norm), lr=learning_rate)
                 record["seconds"], record["phase_seconds"] = clock.read()
+                show(record, total_steps)
                 if observer.after_step(record, last=step == total_steps):
                     clock.restart()
                 else:
                     clock.lap("other")
                 if step == total_steps:
                     break
+        if observer.after_epoch(epoch, step):
+            clock.restart()
 
-    observer.after_training(ema, step)
-
-
-class Tally:
-    """Adds up the micro-batches of an optimizer step on the device; read once a step, when all ranks have added."""
-
-    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
-        self.accelerator = accelerator
-        self.accumulation_steps = config.gradient_accumulation_steps
-        self._clear()
-
-    def _clear(self) -> None:
-        self.loss_sum = torch.zeros((), device=self.accelerator.device)
-        self.micro_batches = self.images = 0
-
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        self.last_loss = loss.detach()
-        self.loss_sum += self.last_loss
-        self.images += images
-        self.micro_batches += 1
-
-    def read(self, grad_norm: torch.Tensor) -> dict[str, Any]:
-        """The record of the step: `loss` is the mean over the micro-batches there were; `train_loss` divides by those
-        that a full step has, as the reference logs it."""
-        ranks = self.accelerator.num_processes
-        sums = torch.stack([self.loss_sum, torch.full_like(self.loss_sum, self.images)])
-        loss_sum, images, step_loss, norm = torch.stack(
-            [*self.accelerator.reduce(sums, reduction="sum"), self.last_loss, grad_norm.float()]
-        ).tolist()
-        record = dict(
-            micro_batches=self.micro_batches,
-            images=int(images),
-            loss=loss_sum / ranks / self.micro_batches,
-            train_loss=loss_sum / ranks / self.accumulation_steps,
-            step_loss=step_loss,
-            grad_norm=norm,
-        )
-        self._clear()
-        return record
-
-
-class Observer:
-    """What happens around the steps: records, held-out loss, pictures, the saved pipeline. It draws nothing from the
-    training's generators, and its time is no step's."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        config: TrainConfig,
-        parts: models.Parts,
-        held_out: data.ImageCaptions | None,
-        unet: torch.nn.Module,
-    ) -> None:
-        self.accelerator, self.config, self.parts, self.unet = accelerator, config, parts, unet
-        self.folder = Path(config.output_dir)
-        self.began = time.perf_counter()
-        self.diverged = False
-        self.held_out_loss = None
-        if config.validation_loss_steps and held_out is None:
-            logger.warning("no held-out pictures in this data set (a split named validation or test): no such loss")
-        elif config.validation_loss_steps and accelerator.is_main_process:
-            self.held_out_loss = HeldOutLoss(held_out, parts, config, accelerator.device)
-
-    def before_training(self) -> None:
-        self._measure_held_out(step=0)
-        if self.accelerator.is_main_process:
-            # Put together now, so that what cannot be had is missed before the training and not after it.
-            self.pipeline = models.pipeline(self.config, self.parts)
-            self._draw(step=0)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.device.type == "cuda":  # the peak that is reported is the training's
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def after_step(self, record: dict[str, Any], last: bool) -> bool:
-        """File the record, and measure where it is time to. Returns whether the training was held up."""
-        step = record["step"]
-        if self.accelerator.is_main_process:
-            runs.append(self.folder / runs.STEPS, record)
-            if not math.isfinite(record["loss"]) and not self.diverged:
-                self.diverged = True
-                logger.warning("step %d: the loss is not finite; what comes after is of no use", step)
-        self.accelerator.log({name: record[name] for name in ("train_loss", "loss", "lr")}, step=step)
-        every = self.config.validation_loss_steps
-        if not every or (step % every and not last):
-            return False
-        self._measure_held_out(step)
-        self.accelerator.wait_for_everyone()
-        return True
-
-    def after_training(self, ema: EMAModel | None, steps: int) -> None:
-        accelerator, trained = self.accelerator, time.perf_counter()
-        ranks = self._ranks()
-        if ema is not None:
-            ema.copy_to(self.unet.parameters())
-        if accelerator.is_main_process:
-            logger.info("saving the pipeline")
-            self.pipeline.save_pretrained(self.folder)
-            summary = dict(
-                world_size=accelerator.num_processes,
-                distributed_type=accelerator.distributed_type.value,
-                ranks=ranks,
-                training_seconds=trained - self.began,
-                saving_seconds=time.perf_counter() - trained,
-                ended=time.time(),
-            )
-            runs.write(self.folder / runs.SUMMARY, summary)
-            self._draw(steps)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
-
-    def _draw(self, step: int) -> None:
-        if self.config.validation_prompts:
-            draw_samples(self.pipeline, self.config, self.accelerator, self.folder, step)
-
-    def _measure_held_out(self, step: int) -> None:
-        if self.held_out_loss is not None:
-            with self.accelerator.autocast():
-                measured = self.held_out_loss(self.accelerator.unwrap_model(self.unet))
-            runs.append(self.folder / runs.VALIDATION, dict(step=step, **measured))
-
-    def _ranks(self) -> list[dict[str, Any]]:
-        """Each rank's peak memory, and a checksum of its parameters (sum and sum of squares): all ranks must agree."""
-        if self.accelerator.device.type == "cuda":
-            memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
-        else:
-            memory = [_peak_resident_bytes()] * 2
-        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        for parameter in self.unet.parameters():  # one at a time: a copy of all of them may not fit
-            values = parameter.detach().double()
-            sums += torch.stack([values.sum(), values.square().sum()])
-        own = torch.cat([sums.new_tensor(memory), sums])
-        ranks = [
-            dict(
-                rank=rank,
-                peak_memory_gib=allocated / 2**30,
-                peak_reserved_gib=reserved / 2**30,
-                checksum=[value.hex() for value in checksum],
-            )
-            for rank, (allocated, reserved, *checksum) in enumerate(self.accelerator.gather(own[None]).tolist())
-        ]
-        if any(rank["checksum"] != ranks[0]["checksum"] for rank in ranks):
-            logger.error("the ranks' parameters differ at the end: %s", [rank["checksum"] for rank in ranks])
-        return ranks
+    observer.after_training(step)
+    del held
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    accelerator = Accelerator(
+    return Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
@@ -295,15 +168,53 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
     )
-    settings = {name: value for name, value in config.model_dump().items() if name != "validation_prompts"}
-    accelerator.init_trackers(config.tracker_project_name, settings)
-    return accelerator
 
 
-def _peak_resident_bytes() -> int:
-    # ru_maxrss would not do: it begins with that of the process which started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+def _set_up(parts: models.Parts, config: TrainConfig) -> None:
+    if config.prediction_type is not None:
+        parts.noise_scheduler.register_to_config(prediction_type=config.prediction_type)
+    if config.dream_training and parts.noise_scheduler.config.prediction_type != "epsilon":
+        raise ConfigError("dream_training is defined for models that predict the noise; this one predicts a velocity")
+    if config.gradient_checkpointing:
+        parts.unet.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            parts.unet.enable_xformers_memory_efficient_attention()
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise ConfigError(f"enable_xformers_memory_efficient_attention: {error}") from error
+
+
+def _adam(config: TrainConfig) -> type[torch.optim.Optimizer]:
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit
+
+
+def _start_records(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
+    """Begin the records after `step`: what an interrupted training recorded beyond it is recorded again."""
+    if accelerator.is_main_process:
+        clean_up(Path(config.output_dir))
+        runs.cut(Path(config.output_dir), step)
+    settings = config.model_dump(mode="json", exclude={"validation_prompts", "hub_token"})
+    purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
+    accelerator.init_trackers(config.tracker_project_name, settings, init_kwargs=purge)
+
+
+def _say_what_begins(accelerator: Accelerator, config: TrainConfig, examples: int, step: int) -> None:
+    steps, laid_out = config.total_steps(examples), config.schedule_steps(examples)
+    logger.info(
+        "%s: %d pictures, %d optimizer steps of %d%s, %d ranks, %s", accelerator.distributed_type.value, examples,
+        steps, config.global_batch, f", {step} of them done" if step else "", accelerator.num_processes,
+        accelerator.device,
+    )  # fmt: skip
+    if laid_out != steps and not config.lr_scheduler.startswith("constant") and accelerator.is_main_process:
+        logger.warning(
+            "the %s schedule is laid out for %d steps, as the reference does it with num_train_epochs and several "
+            "ranks, and the training has %d: set max_train_steps = %d to have it end with the training",
+            config.lr_scheduler, laid_out, steps, steps,
+        )  # fmt: skip
 
 
 def _log_to(path: Path, accelerator: Accelerator) -> None:
@@ -324,5 +235,82 @@ def _check_ranks_joined(accelerator: Accelerator, config: TrainConfig) -> None:
         )
 
 
-def _ema(unet: diffusers.UNet2DConditionModel) -> EMAModel:
-    return EMAModel(unet.parameters(), model_cls=diffusers.UNet2DConditionModel, model_config=unet.config)
+def main() -> None:
+    """One rank of a training, alone or as `accelerate launch` starts it, with the settings of the command line."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    folder = None
+    if world > 1:
+        end_with_parent()  # accelerate launch, killed, would leave its ranks behind
+    try:
+        config = _as_launched(arguments.parse(sys.argv[1:]), world)
+        environment.require(config)
+        folder = Path(config.output_dir).expanduser().absolute()
+        if rank == 0:
+            runs.begin(config, environment.capture())
+        folder.mkdir(parents=True, exist_ok=True)
+        _train_in_terminal(config.updated(output_dir=str(folder)), rank)
+    except KeyboardInterrupt:
+        _end(rank, f"interrupted; what was measured is in {folder}", 130)
+    except Exception as error:
+        known = isinstance(error, SdnbError)
+        details = str(error) if known else traceback.format_exc()
+        if not known:
+            time.sleep(1)  # a rank that lost its peer fails too: the launcher ends it before it says so
+        first = (
+            rank == 0
+            if folder is None or not folder.is_dir()
+            else runs.fail(folder, rank, type(error).__name__, details)
+        )
+        _end(rank, f"error: {details}" if first else "", 1)
+
+
+def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
+    if config.num_machines > 1 or config.num_processes not in (None, world):
+        raise ConfigError(
+            f"num_processes = {config.num_processes or world}, num_machines = {config.num_machines}, but this is one "
+            f"of {world} ranks: a command line starts one rank. To start several, use accelerate launch "
+            "--num_processes …, or the notebook."
+        )
+    devices = environment.devices()
+    machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return config.updated(num_processes=world, mixed_precision=precision).resolved(
+        devices.type, len(devices.names) * machines, devices.bf16
+    )
+
+
+def _train_in_terminal(config: TrainConfig, rank: int) -> None:
+    """Train; on rank 0 with the reference's progress bar, what is logged, and at the end what was measured."""
+    if rank:
+        return train(config)
+    logging.basicConfig(format="%(message)s", handlers=[_AboveTheBar()])
+    with ExitStack() as at_the_end:
+        bar: tqdm | None = None
+
+        def show(record: dict[str, Any], total_steps: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = at_the_end.enter_context(tqdm(desc="Steps", total=total_steps, initial=record["step"] - 1))
+            bar.set_postfix(lr=record["lr"], step_loss=record["step_loss"], refresh=False)
+            bar.update()
+
+        train(config, show)
+    run = runs.Run(config.output_dir)
+    print(metrics.measure(run) if len(run.steps) else "no step was left to train", f"in {run.folder}", sep="\n")
+
+
+class _AboveTheBar(logging.StreamHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _end(rank: int, message: str, status: int) -> None:
+    if message:
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # at once: interpreter shutdown would wait for ranks that wait for this one
+
+
+if __name__ == "__main__":
+    main()

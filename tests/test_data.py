@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdnb import data, openmoji
+from sdnb import data, models, openmoji
 from sdnb.config import TrainConfig
 from sdnb.errors import DataError
 
@@ -148,18 +148,49 @@ def coordinates(width, height):
 
 
 def test_the_centre_crop():
-    assert data.crop(coordinates(100, 64), 64, center=True).getpixel((0, 0)) == (18, 0, 0)
-    assert data.crop(coordinates(64, 69), 64, center=True).getpixel((0, 0)) == (0, 2, 0), "2.5 rounds to 2"
+    centred = config(dataset_name="openmoji", center_crop=True)
+    assert data.draw_view((100, 64), centred) == (18, 0, False)
+    assert data.draw_view((64, 69), centred) == (0, 2, False), "2.5 rounds to 2"
+    corner = data.transform(coordinates(100, 64), centred)[:, 0, 0]
+    assert torch.equal(corner, data.to_tensor(Image.new("RGB", (1, 1), (18, 0, 0)))[:, 0, 0])
 
 
 def test_the_random_crop_draws_row_then_column():
+    anywhere = config(dataset_name="openmoji")
     torch.manual_seed(3)
     top, left = int(torch.randint(0, 64 - 64 + 1, (1,))), int(torch.randint(0, 100 - 64 + 1, (1,)))
     torch.manual_seed(3)
-    assert data.crop(coordinates(100, 64), 64, center=False).getpixel((0, 0)) == (left, top, 0)
+    assert data.draw_view((100, 64), anywhere) == (left, top, False)
     state = torch.get_rng_state()
-    data.crop(coordinates(64, 64), 64, center=False)
+    data.draw_view((64, 64), anywhere)
     assert torch.equal(state, torch.get_rng_state()), "nothing to choose, nothing drawn"
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_what_is_passed_over_draws_all_the_same(image_folder, center_crop):
+    settings = dict(train_data_dir=str(image_folder(3, (90, 70))), random_flip=True, center_crop=center_crop)
+    examples = data.load(config(**settings)).train
+    examples.tokenizer = models.load(config(**settings)).tokenizer
+    states = []
+    for passed_over in (0, 1):
+        torch.manual_seed(5)
+        examples.pass_over(passed_over)
+        first, second = examples.__getitems__([0, 1]), examples.__getitems__([2])
+        assert (first[0]["pixel_values"].numel() == 0) == bool(passed_over)
+        states.append((torch.get_rng_state(), second[0]["pixel_values"]))
+    assert all(torch.equal(one, other) for one, other in zip(*states))
+
+
+def test_the_interpolation_is_the_one_asked_for():
+    pixels = torch.randint(0, 256, (80, 100, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Image.fromarray(pixels.numpy())
+    made = {
+        mode: data.transform(picture, config(dataset_name="openmoji", center_crop=True, image_interpolation_mode=mode))
+        for mode in ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+    }
+    assert torch.equal(made["bilinear"], data.transform(picture, config(dataset_name="openmoji", center_crop=True)))
+    assert torch.equal(made["nearest"], made["nearest_exact"])
+    assert len({made[mode].sum().item() for mode in made}) == 6
 
 
 def test_pixels_and_flip():

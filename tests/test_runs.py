@@ -24,7 +24,7 @@ def folder(tmp_path):
 def test_a_new_folder_each_time(monkeypatch, tmp_path):
     (tmp_path / "pyproject.toml").touch()
     monkeypatch.setattr(runs, "PROJECT", tmp_path)
-    first, second = runs.create(config()), runs.create(config())
+    first, second = runs.create(config(output_dir=None)), runs.create(config(output_dir=None))
     assert first != second and first.is_dir() and second.is_dir()
     assert first.parent == tmp_path / "runs"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}-tiny-openmoji", first.name)

@@ -1,0 +1,337 @@
+"""Checkpoints: the whole state of a training in a folder, complete or absent, and the way back into it.
+
+A checkpoint is laid out as the reference's (`unet`, `unet_ema`, and what accelerate keeps), with two things more: each
+rank's place among the micro-batches with its generators, and `checkpoint.json`, which says what is in it and which
+settings it belongs to. With these a training goes on bit for bit; the reference's own checkpoints can be gone on from,
+but their epoch begins again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from diffusers import UNet2DConditionModel
+
+from . import runs
+from .batches import Batches
+from .config import TrainConfig
+from .data import ImageCaptions
+from .ema import Average
+from .errors import RunError
+from .settings import Data
+
+logger = logging.getLogger("sdnb")
+
+MANIFEST = "checkpoint.json"
+LATEST = "latest"
+_REFERENCE_FILES = ("unet/config.json", "optimizer.bin", "scheduler.bin")
+# Where one of these differs, a place among the micro-batches means nothing any more.
+_DECIDE_ORDER = {*Data.model_fields, "train_batch_size", "gradient_accumulation_steps", "num_processes", "the data"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder. `manifest` is None for one that the reference made."""
+
+    folder: Path
+    step: int
+    manifest: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to resume from: usable checkpoints, the first to be tried first, and why others are not."""
+
+    usable: tuple[Checkpoint, ...]
+    passed_over: tuple[str, ...]
+
+
+def find(config: TrainConfig, examples: ImageCaptions) -> Found:
+    """What `resume_from_checkpoint` stands for in the run folder. Nothing, if it is not set, or if it is `latest` and
+    there is no checkpoint yet.
+
+    Raises:
+        RunError: if a checkpoint that is named is not there or incomplete, if none of several is complete, or if it was
+            made with other settings that decide how a training goes.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return Found((), ())
+    if config.output_dir is None:
+        raise RunError(f"resume_from_checkpoint = {wanted}: set output_dir to the folder of the run to resume")
+    run_folder = Path(config.output_dir).expanduser().absolute()
+    there = [folder for _, folder in sorted(_numbered(run_folder), reverse=True)]
+    if wanted != LATEST:
+        named = run_folder / Path(wanted).name  # as the reference takes it: a path's last part, in output_dir
+        if named not in there:
+            names = ", ".join(folder.name for folder in there) or "none"
+            raise RunError(f"resume_from_checkpoint = {wanted}: no such checkpoint in {run_folder}; there are: {names}")
+        there = [named]
+    elif there:
+        there = _not_given_up(run_folder, there)
+    usable, passed_over = [], []
+    for folder in there:
+        try:
+            usable.append(_inspect(folder))
+        except RunError as error:
+            passed_over.append(str(error))
+    if there and not usable:
+        raise RunError("\n".join([f"resume_from_checkpoint = {wanted}: nothing to resume from", *passed_over]))
+    if usable and not config.resume_with_changes and (differ := _differences(usable[0], config, examples)):
+        raise RunError(
+            f"{usable[0].folder} was made with other settings, so the training would not go on as it was:\n  "
+            + "\n  ".join(differ.values())
+            + "\nSet them back, or set resume_with_changes to go on with those of now."
+        )
+    return Found(tuple(usable), tuple(passed_over))
+
+
+def _numbered(run_folder: Path) -> Iterator[tuple[int, Path]]:
+    for folder in run_folder.glob("checkpoint-*"):
+        if folder.is_dir() and (number := re.fullmatch(r"checkpoint-(\d+)", folder.name)):
+            yield int(number[1]), folder
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _not_given_up(run_folder: Path, there: list[Path]) -> list[Path]:
+    """Those no later than the records: later ones are of a training that was given up for an earlier checkpoint."""
+    last = runs.last_step(run_folder)
+    return [folder for folder in there if _step(folder) <= last] or there
+
+
+def _inspect(folder: Path) -> Checkpoint:
+    """Raises RunError if a file is missing or is not as long as it was."""
+    path = folder / MANIFEST
+    if not path.exists():
+        missing = [name for name in _REFERENCE_FILES if not (folder / name).is_file()]
+        if missing:
+            raise RunError(f"{folder}: incomplete, it has no {', '.join(missing)}")
+        return Checkpoint(folder, _step(folder), None)
+    try:
+        manifest = json.loads(path.read_text())
+        wrong = [
+            f"{name} has {_size(folder / name)} of {size} bytes"
+            for name, size in manifest["files"].items()
+            if _size(folder / name) != size
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder}: unreadable, its {MANIFEST} is damaged: {error}") from None
+    if wrong:
+        raise RunError(f"{folder}: incomplete: {'; '.join(wrong)}")
+    return Checkpoint(folder, _step(folder), manifest)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _identity(config: TrainConfig, examples: ImageCaptions) -> dict[str, Any]:
+    return {**config.trajectory(), "the data": examples.digest()}
+
+
+def _differences(checkpoint: Checkpoint, config: TrainConfig, examples: ImageCaptions) -> dict[str, str]:
+    """Which settings that decide how a training goes are others now, and how; none for a checkpoint that says none."""
+    if checkpoint.manifest is None:
+        return {}
+    then, now = checkpoint.manifest["settings"], _identity(config, examples)
+    return {
+        name: f"{name}: {then.get(name)} in the checkpoint, {now.get(name)} now"
+        for name in {**then, **now}
+        if then.get(name) != now.get(name)
+    }
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, and loads the one to go on from."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: TrainConfig,
+        examples: ImageCaptions,
+        batches: Batches,
+        optimizer: AcceleratedOptimizer,
+        lr_scheduler: AcceleratedScheduler,
+        ema: Average | None,
+    ) -> None:
+        self.accelerator, self.config, self.examples = accelerator, config, examples
+        self.batches, self.optimizer, self.lr_scheduler, self.ema = batches, optimizer, lr_scheduler, ema
+        self.folder = Path(config.output_dir)
+        accelerator.register_save_state_pre_hook(self._save_models)
+        accelerator.register_load_state_pre_hook(self._load_models)
+
+    def resume(self, found: Found) -> int:
+        """Load what was found, on every rank.
+
+        Returns:
+            The step that it was made after; 0 where there is nothing to go on from.
+
+        Raises:
+            RunError: if there is something, and no rank can read it.
+        """
+        for reason in found.passed_over:
+            logger.warning("passed over: %s", reason)
+        problems = list(found.passed_over)
+        for checkpoint in found.usable:
+            problem = self._load(checkpoint)
+            if problem is None:
+                logger.info("resuming after step %d, from %s", checkpoint.step, checkpoint.folder)
+                return checkpoint.step
+            logger.warning("passed over: %s", problem)
+            problems.append(problem)
+        if problems:
+            raise RunError("\n".join(["nothing to resume from", *problems]))
+        return 0
+
+    def _load(self, checkpoint: Checkpoint) -> str | None:
+        """What is wrong with it, on this rank or another."""
+        problem = None
+        try:
+            self.accelerator.load_state(str(checkpoint.folder))
+            self._take_up_place(checkpoint)
+        except Exception as error:  # torch, safetensors, pickle and json each have their own for a damaged file
+            problem = f"{checkpoint.folder}: unreadable: {type(error).__name__}: {error}"
+        failed = torch.tensor(problem is not None, device=self.accelerator.device, dtype=torch.int32)
+        if int(self.accelerator.reduce(failed, reduction="sum")):
+            return problem or f"{checkpoint.folder}: unreadable for another rank"
+        return None
+
+    def _take_up_place(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.manifest is None:
+            self.batches.epoch = checkpoint.step // self.config.steps_per_epoch(len(self.examples))
+            logger.warning("the epoch begins again, in another order: %s does not say where it was", checkpoint.folder)
+            return
+        differ = _differences(checkpoint, self.config, self.examples)
+        for difference in differ.values():
+            logger.warning("resuming with changes: %s", difference)
+        if differ:
+            self._apply_settings()
+        if differ.keys() & _DECIDE_ORDER:
+            self.batches.epoch = _read_place(checkpoint, 0)["epoch"]
+            logger.warning("the epoch begins again, in another order: what has changed decides the order")
+        else:
+            self.batches.take_up(_read_place(checkpoint, self.accelerator.process_index))
+
+    def _apply_settings(self) -> None:
+        """Put the settings of now back, in whose place loading has put those of then."""
+        schedule = self.lr_scheduler.scheduler
+        schedule.base_lrs = [self.config.peak_learning_rate]
+        for group in self.optimizer.param_groups:
+            group.update({name: self.optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")})
+            group["lr"] = self.config.peak_learning_rate * schedule.lr_lambdas[0](schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def save(self, step: int) -> None:
+        """Make `checkpoint-<step>`, and then remove the oldest beyond `checkpoints_total_limit`. All ranks call it.
+
+        Raises:
+            RunError: if it cannot be written, such as on a full disk; the checkpoints before it are as they were.
+        """
+        final = self.folder / f"checkpoint-{step}"
+        aside = self.folder / f".{final.name}.incomplete"
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(aside))
+            torch.save(self.batches.place(), aside / _place(self.accelerator.process_index))
+            self.accelerator.wait_for_everyone()
+            if main:
+                self._complete(aside, final, step)
+        except Exception as error:  # torch and safetensors do not raise OSError when the disk is full
+            raise self._not_written(final, aside, error) from error
+        self.accelerator.wait_for_everyone()
+        logger.info("saved %s", final.name)
+
+    def _complete(self, aside: Path, final: Path, step: int) -> None:
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        manifest = {
+            "step": step,
+            "settings": _identity(self.config, self.examples),
+            "files": {str(path.relative_to(aside)): path.stat().st_size for path in files},
+        }
+        runs.write(aside / MANIFEST, manifest)
+        for path in (*aside.rglob("*"), aside, *runs.records(self.folder)):
+            _to_disk(path)
+        given_up = final.with_name(f".{final.name}.given-up")
+        if final.exists():
+            final.rename(given_up)
+        aside.rename(final)
+        _to_disk(self.folder)
+        shutil.rmtree(given_up, ignore_errors=True)
+        self._remove_oldest(final, step)
+
+    def _remove_oldest(self, newest: Path, step: int) -> None:
+        limit = self.config.checkpoints_total_limit
+        if limit is None:
+            return
+        # What lies ahead is of a training that was given up, and goes first.
+        others = sorted(_numbered(self.folder), key=lambda one: (one[0] > step, -one[0]))
+        for _, folder in [one for one in others if one[1] != newest][limit - 1 :]:
+            removed = folder.with_name(f".{folder.name}.removed")
+            folder.rename(removed)  # so that one half removed is not taken for a checkpoint
+            shutil.rmtree(removed, ignore_errors=True)
+
+    def _not_written(self, final: Path, aside: Path, error: Exception) -> RunError:
+        shutil.rmtree(aside, ignore_errors=True)
+        usage = shutil.disk_usage(self.folder)
+        before = [folder.name for _, folder in sorted(_numbered(self.folder))]
+        kept = f"the one before it, {before[-1]}, is whole" if before else "there is none before it"
+        return RunError(
+            f"{final} could not be written: {error}\n{usage.free / 2**30:.2f} GiB are free there; {kept}. "
+            "Make room, or set checkpoints_total_limit, and go on with resume_from_checkpoint = latest."
+        )
+
+    def _save_models(self, models: list[torch.nn.Module], weights: list[Any], folder: str) -> None:
+        weights.clear()  # accelerate is not to write them a second time
+        if self.accelerator.is_main_process:
+            if self.ema is not None:
+                self.ema.save(Path(folder) / "unet_ema")
+            for model in models:
+                self.accelerator.unwrap_model(model).save_pretrained(Path(folder) / "unet")
+
+    def _load_models(self, models: list[torch.nn.Module], folder: str) -> None:
+        if self.ema is not None:
+            self.ema.load(Path(folder) / "unet_ema")
+        while models:  # popped, so that accelerate does not look for their weights
+            model = self.accelerator.unwrap_model(models.pop())
+            model.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
+
+
+def clean_up(run_folder: Path) -> None:
+    """Remove what a checkpoint that was being written or removed has left, when the run was killed."""
+    for pattern in (".checkpoint-*.incomplete", ".checkpoint-*.given-up", ".checkpoint-*.removed"):
+        for folder in run_folder.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place(rank: int) -> str:
+    return f"place_{rank}.pt"
+
+
+def _read_place(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
+    return torch.load(checkpoint.folder / _place(rank), map_location="cpu", weights_only=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,77 @@
+"""The exponential moving average of the UNet's weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+
+from .config import TrainConfig
+
+
+class Average(EMAModel):
+    """diffusers' EMAModel, which can wait in the host's memory between steps, and is saved without a random draw."""
+
+    def __init__(self, unet: UNet2DConditionModel, config: TrainConfig) -> None:
+        """Args:
+        unet: what the average begins with.
+        """
+        super().__init__(
+            unet.parameters(),
+            model_cls=UNet2DConditionModel,
+            model_config=unet.config,
+            foreach=config.foreach_ema,  # diffusers before 0.27 takes it and averages one tensor after the other
+        )
+        self._offloaded = config.offload_ema
+
+    def settle(self, device: torch.device) -> None:
+        """Go to where it is between steps: the device, or with `offload_ema` pinned memory of the host."""
+        self._device = device
+        if self._offloaded and device.type == "cuda":
+            self.shadow_params = [average.to("cpu").pin_memory() for average in self.shadow_params]
+        else:
+            self.to(device)
+
+    def step(self, parameters: Iterator[torch.nn.Parameter]) -> None:
+        if not (self._offloaded and self._device.type == "cuda"):
+            return super().step(parameters)
+        kept = self.shadow_params
+        self.shadow_params = [average.to(self._device, non_blocking=True) for average in kept]
+        super().step(parameters)
+        for average, now in zip(kept, self.shadow_params):
+            average.copy_(now, non_blocking=True)
+        self.shadow_params = kept
+
+    @contextmanager
+    def in_place_of(self, unet: torch.nn.Module) -> Iterator[None]:
+        """The UNet with the averaged weights, for the time of a `with`."""
+        self.store(unet.parameters())
+        self.copy_to(unet.parameters())
+        try:
+            yield
+        finally:
+            self.restore(unet.parameters())
+
+    def save(self, folder: Path) -> None:
+        """Write it as `EMAModel.save_pretrained` does, but without drawing weights to be overwritten: whether a
+        checkpoint is made must not change the training."""
+        state = {name: value for name, value in self.state_dict().items() if name != "shadow_params"}
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(self.model_config)
+        unet.register_to_config(**state)
+        names = [name for name, _ in unet.named_parameters()]
+        unet.load_state_dict(dict(zip(names, self.shadow_params)), assign=True)
+        unet.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Take up what `save`, or the reference, has written."""
+        saved = UNet2DConditionModel.from_pretrained(folder)
+        state = json.loads((folder / "config.json").read_text())
+        self.load_state_dict({name: state[name] for name in self.state_dict() if name in state})
+        self.shadow_params = [parameter.detach().clone() for parameter in saved.parameters()]
+        self.settle(self._device)

@@ -1,0 +1,199 @@
+"""What happens around the steps of a training: records, held-out loss, pictures, checkpoints, the saved pipeline."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from . import data, hub, models, runs
+from .checkpoints import Checkpoints
+from .config import TrainConfig
+from .ema import Average
+from .evaluate import HeldOutLoss, draw_samples
+
+logger = logging.getLogger("sdnb")
+
+
+class Tally:
+    """Adds up the micro-batches of an optimizer step on the device; read once a step, when all ranks have added."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
+        self.accelerator = accelerator
+        self.accumulation_steps = config.gradient_accumulation_steps
+        self._clear()
+
+    def _clear(self) -> None:
+        self.loss_sum = torch.zeros((), device=self.accelerator.device)
+        self.micro_batches = self.images = 0
+
+    def add(self, loss: torch.Tensor, images: int) -> None:
+        self.last_loss = loss.detach()
+        self.loss_sum += self.last_loss
+        self.images += images
+        self.micro_batches += 1
+
+    def read(self, grad_norm: torch.Tensor) -> dict[str, Any]:
+        """The record of the step: `loss` is the mean over the micro-batches there were; `train_loss` divides by those
+        that a full step has, as the reference logs it."""
+        ranks = self.accelerator.num_processes
+        sums = torch.stack([self.loss_sum, torch.full_like(self.loss_sum, self.images)])
+        loss_sum, images, step_loss, norm = torch.stack(
+            [*self.accelerator.reduce(sums, reduction="sum"), self.last_loss, grad_norm.float()]
+        ).tolist()
+        record = dict(
+            micro_batches=self.micro_batches,
+            images=int(images),
+            loss=loss_sum / ranks / self.micro_batches,
+            train_loss=loss_sum / ranks / self.accumulation_steps,
+            step_loss=step_loss,
+            grad_norm=norm,
+        )
+        self._clear()
+        return record
+
+
+class Observer:
+    """Watches a training. It draws nothing from the training's generators, and its time is no step's."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: TrainConfig,
+        parts: models.Parts,
+        held_out: data.ImageCaptions | None,
+        unet: torch.nn.Module,
+        ema: Average | None,
+        checkpoints: Checkpoints,
+    ) -> None:
+        self.accelerator, self.config, self.parts = accelerator, config, parts
+        self.unet, self.ema, self.checkpoints = unet, ema, checkpoints
+        self.folder = Path(config.output_dir)
+        self.began = time.perf_counter()
+        self.diverged = False
+        self.held_out_loss = None
+        if config.validation_loss_steps and held_out is None:
+            logger.warning("no held-out pictures in this data set (a split named validation or test): no such loss")
+        elif config.validation_loss_steps and accelerator.is_main_process:
+            self.held_out_loss = HeldOutLoss(held_out, parts, config, accelerator.device)
+        if accelerator.is_main_process:
+            self.repository = hub.create(config) if config.push_to_hub else None
+            # Put together now, so that what cannot be had is missed before the training and not after it.
+            with torch.random.fork_rng(devices=[]):  # transformers 4 draws weights to be overwritten
+                self.pipeline = models.pipeline(config, parts)
+
+    def before_training(self, step: int) -> None:
+        """Args:
+        step: the one that is resumed after; 0 at the beginning.
+        """
+        if step == 0:
+            self._measure_held_out(step)
+            self._draw(step)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.device.type == "cuda":  # the peak that is reported is the training's
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def after_step(self, record: dict[str, Any], last: bool) -> bool:
+        """File the record; measure, and keep a checkpoint, where it is time to. Returns whether the training was held
+        up."""
+        step = record["step"]
+        if self.accelerator.is_main_process:
+            runs.append(self.folder / runs.STEPS, record)
+            if not math.isfinite(record["loss"]) and not self.diverged:
+                self.diverged = True
+                logger.warning("step %d: the loss is not finite; what comes after is of no use", step)
+        self.accelerator.log({name: record[name] for name in ("train_loss", "loss", "lr")}, step=step)
+        measured = self.config.validation_loss_steps and (step % self.config.validation_loss_steps == 0 or last)
+        if measured:
+            self._measure_held_out(step)
+            self.accelerator.wait_for_everyone()
+        kept = step % self.config.checkpointing_steps == 0
+        if kept:
+            self.checkpoints.save(step)
+        return bool(measured or kept)
+
+    def after_epoch(self, epoch: int, step: int) -> bool:
+        """Draw `validation_prompts`, where it is time to. Returns whether the training was held up."""
+        if not self.config.validation_prompts or epoch % self.config.validation_epochs:
+            return False
+        self._draw(step)
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def after_training(self, steps: int) -> None:
+        accelerator, trained = self.accelerator, time.perf_counter()
+        ranks = self._ranks()
+        if self.ema is not None:
+            self.ema.copy_to(self.unet.parameters())
+        if accelerator.is_main_process:
+            logger.info("saving the pipeline")
+            self.pipeline.save_pretrained(self.folder)
+            summary = dict(
+                world_size=accelerator.num_processes,
+                distributed_type=accelerator.distributed_type.value,
+                ranks=ranks,
+                training_seconds=trained - self.began,
+                saving_seconds=time.perf_counter() - trained,
+                ended=time.time(),
+            )
+            runs.write(self.folder / runs.SUMMARY, summary)
+        self._draw(steps)
+        if accelerator.is_main_process and self.repository:
+            logger.info("uploading to %s", self.repository)
+            hub.publish(runs.Run(self.folder), self.config, self.repository)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+
+    def _draw(self, step: int) -> None:
+        """Draw with the weights that would be saved now, unless the run has these pictures already."""
+        if not (self.config.validation_prompts and self.accelerator.is_main_process):
+            return
+        drawn = runs.Run(self.folder).samples
+        if len(drawn) and (drawn.step == step).any():
+            return
+        with self.ema.in_place_of(self.parts.unet) if self.ema is not None else nullcontext():
+            draw_samples(self.pipeline, self.config, self.accelerator, self.folder, step)
+
+    def _measure_held_out(self, step: int) -> None:
+        if self.held_out_loss is not None:
+            with self.accelerator.autocast():
+                measured = self.held_out_loss(self.accelerator.unwrap_model(self.unet))
+            runs.append(self.folder / runs.VALIDATION, dict(step=step, **measured))
+
+    def _ranks(self) -> list[dict[str, Any]]:
+        """Each rank's peak memory, and a checksum of its parameters (sum and sum of squares): all ranks must agree."""
+        if self.accelerator.device.type == "cuda":
+            memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+        else:
+            memory = [_peak_resident_bytes()] * 2
+        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        for parameter in self.unet.parameters():  # one at a time: a copy of all of them may not fit
+            values = parameter.detach().double()
+            sums += torch.stack([values.sum(), values.square().sum()])
+        own = torch.cat([sums.new_tensor(memory), sums])
+        ranks = [
+            dict(
+                rank=rank,
+                peak_memory_gib=allocated / 2**30,
+                peak_reserved_gib=reserved / 2**30,
+                checksum=[value.hex() for value in checksum],
+            )
+            for rank, (allocated, reserved, *checksum) in enumerate(self.accelerator.gather(own[None]).tolist())
+        ]
+        if any(rank["checksum"] != ranks[0]["checksum"] for rank in ranks):
+            logger.error("the ranks' parameters differ at the end: %s", [rank["checksum"] for rank in ranks])
+        return ranks
+
+
+def _peak_resident_bytes() -> int:
+    # ru_maxrss would not do: it begins with that of the process which started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024

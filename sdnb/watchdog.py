@@ -1,0 +1,26 @@
+"""Ends a process as soon as the one it works for is gone, however that ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+
+def end_when(is_over: Callable[[], bool], everyone: bool = False) -> None:
+    """End this process, or every process of its group, as soon as `is_over`, which may take its time, says so."""
+
+    def watch() -> None:
+        while not is_over():
+            pass
+        (os.killpg if everyone else os.kill)(os.getpgrp() if everyone else os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this process with the one that started it."""
+    parent = os.getppid()
+    end_when(lambda: time.sleep(1) or os.getppid() != parent)
