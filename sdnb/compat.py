@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
 
 def first_failure(error: Exception) -> tuple[int, int]:
     """The rank that failed first, and its exit code (a signal's number with a minus), from what accelerate's
@@ -16,3 +21,24 @@ def first_failure(error: Exception) -> tuple[int, int]:
     if isinstance(error, ProcessExitedException):
         return error.error_index, error.exit_code
     raise error
+
+
+def clip_tokenizer(tokens: list[str], merges: list[tuple[str, str]], max_length: int, fast: bool = False) -> Any:
+    """transformers' CLIPTokenizer of a vocabulary. transformers before 5 makes it from files, and has a second one that
+    is `fast`, which alone has a `backend_tokenizer`."""
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+    kind = transformers.CLIPTokenizerFast if fast else transformers.CLIPTokenizer
+    with tempfile.TemporaryDirectory() as folder:
+        return kind(*map(str, write_vocabulary(Path(folder), tokens, merges)), model_max_length=max_length)
+
+
+def write_vocabulary(folder: Path, tokens: list[str], merges: list[tuple[str, str]]) -> tuple[Path, Path]:
+    """The two files that transformers before 5 reads a CLIPTokenizer from, and later ones do not write."""
+    vocabulary, pairs = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False))
+    pairs.write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    return vocabulary, pairs

