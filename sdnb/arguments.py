@@ -45,7 +45,7 @@ def _how(name: str, field: FieldInfo) -> dict[str, Any]:
     text = field.description.replace("%", "%%")
     if _takes(field.annotation, bool):
         return dict(action="store_true", help=text)
-    if field.get_default() is not None:
+    if not field.is_required() and field.default is not None:
         text += f" [{field.default}]"
     metavar = (
         next((kind.__name__.upper() for kind in (int, float) if _takes(field.annotation, kind)), "TEXT")

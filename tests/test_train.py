@@ -6,25 +6,13 @@ import time
 import pandas as pd
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from training import train
 
-from sdnb import launch, metrics, models, runs
-from sdnb import train as training
+from sdnb import metrics, models, runs
 from sdnb.clock import PHASES, StepClock
 from sdnb.config import TrainConfig
 from sdnb.diffusion import draw_noise, loss_of, target_of
 from sdnb.evaluate import HeldOutLoss
-
-
-def train(settings, **changes):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    plan = launch.prepare(TrainConfig(**{**settings, **changes}))
-    folder = runs.create(plan.config)
-    config = plan.config.updated(output_dir=str(folder))
-    plan.config.save(folder / runs.CONFIG)
-    runs.write(folder / runs.ENVIRONMENT, {**plan.environment, "started": time.time()})
-    training.train(config)
-    return runs.Run(folder)
 
 
 @pytest.fixture(scope="module")

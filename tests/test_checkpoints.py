@@ -1,0 +1,329 @@
+"""Checkpoints: a training that is killed and resumed goes on bit for bit, whatever happened to its folder."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from training import train
+
+from sdnb import checkpoints, data, launch, runs
+from sdnb.config import TrainConfig
+from sdnb.errors import RunError
+
+# 13 pictures, 2 × 2 a step: on one rank 7 micro-batches, so epochs of 4 steps, the last of them short.
+STEPS = 9
+
+
+@pytest.fixture
+def settings(settings, image_folder):
+    """Everything random there is: crop and mirroring of wide pictures, noise, a schedule; and an average."""
+    return {
+        **settings, "dataset_name": None, "train_data_dir": str(image_folder(13, (90, 70))), "center_crop": False,
+        "random_flip": True, "use_ema": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "noise_offset": 0.1,
+        "steps": STEPS,
+    }  # fmt: skip
+
+
+def records(run):
+    """What was recorded, times aside."""
+    lines = [json.loads(line) for line in (run.folder / runs.STEPS).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+def weights(run):
+    return (run.folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def assert_same(resumed, uninterrupted):
+    assert records(resumed) == records(uninterrupted)
+    assert len(records(resumed)) == STEPS
+    assert weights(resumed) == weights(uninterrupted)
+
+
+def power_off_after(run, step, to):
+    """The run folder as it is when the power goes a moment after a checkpoint: the latest, with records beyond it."""
+    to.mkdir()
+    for name in (runs.CONFIG, runs.ENVIRONMENT):
+        shutil.copy(run.folder / name, to)
+    shutil.copytree(run.folder / f"checkpoint-{step}", to / f"checkpoint-{step}")
+    lines = (run.folder / runs.STEPS).read_text().splitlines()[: step + 1]
+    (to / runs.STEPS).write_text("\n".join(lines) + '\n{"step": 7, "lo')
+    return to
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_resuming_anywhere_is_exact(settings, tmp_path, workers):
+    """From the first step of an epoch, its middle, its end, and the second epoch's middle."""
+    settings = {**settings, "dataloader_num_workers": workers}
+    whole = train(settings, output_dir=str(tmp_path / "whole"))
+    kept = train(settings, output_dir=str(tmp_path / "kept"), checkpointing_steps=1)
+    assert_same(kept, whole)  # making checkpoints changes nothing
+    for step in (1, 2, 4, 6):
+        folder = power_off_after(kept, step, tmp_path / f"from-{step}")
+        resumed = train(settings, output_dir=str(folder), resume_from_checkpoint="latest")
+        assert_same(resumed, whole)
+        assert f"resuming after step {step}" in resumed.log
+
+
+def command(settings, **changes):
+    flags = []
+    for name, value in {**settings, **changes}.items():
+        name = "max_train_steps" if name == "steps" else name
+        if value is not None and value is not False:
+            flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return [sys.executable, "-m", "sdnb.train", *flags]
+
+
+def test_killed_again_and_again_with_eight_loading_processes(settings, tmp_path):
+    """At any moment: while it trains, and while it writes a checkpoint."""
+    settings = {**settings, "dataloader_num_workers": 8, "checkpointing_steps": 1}
+    whole = train(settings, output_dir=str(tmp_path / "whole"))
+    folder = tmp_path / "killed"
+    for moment in ("metrics.jsonl", ".checkpoint-4.incomplete", "checkpoint-6/checkpoint.json", None):
+        process = subprocess.Popen(
+            command(settings, output_dir=folder, resume_from_checkpoint="latest"), stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            while process.poll() is None:
+                if moment and (folder / moment).exists():
+                    os.killpg(process.pid, signal.SIGKILL)
+                time.sleep(0.001)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == (-signal.SIGKILL if moment else 0)
+    assert_same(runs.Run(folder), whole)
+    assert not list(folder.glob(".checkpoint-*"))
+    assert [one["step"] for one in records(runs.Run(folder))] == list(range(1, STEPS + 1))
+
+
+def test_two_ranks_one_of_them_killed(settings, tmp_path):
+    settings = {**settings, "num_processes": 2, "validation_loss_steps": 0}
+    whole = launch.launch(launch.prepare(TrainConfig(**settings)), show=lambda line, log: None)
+    folder = tmp_path / "killed"
+
+    killed_ranks = []
+
+    def kill_a_rank(line, log):
+        if any(f" step {step}/" in line for step in (4, 5, 6)) and not killed_ranks:
+            (launcher,) = [
+                process for process in psutil.process_iter(["cmdline"])
+                if str(folder) in (process.info["cmdline"] or ()) and process.ppid() == os.getpid()
+            ]  # fmt: skip
+            killed_ranks.append(launcher.children()[-1])
+            killed_ranks[0].kill()
+
+    killed = TrainConfig(**{**settings, "output_dir": str(folder), "checkpointing_steps": 1})
+    with pytest.raises(RunError, match="it died of SIGKILL"):
+        launch.launch(launch.prepare(killed), show=kill_a_rank)
+    plan = launch.prepare(killed.updated(resume_from_checkpoint="latest"))
+    assert plan.resumes_after >= 3
+    assert plan.facts["resumes"] == f"after step {plan.resumes_after}"
+    resumed = launch.launch(plan, show=lambda line, log: None)
+    assert_same(resumed, whole)
+    assert resumed.summary["world_size"] == 2 and not resumed.failure
+    assert len(resumed.environment["resumed"]) == 1
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of two steps with a checkpoint after each, and its settings."""
+    folder = tmp_path_factory.mktemp("stopped")
+    settings = dict(
+        pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=64, center_crop=True,
+        train_batch_size=2, steps=2, seed=7, report_to="none", lr_warmup_steps=0, use_ema=True, checkpointing_steps=1,
+        output_dir=str(folder / "run"),
+    )  # fmt: skip
+    return train(settings), settings
+
+
+@pytest.fixture
+def copy(stopped, tmp_path):
+    """A copy of it to do things to, and the settings that go on with it."""
+    run, settings = stopped
+    folder = tmp_path / "copy"
+    shutil.copytree(run.folder, folder)
+    return folder, {**settings, "output_dir": str(folder), "resume_from_checkpoint": "latest", "steps": 3}
+
+
+def found(settings):
+    config = TrainConfig(**settings).resolved("cpu", 0)
+    return checkpoints.find(config, data.load(config).train)
+
+
+def cut_short(folder):
+    os.truncate(folder / "optimizer.bin", 1000)
+
+
+def overwritten(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def lost(folder):
+    (folder / "place_0.pt").unlink()
+
+
+def garbled(folder):
+    (folder / "checkpoint.json").write_text('{"step": 2, ')
+
+
+@pytest.mark.parametrize("damage", [cut_short, overwritten, lost, garbled])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, damage):
+    folder, settings = copy
+    damage(folder / "checkpoint-2")
+    run = train(settings)
+    assert "WARNING passed over" in run.log and "checkpoint-2: " in run.log
+    assert "resuming after step 1" in run.log
+    assert list(run.steps.step) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", [cut_short, overwritten])
+def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(copy, damage):
+    folder, settings = copy
+    damage(folder / "checkpoint-2")
+    with pytest.raises(RunError, match=r"checkpoint-2: (incomplete: optimizer.bin has 1000 of|unreadable)"):
+        train({**settings, "resume_from_checkpoint": "checkpoint-2"})
+
+
+def test_no_whole_checkpoint_left_is_an_error_and_not_a_new_training(copy):
+    folder, settings = copy
+    for step in (1, 2):
+        cut_short(folder / f"checkpoint-{step}")
+    with pytest.raises(RunError, match="nothing to resume from(.|\n)*checkpoint-2: incomplete(.|\n)*checkpoint-1"):
+        found(settings)
+    assert len(runs.Run(folder).steps) == 2, "and the records are still there"
+
+
+def test_what_is_asked_for_and_not_there(copy, tmp_path):
+    folder, settings = copy
+    with pytest.raises(RunError, match="checkpoint-9: no such checkpoint in .*there are: checkpoint-2, checkpoint-1"):
+        found({**settings, "resume_from_checkpoint": "checkpoint-9"})
+    assert found({**settings, "output_dir": str(tmp_path / "new")}).usable == ()
+    with pytest.raises(RunError, match="set output_dir"):
+        found({**settings, "output_dir": None})
+    assert found({**settings, "resume_from_checkpoint": f"{folder}/checkpoint-1"}).usable[0].step == 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(copy):
+    folder, settings = copy
+    for step in (1, 2):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    run = train({**settings, "checkpointing_steps": 100})
+    assert list(run.steps.step) == [1, 2, 3]
+    assert run.steps.loss[0] == pytest.approx(1.0, abs=0.3), "from the model's weights"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(train_batch_size=4), "train_batch_size: 2 in the checkpoint, 4 now"),
+        (dict(seed=8), "seed: 7 in the checkpoint, 8 now"),
+        (dict(num_processes=2), "num_processes: 1 in the checkpoint, 2 now"),
+        (dict(max_train_samples=50), "the data: 833 examples.* in the checkpoint, 50 examples"),
+        (dict(learning_rate=0.5), "learning_rate: 0.0001 in the checkpoint, 0.5 now"),
+        (dict(lr_scheduler="linear"), "lr_scheduler: constant in the checkpoint, linear now"),
+        (dict(snr_gamma=5.0), "snr_gamma: None in the checkpoint, 5.0 now"),
+    ],
+)
+def test_other_settings_are_refused(copy, change, said):
+    _, settings = copy
+    with pytest.raises(RunError, match=said):
+        found({**settings, **change})
+    assert found({**settings, **change, "resume_with_changes": True}).usable[0].step == 2
+
+
+def test_what_does_not_change_the_training_may_change(copy, tmp_path):
+    _, settings = copy
+    harmless = dict(
+        validation_prompts=["sun"], checkpoints_total_limit=1, steps=50, target_loss=0.1, cache_dir=str(tmp_path / "c")
+    )
+    assert [one.step for one in found({**settings, **harmless}).usable] == [2, 1]
+
+
+def test_changes_that_are_asked_for_hold(copy):
+    _, settings = copy
+    run = train(settings, learning_rate=0.5, adam_beta1=0.5, resume_with_changes=True)
+    assert list(run.steps.lr) == [1e-4, 1e-4, 0.5]
+    assert "resuming with changes: learning_rate: 0.0001 in the checkpoint, 0.5 now" in run.log
+    assert "the epoch begins again" not in run.log, "the order is what it was"
+
+
+def test_another_batch_that_is_asked_for(copy):
+    _, settings = copy
+    run = train(settings, train_batch_size=4, resume_with_changes=True)
+    assert list(run.steps.images) == [2, 2, 4]
+    assert "the epoch begins again, in another order" in run.log
+
+
+def test_the_references_own_checkpoint(copy):
+    """It has what accelerate keeps, and no place among the micro-batches."""
+    folder, settings = copy
+    for name in ("checkpoint.json", "place_0.pt"):
+        (folder / "checkpoint-2" / name).unlink()
+    trained = (folder / "checkpoint-2" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    run = train({**settings, "steps": 2})
+    assert "resuming after step 2" in run.log and "does not say where it was" in run.log
+    (folder / "checkpoint-1").rename(folder / "kept-1")
+    averaged = json.loads((folder / "checkpoint-2" / "unet_ema" / "config.json").read_text())
+    assert averaged["optimization_step"] == 2
+    assert weights(run) != trained, "what is saved is the average"
+    assert list(train(settings).steps.step) == [1, 2, 3]
+
+
+def test_the_newest_are_kept(copy):
+    folder, settings = copy
+    train(settings, steps=5, checkpoints_total_limit=2)
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_an_earlier_checkpoint_gives_up_those_after_it(copy):
+    folder, settings = copy
+    train(settings, steps=6, checkpointing_steps=3)  # 1, 2, 3, 6
+    going_back = {**settings, "resume_from_checkpoint": "checkpoint-2", "steps": 4}
+    train(going_back, checkpointing_steps=4, checkpoints_total_limit=2)
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    (folder / "checkpoint-4").rename(folder / "checkpoint-6")
+    assert found(settings).usable[0].step == 3, "a checkpoint beyond the records is of the training given up"
+
+
+def limited():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+
+
+def test_a_disk_that_takes_no_more(copy):
+    """A limit on a file's size fails in the same way: in the middle of writing."""
+    folder, settings = copy
+    before = {path.name: path.stat().st_mtime for path in (folder / "checkpoint-2").iterdir()}
+    done = subprocess.run(
+        command(settings, steps=9, checkpoints_total_limit=1), preexec_fn=limited, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "checkpoint-3 could not be written: " in done.stderr and "File too large" in done.stderr
+    assert "the one before it, checkpoint-2, is whole" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name: path.stat().st_mtime for path in (folder / "checkpoint-2").iterdir()} == before
+    assert not list(folder.glob(".checkpoint-*"))
+    assert list(train({**settings, "steps": 4}).steps.step) == [1, 2, 3, 4]
+
+
+def test_one_training_at_a_time(copy):
+    folder, settings = copy
+    with runs.lock(folder), pytest.raises(RunError, match="another training is running in this folder"):
+        train(settings)
+    assert list(train(settings).steps.step) == [1, 2, 3]
+
+
+def test_a_complete_run_has_nothing_left_to_train(copy):
+    folder, settings = copy
+    before = records(runs.Run(folder))
+    run = train({**settings, "steps": 2})
+    assert records(run) == before and run.summary["world_size"] == 1

@@ -1,0 +1,41 @@
+"""The same numbers as the reference: trajectories that it gave, recorded by benchmarks/parity.py, are given again."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import parity
+
+RECORDED = sorted(parity.RECORDED.glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parity")
+    parity.make_model(folder / "model")
+    for name in ("openmoji", "shapes"):
+        parity.make_data(name, folder / name)
+    return folder
+
+
+def test_every_case_is_recorded():
+    assert {json.loads(path.read_text())["case"] for path in RECORDED} == set(parity.CASES)
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_the_references_trajectory(path, work, tmp_path):
+    recorded = json.loads(path.read_text())
+    assert all(recorded[name] for name in ("reference", "versions", "date", "command"))
+    case = parity.CASES[recorded["case"]]
+    parity.train(sys.executable, ["-m", "sdnb.train"], case, work, tmp_path / "run", ("--report_to=none",))
+    expected = recorded["train_loss"]
+    assert len(expected) >= parity.STEPS
+    differences = parity.relative_differences(parity.losses_of_sdnb(tmp_path / "run"), expected)
+    assert max(differences) <= parity.TOLERANCE, dict(enumerate(differences, 1))
+
+
+def test_a_difference_is_seen():
+    assert max(parity.relative_differences([1.0, 2.0], [1.0, 2.001])) > parity.TOLERANCE
+    with pytest.raises(ValueError, match="1 steps, and 2"):
+        parity.relative_differences([1.0], [1.0, 2.0])

@@ -1,0 +1,16 @@
+"""Trains on one rank, in the test's own process."""
+
+from accelerate.state import AcceleratorState
+
+from sdnb import launch, runs
+from sdnb import train as training
+from sdnb.config import TrainConfig
+
+
+def train(settings, **changes):
+    """A training to its end; returns its run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plan = launch.prepare(TrainConfig(**{**settings, **changes}))
+    folder = runs.begin(plan.config, plan.environment)
+    training.train(plan.config.updated(output_dir=str(folder)))
+    return runs.Run(folder)
