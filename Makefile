@@ -1,5 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
+# torch 2.1.0 and its contemporaries, for Python 3.10 or 3.11
+VENV_2024 ?= .venv-2024
+TESTS_2024 = arguments cache checkpoints config hub launch metrics parity plots report runs train
 BIN := $(VENV)/bin
 STEPS ?= 101
 RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)-demo
@@ -9,11 +12,11 @@ PARAMS ?=
 # Options for JupyterLab, such as LAB="--no-browser --port 9000"
 LAB ?=
 
-.PHONY: help train test lint lab clean
+.PHONY: help train test test-2024 lint lab clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo
 	@echo 'Settings: STEPS=$(STEPS) RUN=runs/NAME PARAMS="-p name value …" PYTHON=$(PYTHON) VENV=$(VENV)'
 
@@ -25,6 +28,9 @@ train: $(VENV)/.installed ## Train the embedded model on the embedded data, and 
 test: $(VENV)/.installed ## Run all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
+test-2024: $(VENV_2024)/.installed ## Run the tests of training, parity and resuming on the versions of early 2024
+	HF_HUB_OFFLINE=1 $(VENV_2024)/bin/python -m pytest -q -n 2 --dist loadgroup $(addprefix tests/test_,$(addsuffix .py,$(TESTS_2024)))
+
 lint: $(VENV)/.installed ## Check style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,14 +38,24 @@ lint: $(VENV)/.installed ## Check style and common mistakes
 lab: $(VENV)/.installed ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
 
-clean: ## Remove the environment; runs stay
-	rm -rf $(VENV)
+clean: ## Remove the environments; runs stay
+	rm -rf $(VENV) $(VENV_2024)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(VENV_2024)/.installed: pyproject.toml constraints-2024.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 12))' || \
+		{ echo 'error: torch 2.1.0 needs Python 3.10 or 3.11: give one, as in make PYTHON=python3.11 …'; exit 1; }
+	$(call install,$(VENV_2024),constraints-2024.txt)
+
+# $(call install,environment,constraints)
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo 'error: $(PYTHON) is older than Python 3.10: give another, as in make PYTHON=python3.11 …'; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || \
+	@$(PYTHON) -m venv $(1) || \
 		{ echo 'error: no virtual environment can be made; on Debian and Ubuntu: apt-get install python3-venv'; exit 1; }
-	@echo 'Installing into $(VENV): a few minutes, once'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	@touch $@
+	@echo 'Installing into $(1): a few minutes, once'
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e '.[test]'
+	@touch $(1)/.installed
+endef

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -72,6 +73,34 @@ def test_two_ranks_train_as_one(settings, image_folder):
     log = run.log
     assert "rank 0 INFO" in log and "rank 1 INFO" in log
     assert none_left(run.folder)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_two_machines_train_as_one(settings, tmp_path, ranks):
+    """Each launches its own ranks; they meet at machine 0's address, and that keeps the run folder."""
+    machines = [
+        launch.prepare(
+            TrainConfig(**{
+                **settings, "num_machines": 2, "machine_rank": rank, "num_processes": ranks,
+                "main_process_ip": "127.0.0.1", "main_process_port": free_port, "output_dir": str(tmp_path / "shared"),
+            })
+        )
+        for free_port in [ranks_port()] for rank in (0, 1)
+    ]  # fmt: skip
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda plan: launch.launch(plan, **QUIET), machines)
+    assert first.folder == second.folder
+    assert first.summary["world_size"] == ranks
+    assert list(first.steps.images) == [4 * ranks] * 2
+    assert len({tuple(rank["checksum"]) for rank in first.summary["ranks"]}) == 1
+    assert {f"rank {rank} INFO" in first.log for rank in range(ranks)} == {True}
+    assert none_left(first.folder)
+
+
+def ranks_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_both_ranks_losses_count(settings, tmp_path):

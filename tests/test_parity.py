@@ -30,7 +30,7 @@ def test_the_references_trajectory(path, work, tmp_path):
     case = parity.CASES[recorded["case"]]
     parity.train(sys.executable, ["-m", "sdnb.train"], case, work, tmp_path / "run", ("--report_to=none",))
     expected = recorded["train_loss"]
-    assert len(expected) >= parity.STEPS
+    assert len(expected) == parity.STEPS or "--num_train_epochs" in case.flags
     differences = parity.relative_differences(parity.losses_of_sdnb(tmp_path / "run"), expected)
     assert max(differences) <= parity.TOLERANCE, dict(enumerate(differences, 1))
 

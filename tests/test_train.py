@@ -6,13 +6,16 @@ import time
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from training import train
 
-from sdnb import metrics, models, runs
+from sdnb import environment, metrics, models, runs
 from sdnb.clock import PHASES, StepClock
 from sdnb.config import TrainConfig
-from sdnb.diffusion import draw_noise, loss_of, target_of
+from sdnb.diffusion import draw_noise, dream, loss_of, target_of
+from sdnb.errors import ConfigError
 from sdnb.evaluate import HeldOutLoss
+from sdnb.train import _set_up
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +225,80 @@ def test_the_clock_adds_up():
 def test_the_records_make_a_table(run):
     assert isinstance(run.steps, pd.DataFrame)
     assert runs.Run(run.folder).steps.equals(run.steps)
+
+
+def test_the_tracker_has_the_losses_and_the_pictures(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.folder / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0}).Reload()
+    logged = [event.value for event in events.Scalars("train_loss")]
+    assert logged == pytest.approx(list(run.steps.train_loss), rel=1e-6)
+    assert [event.step for event in events.Images("validation")] == [0, 10, 21]
+
+
+def test_the_pictures_are_drawn_with_the_average(settings, tmp_path):
+    """What is drawn at the end is what the saved pipeline draws, and that has the average."""
+    from diffusers import StableDiffusionPipeline
+
+    run = train(settings, use_ema=True, validation_prompts=["sun"], validation_epochs=50)
+    last = run.samples.iloc[-1]
+    pipeline = StableDiffusionPipeline.from_pretrained(run.folder)
+    drawn = pipeline(
+        "sun", height=64, width=64, num_inference_steps=int(last.num_inference_steps),
+        guidance_scale=float(last.guidance_scale), generator=torch.Generator().manual_seed(int(last.seed)),
+    ).images[0]  # fmt: skip
+    assert Image.open(run.folder / "samples" / last.file).tobytes() == drawn.tobytes()
+
+
+def test_dream_puts_what_was_missed_into_both():
+    """With a UNet that finds nothing, all of the noise is missed."""
+    made, latents, noise = scheduler(), torch.ones(2, 4, 2, 2), torch.full((2, 4, 2, 2), 3.0)
+    timesteps = torch.tensor([0, 999])
+    noisy = made.add_noise(latents, noise, timesteps)
+    rectified, target = dream(
+        lambda *_, return_dict: (torch.zeros_like(noise),), made, noisy, timesteps, None, noise, noise, 2.0
+    )
+    deviation = (1 - made.alphas_cumprod[timesteps]).sqrt()
+    assert torch.allclose(target[:, 0, 0, 0], 3 + 3 * deviation**2, atol=1e-6)
+    assert torch.allclose((rectified - noisy)[:, 0, 0, 0], 3 * deviation**3, atol=1e-6)
+
+
+def test_dream_needs_a_model_that_predicts_noise(settings, tmp_path):
+    """Which prediction_type is left to the model's scheduler to say."""
+    parts = models.load(TrainConfig(**settings))
+    parts.noise_scheduler.register_to_config(prediction_type="v_prediction")
+    with pytest.raises(ConfigError, match="this one predicts a velocity"):
+        _set_up(parts, TrainConfig(**settings, dream_training=True))
+
+
+@pytest.mark.parametrize("setting", ["offload_ema", "foreach_ema"])
+def test_where_the_average_is_kept_does_not_change_it(settings, tmp_path, setting):
+    plain = train(settings, use_ema=True, output_dir=str(tmp_path / "plain"))
+    other = train(settings, use_ema=True, output_dir=str(tmp_path / "other"), **{setting: True})
+    one, two = (
+        models.load(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)})).unet.state_dict()
+        for run in (plain, other)
+    )
+    assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+
+
+@pytest.mark.parametrize(
+    "asked, package",
+    [
+        (dict(use_8bit_adam=True), "bitsandbytes"),
+        (dict(enable_xformers_memory_efficient_attention=True), "xformers"),
+        (dict(report_to="wandb"), "wandb"),
+        (dict(report_to="comet"), "comet-ml"),
+    ],
+)
+def test_a_package_that_is_not_there_is_named_with_its_install_command(settings, monkeypatch, asked, package):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=f"pip install {package}"):
+        environment.require(TrainConfig(**{**settings, **asked}))
+
+
+def test_the_schedule_of_epochs_on_several_ranks_is_the_references_and_said_to_be(settings):
+    """v0.26.3 counts the epochs' steps as if one rank had all the data."""
+    made = TrainConfig(**{**settings, "steps": None, "num_train_epochs": 3, "num_processes": 2})
+    assert (made.total_steps(40), made.schedule_steps(40)) == (15, 30)
+    assert made.updated(max_train_steps=15).schedule_steps(40) == 15
