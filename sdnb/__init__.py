@@ -1,7 +1,8 @@
 """sdnb: fine-tune Stable Diffusion from a notebook, and measure how fast a machine does it.
 
 The way data flows is the order to read the modules in:
-config → models, data, runs → train → ranks → launch → metrics → plots → report.
+settings → config → models, data, runs → metrics → batches, checkpoints, observer → train → ranks → launch → plots →
+report.
 """
 
 import os

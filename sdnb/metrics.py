@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +51,10 @@ class Estimate:
         return f"{self.value:.2f}{interval}"
 
 
-def mark(steps: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
+def mark(steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] = ()) -> pd.DataFrame:
     """The step records with three more columns: `short` (fewer pictures than the global batch), `steady` (after the
-    warm-up), and `running_loss` (the mean of `loss` over the last ten steps, weighted by pictures)."""
+    warm-up, and not the first after a resume), and `running_loss` (the mean of `loss` over the last ten steps, weighted
+    by pictures)."""
     if steps.empty:
         return steps.assign(short=[], steady=[], running_loss=[])
     window = dict(window=RUNNING_MEAN_STEPS, min_periods=1)
@@ -60,7 +62,7 @@ def mark(steps: pd.DataFrame, config: TrainConfig) -> pd.DataFrame:
     weighted[steps.loss.isna().rolling(**window).max() > 0] = math.nan  # a loss that is not finite is not passed over
     return steps.assign(
         short=steps.images < config.global_batch,
-        steady=np.arange(len(steps)) >= warmup_steps(len(steps)),
+        steady=(np.arange(len(steps)) >= warmup_steps(len(steps))) & ~(steps.step - 1).isin(resumed_after),
         running_loss=weighted / steps.images.rolling(**window).sum(),
     )
 
@@ -174,7 +176,8 @@ class Measurements:
 def measure(run: Any) -> Measurements:
     """All figures of a run, from what its folder holds (a `runs.Run`, complete or not, with one step at least)."""
     config, environment = run.config, run.environment
-    steps = mark(run.steps, config)
+    resumed = environment.get("resumed", [])
+    steps = mark(run.steps, config, [one["after_step"] for one in resumed])
     on_gpu = environment["devices"]["type"] != "cpu"
     noun = "GPU" if on_gpu else "CPU rank"
     steady = steps[steps.steady]
@@ -190,6 +193,7 @@ def measure(run: Any) -> Measurements:
             _memory(run.summary, on_gpu),
             *_loss_results(steps, run.validation, config, run.model),
             _total_time(steps, run.summary, environment),
+            *_resumed(resumed, environment.get("host")),
         ),
     )
 
@@ -199,8 +203,10 @@ def _throughput_results(
 ) -> list[Result]:
     steady = steps[steps.steady]
     full = steady[~steady.short]
-    warmup = len(steps) - len(steady)
+    warmup = warmup_steps(len(steps))
     measured = f"steps {warmup + 1} to {len(steps)}, {warmup} of warm-up left out"
+    if again := len(steps) - warmup - len(steady):
+        measured += f", and {again} that came first after a resume"
     nominal = nominal_ips(steps, config)
     rows = [
         Result(
@@ -291,6 +297,16 @@ def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[
     if not summary:
         return Result("total time", f"{training:.0f} s in steps", "the run did not reach its end", training)
     total = summary["ended"] - environment["started"]
-    return Result(
-        "total time", f"{total:.0f} s", f"from launch to saved pipeline; {training:.0f} s of it in steps", total
-    )
+    if environment.get("resumed"):
+        how = f"from the last resume to saved pipeline; all steps together took {training:.0f} s"
+    else:
+        how = f"from launch to saved pipeline; {training:.0f} s of it in steps"
+    return Result("total time", f"{total:.0f} s", how, total)
+
+
+def _resumed(resumed: list[dict[str, Any]], host: str | None) -> list[Result]:
+    if not resumed:
+        return []
+    elsewhere = " and on another machine" if any(one["host"] != host for one in resumed) else ""
+    after = ", ".join(str(one["after_step"]) for one in resumed)
+    return [Result("resumed", f"after step {after}", f"the steps before were measured in another run{elsewhere}")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ from .errors import RunError, SdnbError
 from .metrics import RESULTS_MIME
 
 HEADLINE = ("images/s per", "nominal IPS", "seconds per step", "final loss", "target", "total time")
+
+
+# A token of the hub, and what a cell assigns to the setting for one, as they stand in a notebook's JSON.
+_SECRETS = re.compile(r"""\bhf_\w{8,}|(?<=hub_token)(\s*=\s*)(\\?["'])(?:(?!\2).)+\2""")
+
+
+def redacted(text: str) -> str:
+    """A notebook's text without the tokens that stand in it."""
+    return _SECRETS.sub(lambda found: f"{found[1]}{found[2]}…{found[2]}" if found[1] else "…", text)
 
 
 def results(notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
@@ -40,7 +50,7 @@ def write(notebook_path: str | Path, page_path: str | Path | None = None) -> tup
     if target.resolve() == source.resolve():
         raise RunError(f"{target}: is the notebook itself; give the page another name")
     try:
-        notebook = nbformat.read(source, as_version=4)
+        notebook = nbformat.reads(redacted(source.read_text()), as_version=4)
     except OSError as error:
         raise RunError(f"{source}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a file can fail to be a notebook in many ways

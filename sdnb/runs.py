@@ -44,7 +44,8 @@ def begin(config: TrainConfig, environment: dict[str, Any]) -> Path:
     folder = create(config)
     lock(folder).close()
     before = _read(folder / ENVIRONMENT)
-    resumed = [*before.get("resumed", []), {"started": before["started"], "host": before["host"]}] if before else []
+    earlier = {name: before.get(name) for name in ("started", "host")}
+    resumed = [*before.get("resumed", []), {**earlier, "after_step": last_step(folder)}] if before else []
     # Without the folder, so that the file makes another run elsewhere.
     config.updated(output_dir=None, num_machines=1, machine_rank=0).save(folder / CONFIG)
     write(folder / ENVIRONMENT, {**environment, "started": time.time(), "resumed": resumed})
@@ -132,8 +133,12 @@ def last_step(folder: Path) -> int:
     return max((json.loads(line)["step"] for line in _whole_lines(folder / STEPS)), default=0)
 
 
-def cut(folder: Path, step: int) -> None:
+def go_back(folder: Path, step: int) -> None:
     """Take what was recorded after a step out of the records, so that a resumed training can record it again."""
+    environment = _read(folder / ENVIRONMENT)
+    *earlier, last = environment.get("resumed") or [{}]
+    kept = [one for one in earlier if one["after_step"] < step]
+    write(folder / ENVIRONMENT, {**environment, "resumed": [*kept, {**last, "after_step": step}] if step else []})
     for path in records(folder):
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
         _write_whole(path, "".join(f"{line}\n" for line in kept))

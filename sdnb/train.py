@@ -196,7 +196,7 @@ def _start_records(accelerator: Accelerator, config: TrainConfig, step: int) -> 
     """Begin the records after `step`: what an interrupted training recorded beyond it is recorded again."""
     if accelerator.is_main_process:
         clean_up(Path(config.output_dir))
-        runs.cut(Path(config.output_dir), step)
+        runs.go_back(Path(config.output_dir), step)
     settings = config.model_dump(mode="json", exclude={"validation_prompts", "hub_token"})
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers(config.tracker_project_name, settings, init_kwargs=purge)
@@ -244,24 +244,23 @@ def main() -> None:
     try:
         config = _as_launched(arguments.parse(sys.argv[1:]), world)
         environment.require(config)
-        folder = Path(config.output_dir).expanduser().absolute()
         if rank == 0:
+            find(config, data.load(config).train)  # what cannot be resumed is left as it is
             runs.begin(config, environment.capture())
+        folder = Path(config.output_dir).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         _train_in_terminal(config.updated(output_dir=str(folder)), rank)
     except KeyboardInterrupt:
-        _end(rank, f"interrupted; what was measured is in {folder}", 130)
+        _end(f"interrupted; what was measured is in {folder}" if rank == 0 else "", 130)
     except Exception as error:
         known = isinstance(error, SdnbError)
         details = str(error) if known else traceback.format_exc()
-        if not known:
-            time.sleep(1)  # a rank that lost its peer fails too: the launcher ends it before it says so
-        first = (
-            rank == 0
-            if folder is None or not folder.is_dir()
-            else runs.fail(folder, rank, type(error).__name__, details)
-        )
-        _end(rank, f"error: {details}" if first else "", 1)
+        if not known or (folder is None and rank):
+            # A rank that lost its peer fails too, and wrong settings are every rank's: the launcher ends this one
+            # before it says so.
+            time.sleep(2)
+        first = runs.fail(folder, rank, type(error).__name__, details) if folder else rank == 0
+        _end(f"error: {details}" if first else "", 1)
 
 
 def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
@@ -304,7 +303,7 @@ class _AboveTheBar(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def _end(rank: int, message: str, status: int) -> None:
+def _end(message: str, status: int) -> None:
     if message:
         print(message, file=sys.stderr)
     sys.stdout.flush()

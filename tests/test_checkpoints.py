@@ -322,6 +322,15 @@ def test_one_training_at_a_time(copy):
     assert list(train(settings).steps.step) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("change", [dict(seed=8), dict(resume_from_checkpoint=None)])
+def test_a_refusal_leaves_the_run_as_it_is(copy, change):
+    folder, settings = copy
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = subprocess.run(command(settings, **change), capture_output=True, text=True)
+    assert done.returncode == 1 and "error: " in done.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_complete_run_has_nothing_left_to_train(copy):
     folder, settings = copy
     before = records(runs.Run(folder))

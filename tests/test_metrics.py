@@ -166,3 +166,15 @@ def test_a_loss_that_is_not_finite_meets_no_target():
 def test_where_the_time_goes():
     phases = metrics.time_by_phase(metrics.mark(published_run(), config()))
     assert dict(phases) == pytest.approx(dict.fromkeys(PHASES, 0.1))
+
+
+def test_the_first_step_after_a_resume_is_no_steady_one():
+    steps = published_run()
+    marked = metrics.mark(steps, config(), resumed_after=[50])
+    assert list(marked.step[~marked.steady]) == [*range(1, 11), 51]
+    run = FakeRun(steps, summary={"ranks": [{"peak_memory_gib": 20.0}], "ended": 250.0})
+    run.environment |= {"host": "b", "resumed": [{"started": 0.0, "host": "a", "after_step": 50}]}
+    measured = metrics.measure(run)
+    assert "10 of warm-up left out, and 1 that came first after a resume" in measured["images/s per GPU"].how
+    assert measured["resumed"].text == "after step 50" and "on another machine" in measured["resumed"].how
+    assert "from the last resume" in measured["total time"].how

@@ -93,3 +93,14 @@ def test_the_notebook_is_not_written_over(executed):
 def test_a_page_that_cannot_be_written(executed, tmp_path):
     with pytest.raises(RunError, match="cannot be written"):
         report.write(executed, tmp_path / "nowhere" / "page.html")
+
+
+def test_a_token_does_not_reach_the_page(tmp_path):
+    """Not from a cell that somebody wrote, nor from what it printed."""
+    source = tmp_path / "with-token.ipynb"
+    cell = nbformat.v4.new_code_cell("hub_token = 'secret-of-mine'\nother = \"hf_abcdefghijklmnop\"")
+    cell.outputs = [nbformat.v4.new_output("stream", text="logged in with hf_abcdefghijklmnop\n")]
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), source)
+    page = report.write(source)[0].read_text()
+    assert "secret-of-mine" not in page and "hf_abc" not in page
+    assert "logged in with …" in page and "hub_token" in page

@@ -81,3 +81,38 @@ def test_a_damaged_record_is_an_error_and_not_dropped(folder):
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(RunError, match="there is no run here"):
         runs.Run(tmp_path)
+
+
+def test_going_back(tmp_path):
+    """Records after the step are recorded again; a line that a loss of power tore, and what follows it, is gone."""
+    made = runs.begin(config(output_dir=str(tmp_path / "run")), {"host": "a"})
+    for step in (1, 2, 3, 4):
+        runs.append(made / runs.STEPS, {"step": step, "loss": 0.5})
+        runs.append(made / runs.VALIDATION, {"step": step, "loss": 0.5})
+    with (made / runs.STEPS).open("a") as file:
+        file.write('\0\0\0\n{"step": 6}\n{"st')
+    assert runs.last_step(made) == 4
+    runs.write(made / runs.FAILURE, {"rank": 0})
+    again = runs.begin(config(output_dir=str(made), resume_from_checkpoint="latest"), {"host": "b"})
+    runs.go_back(again, 2)
+    run = runs.Run(again)
+    assert list(run.steps.step) == list(run.validation.step) == [1, 2]
+    assert not run.failure and run.environment["host"] == "b"
+    assert [(one["host"], one["after_step"]) for one in run.environment["resumed"]] == [("a", 2)]
+    runs.go_back(again, 0)
+    assert run.steps.empty and run.environment["resumed"] == []
+
+
+def test_a_watched_file_that_is_cut(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text("1\n2\n3\n")
+    tail = runs.Tail(path)
+    assert tail.new() == ["1", "2", "3"]
+    path.write_text("1\n")
+    assert tail.new() == ["1"]
+
+
+def test_the_lock_is_one_trainings(tmp_path):
+    with runs.lock(tmp_path), pytest.raises(RunError, match="another training is running"):
+        runs.lock(tmp_path)
+    runs.lock(tmp_path).close()

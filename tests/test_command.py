@@ -1,0 +1,109 @@
+"""`accelerate launch … -m sdnb.train` in place of the reference's script, on two CPU ranks, as real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from sdnb import runs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The reference command of the published result; the model, the data, the resolution and the steps are smaller here.
+REFERENCE = (
+    "--pretrained_model_name_or_path=tiny --dataset_name=openmoji --use_ema --resolution=64 --center_crop "
+    "--random_flip --train_batch_size=8 --gradient_accumulation_steps=4 --max_train_steps=2 --learning_rate=1e-05 "
+    "--max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0"
+)
+
+
+def launch(*flags, **options):
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision=no",
+        f"--config_file={ROOT / 'params' / 'accelerate-8gpu.yaml'}", "--num_processes=2", "--main_process_port=0",
+        "-m", "sdnb.train", *flags,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True, **options,
+    )  # fmt: skip
+
+
+def ranks_of(folder):
+    return [
+        process for process in psutil.process_iter(["cmdline"])
+        if f"--output_dir={folder}" in (process.info["cmdline"] or ()) and process.status() != psutil.STATUS_ZOMBIE
+    ]  # fmt: skip
+
+
+def test_the_reference_command(tmp_path):
+    process = launch(*REFERENCE.split(), f"--output_dir={tmp_path / 'run'}")
+    shown, said = process.communicate(timeout=250)
+    assert process.returncode == 0, said
+    run = runs.Run(tmp_path / "run")
+    assert (run.summary["world_size"], run.summary["distributed_type"]) == (2, "MULTI_CPU")
+    assert list(run.steps.images) == [64, 64]
+    assert run.config.mixed_precision == "no" and run.config.num_processes == 2
+    assert (run.folder / "model_index.json").exists() and list((run.folder / "logs").rglob("events*"))
+    assert "Steps: 100%" in said and "step_loss=" in said, "the reference's progress bar, and once"
+    assert said.count("2 optimizer steps of 64, 2 ranks") == 1
+    assert "images/s per CPU rank" in shown and str(run.folder) in shown
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (
+            ["--max_train_stesp=3"],
+            "error: unrecognized arguments: --max_train_stesp=3; did you mean --max_train_steps?",
+        ),
+        (["--mixed_precision=fp16"], "error: mixed_precision = fp16 needs a GPU"),
+        (["--num_processes=8"], "error: num_processes = 8"),
+        (["--resume_from_checkpoint=checkpoint-7"], "error: resume_from_checkpoint = checkpoint-7: no such checkpoint"),
+    ],
+)
+def test_a_mistake_is_said_once_and_shortly(tmp_path, flags, said):
+    process = launch(*REFERENCE.split(), f"--output_dir={tmp_path / 'run'}", *flags)
+    errors = process.communicate(timeout=200)[1]
+    assert process.returncode != 0
+    assert errors.count(said) == 1
+    assert 'File "' not in errors.partition(said)[2].partition("torch")[0], "no traceback of ours"
+
+
+def test_a_rank_that_fails_says_why(tmp_path, image_folder):
+    folder = image_folder(12)
+    for index in range(12):
+        (folder / f"{index:03}.png").write_bytes(b"no picture")
+    Image.new("RGB", (64, 64)).save(folder / "000.png")
+    process = launch(
+        *(flag for flag in REFERENCE.split() if "dataset" not in flag), f"--train_data_dir={folder}",
+        f"--output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    errors = process.communicate(timeout=200)[1]
+    assert process.returncode != 0
+    assert errors.count("the picture cannot be used") == 1
+    assert runs.Run(tmp_path / "run").failure["what"] == "DataError"
+
+
+def test_a_killed_launcher_leaves_no_rank(tmp_path):
+    folder = tmp_path / "run"
+    process = launch(*(flag for flag in REFERENCE.split() if "steps" not in flag), "--max_train_steps=500",
+                     "--gradient_accumulation_steps=1", f"--output_dir={folder}")  # fmt: skip
+    try:
+        end = time.time() + 200
+        while not (folder / runs.STEPS).exists() and time.time() < end:
+            time.sleep(0.1)
+        assert len(ranks_of(folder)) == 3, "the launcher and two ranks"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    end = time.time() + 15
+    while ranks_of(folder) and time.time() < end:
+        time.sleep(0.1)
+    assert not ranks_of(folder)
