@@ -125,9 +125,11 @@ def train(python: str, program: list[str], case: Case, work: Path, output: Path,
     Raises:
         RuntimeError: with what it printed, if it fails.
     """
+    from sdnb.ranks import free_port
+
     launcher = (
         f"-m accelerate.commands.launch --multi_gpu --num_machines=1 --num_processes={case.ranks} "
-        "--mixed_precision=no --dynamo_backend=no --main_process_port=0".split()
+        f"--mixed_precision=no --dynamo_backend=no --main_process_port={free_port()}".split()
         if case.ranks > 1
         else []
     )

@@ -247,6 +247,7 @@ class Checkpoints:
         main = self.accelerator.is_main_process
         if main:
             shutil.rmtree(aside, ignore_errors=True)
+            self._remove_oldest(keep=self.config.checkpoints_total_limit, step=step)
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(aside))
@@ -275,26 +276,26 @@ class Checkpoints:
         aside.rename(final)
         _to_disk(self.folder)
         shutil.rmtree(given_up, ignore_errors=True)
-        self._remove_oldest(final, step)
+        self._remove_oldest(keep=self.config.checkpoints_total_limit, step=step)
 
-    def _remove_oldest(self, newest: Path, step: int) -> None:
-        limit = self.config.checkpoints_total_limit
-        if limit is None:
-            return
+    def _remove_oldest(self, keep: int | None, step: int) -> None:
         # What lies ahead is of a training that was given up, and goes first.
-        others = sorted(_numbered(self.folder), key=lambda one: (one[0] > step, -one[0]))
-        for _, folder in [one for one in others if one[1] != newest][limit - 1 :]:
+        best_first = sorted(_numbered(self.folder), key=lambda one: (one[0] > step, -one[0]))
+        for _, folder in best_first[keep:] if keep else ():
             removed = folder.with_name(f".{folder.name}.removed")
             folder.rename(removed)  # so that one half removed is not taken for a checkpoint
             shutil.rmtree(removed, ignore_errors=True)
 
     def _not_written(self, final: Path, aside: Path, error: Exception) -> RunError:
         shutil.rmtree(aside, ignore_errors=True)
-        usage = shutil.disk_usage(self.folder)
+        free = shutil.disk_usage(self.folder).free / 2**30
+        copies = 4 if self.ema is not None else 3  # the weights, Adam's two averages, and the weights' own
+        needed = copies * sum(weight.nbytes for weight in self.optimizer.param_groups[0]["params"]) / 2**30
         before = [folder.name for _, folder in sorted(_numbered(self.folder))]
         kept = f"the one before it, {before[-1]}, is whole" if before else "there is none before it"
         return RunError(
-            f"{final} could not be written: {error}\n{usage.free / 2**30:.2f} GiB are free there; {kept}. "
+            f"{final} could not be written: {error}\n"
+            f"It takes up to {needed:.2f} GiB, and {free:.2f} GiB are free there; {kept}. "
             "Make room, or set checkpoints_total_limit, and go on with resume_from_checkpoint = latest."
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from . import data, hub, models, runs
 from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .ema import Average
+from .errors import RunError
 from .evaluate import HeldOutLoss, draw_samples
 
 logger = logging.getLogger("sdnb")
@@ -135,7 +137,7 @@ class Observer:
             self.ema.copy_to(self.unet.parameters())
         if accelerator.is_main_process:
             logger.info("saving the pipeline")
-            self.pipeline.save_pretrained(self.folder)
+            self._save_pipeline()
             summary = dict(
                 world_size=accelerator.num_processes,
                 distributed_type=accelerator.distributed_type.value,
@@ -151,6 +153,16 @@ class Observer:
             hub.publish(runs.Run(self.folder), self.config, self.repository)
         accelerator.wait_for_everyone()
         accelerator.end_training()
+
+    def _save_pipeline(self) -> None:
+        try:
+            self.pipeline.save_pretrained(self.folder)
+        except Exception as error:  # torch and safetensors do not raise OSError when the disk is full
+            free = shutil.disk_usage(self.folder).free / 2**30
+            raise RunError(
+                f"{self.folder}: the trained pipeline could not be saved: {error}\n{free:.2f} GiB are free there. The "
+                "measurements are whole; with a checkpoint, resume_from_checkpoint = latest comes back to this point."
+            ) from error
 
     def _draw(self, step: int) -> None:
         """Draw with the weights that would be saved now, unless the run has these pictures already."""

@@ -36,7 +36,7 @@ def main() -> None:
 
     here = config.num_processes // config.num_machines
     address, port = config.main_process_ip or "127.0.0.1", config.main_process_port
-    port = str(port or (29500 if config.num_machines > 1 else _free_port()))
+    port = str(port or (29500 if config.num_machines > 1 else free_port()))
     if here == 1 and config.num_machines > 1:  # which the launcher would take for a training on its own
         os.environ.update(RANK=str(config.machine_rank), LOCAL_RANK="0", WORLD_SIZE=str(config.num_machines),
                           MASTER_ADDR=address, MASTER_PORT=port)  # fmt: skip
@@ -82,7 +82,7 @@ def _rank(config: TrainConfig) -> None:
         os._exit(1)  # at once: interpreter shutdown would wait for ranks that wait for this one
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -119,7 +120,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
     """Add one line to a JSON-lines file and hand it to the system. A number that JSON has no word for becomes null."""
     line = {key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()}  # fmt: skip
-    with path.open("a") as file:
+    with _writing(path), path.open("a") as file:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
@@ -171,8 +172,17 @@ def fail(folder: Path, rank: int, what: str, details: str) -> bool:
 
 def _write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+    with _writing(path):
+        aside.write_text(text)
+        aside.replace(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 class Run:

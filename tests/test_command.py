@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sdnb import runs
+from sdnb.ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,8 +27,8 @@ REFERENCE = (
 def launch(*flags, **options):
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--mixed_precision=no",
-        f"--config_file={ROOT / 'params' / 'accelerate-8gpu.yaml'}", "--num_processes=2", "--main_process_port=0",
-        "-m", "sdnb.train", *flags,
+        f"--config_file={ROOT / 'params' / 'accelerate-8gpu.yaml'}", "--num_processes=2",
+        f"--main_process_port={free_port()}", "-m", "sdnb.train", *flags,
     ]  # fmt: skip
     return subprocess.Popen(
         command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import torch
 from sdnb import launch, models, runs
 from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError, DataError, ModelError, RunError
+from sdnb.ranks import free_port
 
 QUIET = {"show": lambda line, log: None}
 
@@ -82,10 +82,10 @@ def test_two_machines_train_as_one(settings, tmp_path, ranks):
         launch.prepare(
             TrainConfig(**{
                 **settings, "num_machines": 2, "machine_rank": rank, "num_processes": ranks,
-                "main_process_ip": "127.0.0.1", "main_process_port": free_port, "output_dir": str(tmp_path / "shared"),
+                "main_process_ip": "127.0.0.1", "main_process_port": port, "output_dir": str(tmp_path / "shared"),
             })
         )
-        for free_port in [ranks_port()] for rank in (0, 1)
+        for port in [free_port()] for rank in (0, 1)
     ]  # fmt: skip
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(lambda plan: launch.launch(plan, **QUIET), machines)
@@ -95,12 +95,6 @@ def test_two_machines_train_as_one(settings, tmp_path, ranks):
     assert len({tuple(rank["checksum"]) for rank in first.summary["ranks"]}) == 1
     assert {f"rank {rank} INFO" in first.log for rank in range(ranks)} == {True}
     assert none_left(first.folder)
-
-
-def ranks_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_both_ranks_losses_count(settings, tmp_path):
