@@ -23,7 +23,7 @@ from pathlib import Path
 
 STEPS = 24
 TOLERANCE = 1e-4
-RECORDED = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
+_RECORDED = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "pillow", "numpy")
 
 
@@ -179,6 +179,12 @@ def _is_later(reference: Path) -> bool:
     return "--dream_training" in reference.read_text()
 
 
+def recorded_under(transformers_version: str) -> Path:
+    """Where the trajectories recorded with a version of transformers are. Its fifth major version loads models without
+    drawing random numbers, as its fourth did; the reference loads after it has seeded, and so gives others."""
+    return _RECORDED / f"transformers-{transformers_version.split('.')[0]}"
+
+
 def slug(name: str) -> str:
     return re.sub(r"\W+", "-", name.lower())
 
@@ -254,9 +260,7 @@ def main() -> None:
     parser.add_argument("--name", default="reference", help="what to call this reference, such as v0.26.3")
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="some of: " + "; ".join(CASES))
     parser.add_argument("--out", type=Path, default=Path("parity"), help="folder for the table and the plot")
-    parser.add_argument(
-        "--record", action="store_true", help=f"write the trajectories to {RECORDED.name} for the tests"
-    )
+    parser.add_argument("--record", action="store_true", help="keep the reference's trajectories for the tests")
     options = parser.parse_args()
     if unknown := [name for name in options.cases if name not in CASES]:
         parser.error(f"no such case: {'; '.join(unknown)}. There are: {'; '.join(CASES)}")
@@ -277,12 +281,13 @@ def main() -> None:
     )  # fmt: skip
     plot(results, f"sdnb against the reference, {options.name}", options.out / f"parity-{options.name}.png")
     if options.record:
-        RECORDED.mkdir(parents=True, exist_ok=True)
+        recorded_here = recorded_under(made_by["versions"]["transformers"])
+        recorded_here.mkdir(parents=True, exist_ok=True)
         for name, result in results.items():
             if _is_later(options.reference) and not CASES[name].later:  # v0.26.3 is the one to agree with
                 continue
             recorded = dict(case=name, **made_by, command=result["command"], train_loss=result["reference"])
-            (RECORDED / f"{slug(name)}.json").write_text(json.dumps(recorded, indent=1) + "\n")
+            (recorded_here / f"{slug(name)}.json").write_text(json.dumps(recorded, indent=1) + "\n")
     print("\n" + "\n".join([*head, *table, *notes]))
     sys.exit(any(result["largest"] > TOLERANCE for name, result in results.items() if name not in changed))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,11 +47,12 @@ def none_left(folder, within=10):
 
 
 def at_step(step, act):
-    """A `show` that acts once, when the progress line reaches a step."""
+    """A `show` that acts once, when the progress line has reached a step; it may pass over any one of them."""
     done = []
 
     def show(line, log):
-        if f" step {step}/" in f" {line}" and not done:
+        reached = re.search(r"step (\d+)/", line)
+        if reached and int(reached[1]) >= step and not done:
             done.append(line)
             act()
 

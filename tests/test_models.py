@@ -102,7 +102,8 @@ def test_an_incomplete_folder_says_what_is_missing(model_folder):
 
 
 def test_a_folder_without_vocabulary(model_folder):
-    (model_folder / "tokenizer" / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (model_folder / "tokenizer" / name).unlink(missing_ok=True)  # transformers' major versions read different ones
     with pytest.raises(ModelError, match="tokenizer"):
         models.load(config(str(model_folder)))
 

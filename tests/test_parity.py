@@ -2,12 +2,14 @@
 
 import json
 import sys
+from importlib.metadata import version
 
 import pytest
 
 from benchmarks import parity
 
-RECORDED = sorted(parity.RECORDED.glob("*.json"))
+RECORDED = sorted(parity.recorded_under(version("transformers")).glob("*.json"))
+TODAY = int(version("transformers").split(".")[0]) >= 5
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,9 @@ def work(tmp_path_factory):
 
 
 def test_every_case_is_recorded():
-    assert {json.loads(path.read_text())["case"] for path in RECORDED} == set(parity.CASES)
+    """On the versions of 2024, those that the reference of then has."""
+    expected = {name for name, case in parity.CASES.items() if TODAY or not case.later}
+    assert {json.loads(path.read_text())["case"] for path in RECORDED} == expected
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
