@@ -24,7 +24,7 @@ from pathlib import Path
 STEPS = 24
 TOLERANCE = 1e-4
 _RECORDED = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "pillow", "numpy")
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "ftfy", "pillow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,13 @@ def compare(reference: Path, python: str, names: list[str], work: Path) -> dict[
 
 
 def versions(python: str) -> dict[str, str]:
-    """What is installed beside a Python."""
-    program = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {PACKAGES}}}))"
-    return json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)
+    """What is installed beside a Python, of what decides the numbers."""
+    program = (
+        "import importlib.metadata, json\n"
+        "print(json.dumps({one.name.lower(): one.version for one in importlib.metadata.distributions()}))"
+    )
+    installed = json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)
+    return {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def plot(results: dict[str, dict], title: str, path: Path) -> None:

