@@ -12,7 +12,13 @@ PARAMS ?=
 # Options for JupyterLab, such as LAB="--no-browser --port 9000"
 LAB ?=
 
-.PHONY: help train test test-2024 lint lab clean
+# The reference's train_text_to_image.py, the Python of an environment that has torchvision and what sdnb needs, and
+# options of benchmarks/speed.py, such as BENCH="--model tiny small-unet --pairs 5"
+REFERENCE ?=
+BENCH_PYTHON ?= $(BIN)/python
+BENCH ?=
+
+.PHONY: help train test test-2024 lint bench lab clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -34,6 +40,9 @@ test-2024: $(VENV_2024)/.installed ## Run the tests of training, parity and resu
 lint: $(VENV)/.installed ## Check style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed ## Time sdnb beside the reference, or without REFERENCE its own techniques; alone on the machine, an hour
+	$(BIN)/python benchmarks/speed.py $(if $(REFERENCE),--reference "$(REFERENCE)" --python "$(BENCH_PYTHON)") $(BENCH)
 
 lab: $(VENV)/.installed ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)

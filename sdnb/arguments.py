@@ -44,7 +44,7 @@ def _how(name: str, field: FieldInfo) -> dict[str, Any]:
     """What argparse needs to know of a setting. Values are checked by TrainConfig, which knows more."""
     text = field.description.replace("%", "%%")
     if _takes(field.annotation, bool):
-        return dict(action="store_true", help=text)
+        return dict(action=argparse.BooleanOptionalAction if field.default else "store_true", help=text)
     if not field.is_required() and field.default is not None:
         text += f" [{field.default}]"
     metavar = (

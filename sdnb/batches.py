@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
+
+from .config import TrainConfig
 
 
 class Batches:
@@ -22,50 +23,60 @@ class Batches:
     place.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
+    def __init__(self, loader: DataLoader, config: TrainConfig) -> None:
         """Args:
         loader: over a `data.ImageCaptions`, prepared by accelerate.
         """
         self.loader = loader
+        self.config = config
         self.epoch = 0
         self._taken = 0
+        self._epochs_own: Iterator[dict[str, Any]] | None = None
         self._resume_with: dict[str, Any] | None = None
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The micro-batches of the current epoch, or those that remain of it; at its end the next is the current."""
-        if self._resume_with is not None and self._resume_with["taken"]:
-            iterator = self._gone_through()
-        else:
-            if self._resume_with is not None:
-                self._set_generators(self._resume_with["generators"])
-                self._resume_with = None
-            self._taken, self._at_start = 0, self._generators()
-            self.loader.dataset.pass_over(0)
-            iterator = iter(self.loader)
-        while True:
+    def of_a_step(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """The micro-batches of the next optimizer step, each with whether it is the step's last. The end of an epoch
+        ends the step, unless `whole_steps` is set."""
+        for number in range(1, self.config.gradient_accumulation_steps + 1):
+            if self._epochs_own is None:
+                self._epochs_own = self._begin_epoch()
             self._before_fetch = generators()
-            batch = next(iterator, None)
-            if batch is None:
-                break
+            batch = next(self._epochs_own)
             self._taken += 1
-            yield batch
-        self.epoch += 1
+            epoch_ends = self._taken == len(self.loader)
+            if epoch_ends:
+                next(self._epochs_own, None)  # lets the loader end, too
+                self._epochs_own, self._taken = None, 0
+                self.epoch += 1
+            last = number == self.config.gradient_accumulation_steps or (epoch_ends and not self.config.whole_steps)
+            yield batch, last
+            if last:
+                return
 
     def place(self) -> dict[str, Any]:
         """Where the training is, after a step; what `take_up` needs. `torch.save` can write it."""
         place = {"epoch": self.epoch, "taken": self._taken, "generators": self._generators()}
         if torch.cuda.is_available():
             place["generators"]["cuda"] = torch.cuda.get_rng_state()
-        if self._taken == len(self.loader):
-            return {**place, "epoch": self.epoch + 1, "taken": 0}
-        return {**place, "at_start": self._at_start, "before_fetch": self._before_fetch}
+        if self._taken:
+            place.update(at_start=self._at_start, before_fetch=self._before_fetch)
+        return place
 
     def take_up(self, place: dict[str, Any]) -> None:
-        """Go on from a place, at the next iteration, as if nothing had happened in between."""
+        """Go on from a place, with the next step, as if nothing had happened in between."""
         self.epoch, self._resume_with = place["epoch"], place
 
-    def _gone_through(self) -> Iterator[dict[str, Tensor]]:
+    def _begin_epoch(self) -> Iterator[dict[str, Any]]:
         place, self._resume_with = self._resume_with, None
+        if place is not None and place["taken"]:
+            return self._gone_through(place)
+        if place is not None:
+            self._set_generators(place["generators"])
+        self._taken, self._at_start = 0, self._generators()
+        self.loader.dataset.pass_over(0)
+        return iter(self.loader)
+
+    def _gone_through(self, place: dict[str, Any]) -> Iterator[dict[str, Any]]:
         self._taken, self._at_start = place["taken"], place["at_start"]
         self._set_generators(self._at_start)
         self.loader.dataset.pass_over(self._taken)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .errors import CacheError
 
@@ -44,3 +48,24 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def computed_once(kind: str, key: Any, compute: Callable[[], Any], cache_dir: str | None = None) -> Any:
+    """What `compute` gives, kept for the next time; where that cannot be read or written, it is computed every time.
+
+    Args:
+        kind: the beginning of the file's name.
+        key: everything that the result depends on. Both must be such that JSON can say them.
+    """
+    folder = cache_root(cache_dir) / "computed"
+    path = folder / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    result = compute()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=folder)
+        with open(handle, "w") as file:
+            file.write(json.dumps(result))
+        os.replace(aside, path)
+    return result

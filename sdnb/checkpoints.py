@@ -38,7 +38,9 @@ MANIFEST = "checkpoint.json"
 LATEST = "latest"
 _REFERENCE_FILES = ("unet/config.json", "optimizer.bin", "scheduler.bin")
 # Where one of these differs, a place among the micro-batches means nothing any more.
-_DECIDE_ORDER = {*Data.model_fields, "train_batch_size", "gradient_accumulation_steps", "num_processes", "the data"}
+_DECIDE_ORDER = {
+    *Data.model_fields, "train_batch_size", "gradient_accumulation_steps", "whole_steps", "num_processes", "the data"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class Checkpoints:
 
     def _take_up_place(self, checkpoint: Checkpoint) -> None:
         if checkpoint.manifest is None:
-            self.batches.epoch = checkpoint.step // self.config.steps_per_epoch(len(self.examples))
+            self.batches.epoch = int(checkpoint.step // self.config.steps_per_epoch(len(self.examples)))
             logger.warning("the epoch begins again, in another order: %s does not say where it was", checkpoint.folder)
             return
         differ = _differences(checkpoint, self.config, self.examples)

@@ -36,6 +36,13 @@ def clip_tokenizer(tokens: list[str], merges: list[tuple[str, str]], max_length:
         return kind(*map(str, write_vocabulary(Path(folder), tokens, merges)), model_max_length=max_length)
 
 
+def has_fused_adam(device: Any) -> bool:
+    """Whether torch's AdamW updates all weights on such a device in one pass: on a CPU it does since torch 2.4."""
+    import torch
+
+    return device.type == "cuda" or torch.torch_version.TorchVersion(torch.__version__) >= (2, 4)
+
+
 def write_vocabulary(folder: Path, tokens: list[str], merges: list[tuple[str, str]]) -> tuple[Path, Path]:
     """The two files that transformers before 5 reads a CLIPTokenizer from, and later ones do not write."""
     vocabulary, pairs = folder / "vocab.json", folder / "merges.txt"

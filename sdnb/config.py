@@ -61,6 +61,8 @@ class TrainConfig(*reversed(GROUPS)):
     def _go_together(self) -> TrainConfig:
         if self.dream_training and self.prediction_type == "v_prediction":
             raise ValueError("dream_training is not defined for prediction_type = v_prediction: leave one of them out")
+        if self.cuda_graphs and self.compile_unet == "no":
+            raise ValueError("cuda_graphs = True needs compile_unet = blocks, or whole")
         if self.machine_rank >= self.num_machines:
             raise ValueError(
                 f"machine_rank = {self.machine_rank}: num_machines = {self.num_machines} machines are counted from 0"
@@ -161,16 +163,35 @@ class TrainConfig(*reversed(GROUPS)):
         return self.learning_rate * (self.global_batch if self.scale_lr else 1)
 
     def micro_batches_per_epoch(self, examples: int) -> int:
-        """A rank's micro-batches in one epoch: accelerate fills the last round, so that every rank has as many."""
-        return math.ceil(math.ceil(examples / self.train_batch_size) / self.num_processes)
+        """A rank's micro-batches in one epoch. accelerate fills the last round, so that every rank has as many; with
+        `whole_steps` what does not fill a round is left out.
 
-    def steps_per_epoch(self, examples: int) -> int:
-        """Optimizer steps in one epoch. The epoch's end ends the accumulation, so the last step may be a short one."""
-        return math.ceil(self.micro_batches_per_epoch(examples) / self.gradient_accumulation_steps)
+        Raises:
+            ConfigError: if there are not enough examples for one.
+        """
+        if not self.whole_steps:
+            return math.ceil(math.ceil(examples / self.train_batch_size) / self.num_processes)
+        if examples < self.train_batch_size * self.num_processes:
+            raise ConfigError(
+                f"whole_steps = True: {examples} examples do not fill a micro-batch of {self.train_batch_size} on each "
+                f"of {self.num_processes} ranks: use a smaller train_batch_size, or leave whole_steps out"
+            )
+        return examples // self.train_batch_size // self.num_processes
+
+    def steps_per_epoch(self, examples: int) -> float:
+        """Optimizer steps in one epoch. The epoch's end ends the accumulation, so the last step may be a short one;
+        with `whole_steps` it does not, and an epoch may end within a step."""
+        steps = self.micro_batches_per_epoch(examples) / self.gradient_accumulation_steps
+        return steps if self.whole_steps else math.ceil(steps)
 
     def total_steps(self, examples: int) -> int:
         """Optimizer steps of the whole training."""
-        return self.max_train_steps or self.num_train_epochs * self.steps_per_epoch(examples)
+        if self.max_train_steps:
+            return self.max_train_steps
+        if self.whole_steps:
+            micro_batches = self.num_train_epochs * self.micro_batches_per_epoch(examples)
+            return max(1, micro_batches // self.gradient_accumulation_steps)
+        return self.num_train_epochs * self.steps_per_epoch(examples)
 
     def schedule_steps(self, examples: int) -> int:
         """Optimizer steps that the learning rate's schedule is laid out for. As in the reference (v0.26.3), epochs are

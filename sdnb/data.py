@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,12 +127,16 @@ class ImageCaptions(torch.utils.data.Dataset):
     With a tokenizer set, item i is a dict of `pixel_values`, float32 [3, resolution, resolution] in [-1, 1], and
     `input_ids`, int64 [tokens]. Random crop and flip draw from torch's global generator as torchvision's transforms do;
     a caption out of several is drawn with Python's `random`.
+
+    Once it was told what is kept of its views (a view is a picture, or a picture mirrored), an item says which `view`
+    and `caption` it is, and has `pixel_values` only where the view is not kept yet. The draws are the same.
     """
 
     def __init__(self, rows: datasets.Dataset, config: TrainConfig, split: str) -> None:
         self.config = config
         self.split = split
         self.tokenizer: Any = None
+        self._kept: Container[int] | None = None
         self.pass_over(0)
         self.captions = rows[self._column(rows, config.caption_column, "caption_column")][:]
         column = self._column(rows, config.image_column, "image_column")
@@ -191,13 +197,59 @@ class ImageCaptions(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         return self.__getitems__([row])[0]
 
-    def __getitems__(self, rows: list[int]) -> list[dict[str, torch.Tensor]]:
+    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
         if self._is_passed_over():
             return [self._draw_only(row) for row in rows]
+        if self._kept is not None:
+            return [self._to_look_up(row) for row in rows]
         pixel_values = [transform(self.picture(row), self.config) for row in rows]
         captions = [_one_of(self.captions[row]) for row in rows]
         input_ids = tokenize(self.tokenizer, captions)
         return [{"pixel_values": pixels, "input_ids": ids} for pixels, ids in zip(pixel_values, input_ids)]
+
+    def keep(self, kept: Container[int]) -> None:
+        """From now on, load the pixels only of views that are not in `kept`. Where the crop is the centre."""
+        self._kept = kept
+        self._caption_numbers = {caption: number for number, caption in enumerate(self.distinct_captions)}
+
+    @property
+    def views(self) -> int:
+        """How many different views there are: view n is picture n; the mirrored ones, if there are, come after all."""
+        return len(self) * (2 if self.config.random_flip else 1)
+
+    @property
+    def distinct_captions(self) -> list[str]:
+        """All captions, each once."""
+        several = (caption if isinstance(caption, list) else [caption] for caption in self.captions)
+        return list(dict.fromkeys(itertools.chain.from_iterable(several)))
+
+    def pixels(self, view: int) -> torch.Tensor:
+        """A view as the training sees it, float32 [3, resolution, resolution] in [-1, 1], cropped in the centre."""
+        mirrored, row = divmod(view, len(self))
+        picture = resize(self.picture(row), self.config.resolution, self.config.image_interpolation_mode)
+        return cut(picture, (*centre(picture.size, self.config.resolution), bool(mirrored)), self.config)
+
+    def pixels_digest(self) -> str:
+        """A hash of what decides the pixels of the views: the pictures' files and their order, and the settings."""
+        decide = [getattr(self.config, name) for name in ("resolution", "center_crop", "image_interpolation_mode")]
+        digest = hashlib.sha256(json.dumps([*decide, self.views]).encode())
+        for row in range(len(self)):
+            digest.update(hashlib.sha256(self._file(row)).digest())
+        return digest.hexdigest()
+
+    def _file(self, row: int) -> bytes:
+        stored = self._stored(row)
+        try:
+            return stored.get("bytes") or (Path(stored["path"]).read_bytes() if stored else b"")
+        except OSError:
+            return b""  # said when its turn comes
+
+    def _to_look_up(self, row: int) -> dict[str, Any]:
+        side = self.config.resolution
+        mirrored = draw_view((side, side), self.config)[2]
+        view = row + mirrored * len(self)
+        item = {"view": view, "caption": self._caption_numbers[_one_of(self.captions[row])]}
+        return item if view in self._kept else {**item, "pixel_values": self.pixels(view)}
 
     def pass_over(self, batches: int) -> None:
         """Of the loader's next epoch, leave out the pixels and tokens of so many batches, but none of their draws."""
@@ -210,7 +262,7 @@ class ImageCaptions(torch.utils.data.Dataset):
         self._fetched += 1
         return batch < self._passed_over
 
-    def _draw_only(self, row: int) -> dict[str, torch.Tensor]:
+    def _draw_only(self, row: int) -> dict[str, Any]:
         side = self.config.resolution
         centred = self.config.center_crop  # then a picture's size decides no draw, and it need not be read
         draw_view((side, side) if centred else resized(self.picture(row).size, side), self.config)
@@ -238,7 +290,12 @@ def transform(picture: Image.Image, config: TrainConfig) -> torch.Tensor:
     """A picture as the reference's torchvision transforms make it: shorter side to the resolution, square crop, random
     mirroring, float32 [3, resolution, resolution] in [-1, 1]."""
     picture = resize(picture, config.resolution, config.image_interpolation_mode)
-    left, top, mirrored = draw_view(picture.size, config)
+    return cut(picture, draw_view(picture.size, config), config)
+
+
+def cut(picture: Image.Image, view: tuple[int, int, bool], config: TrainConfig) -> torch.Tensor:
+    """The square at left and top of a resized picture, mirrored or not; of the shape and range of `transform`."""
+    left, top, mirrored = view
     picture = picture.crop((left, top, left + config.resolution, top + config.resolution))
     return to_tensor(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture)
 
@@ -280,9 +337,19 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return pixels.float().div(255).sub(0.5).div(0.5)
 
 
-def collate(examples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A micro-batch: `pixel_values` [batch, 3, resolution, resolution] and `input_ids` [batch, tokens]."""
+def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A micro-batch: `pixel_values` [batch, 3, resolution, resolution] and `input_ids` [batch, tokens].
+
+    Of views that are kept: the numbers of `views` and `captions`, `loaded`, the views whose pixels are there, and
+    `pixel_values` [loaded, 3, resolution, resolution].
+    """
+    loaded = [example for example in examples if "pixel_values" in example]
+    pixel_values = torch.stack([example["pixel_values"] for example in loaded]) if loaded else torch.empty(0)
+    if "view" not in examples[0]:
+        return {"pixel_values": pixel_values, "input_ids": torch.stack([example["input_ids"] for example in examples])}
     return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "input_ids": torch.stack([example["input_ids"] for example in examples]),
+        "views": [example["view"] for example in examples],
+        "captions": [example["caption"] for example in examples],
+        "loaded": [example["view"] for example in loaded],
+        "pixel_values": pixel_values,
     }

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import DDPMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from .config import TrainConfig
 
 
-def encode(vae: AutoencoderKL, pixel_values: Tensor) -> Tensor:
-    """Latents [batch, channels, h, w] of pictures [batch, 3, H, W] in [-1, 1]: a draw from the VAE's posterior."""
-    return vae.encode(pixel_values.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+def draw_latents(moments: Tensor, scaling_factor: float) -> Tensor:
+    """Latents [batch, channels, h, w], scaled: a draw from the posterior with these moments, [batch, 2 × channels, h,
+    w]."""
+    return DiagonalGaussianDistribution(moments).sample() * scaling_factor
 
 
 def draw_noise(latents: Tensor, config: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -74,6 +78,23 @@ def loss_of(
     velocity = scheduler.config.prediction_type == "v_prediction"
     weight = snr.clamp(max=snr_gamma) / (snr + 1 if velocity else snr)
     return (per_picture_loss(prediction, target) * weight).mean()
+
+
+def losses_of(
+    prediction: Tensor,
+    target: Tensor,
+    scheduler: DDPMScheduler,
+    timesteps: Tensor,
+    snr_gamma: float | None,
+    sizes: Sequence[int],
+) -> Tensor:
+    """The loss of each micro-batch, [micro-batches], where they were run as one batch.
+
+    Args:
+        sizes: how many pictures each has.
+    """
+    parts = zip(*(whole.split(sizes) for whole in (prediction, target, timesteps)))
+    return torch.stack([loss_of(one, goal, scheduler, times, snr_gamma) for one, goal, times in parts])
 
 
 def per_picture_loss(prediction: Tensor, target: Tensor) -> Tensor:

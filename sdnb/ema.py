@@ -21,13 +21,9 @@ class Average(EMAModel):
         """Args:
         unet: what the average begins with.
         """
-        super().__init__(
-            unet.parameters(),
-            model_cls=UNet2DConditionModel,
-            model_config=unet.config,
-            foreach=config.foreach_ema,  # diffusers before 0.27 takes it and averages one tensor after the other
-        )
+        super().__init__(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
         self._offloaded = config.offload_ema
+        self._fused = config.fused_optimizer or config.foreach_ema
 
     def settle(self, device: torch.device) -> None:
         """Go to where it is between steps: the device, or with `offload_ema` pinned memory of the host."""
@@ -39,13 +35,21 @@ class Average(EMAModel):
 
     def step(self, parameters: Iterator[torch.nn.Parameter]) -> None:
         if not (self._offloaded and self._device.type == "cuda"):
-            return super().step(parameters)
+            return self._average(parameters)
         kept = self.shadow_params
         self.shadow_params = [average.to(self._device, non_blocking=True) for average in kept]
-        super().step(parameters)
+        self._average(parameters)
         for average, now in zip(kept, self.shadow_params):
             average.copy_(now, non_blocking=True)
         self.shadow_params = kept
+
+    @torch.no_grad()
+    def _average(self, parameters: Iterator[torch.nn.Parameter]) -> None:
+        if not self._fused:
+            return super().step(parameters)
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
 
     @contextmanager
     def in_place_of(self, unet: torch.nn.Module) -> Iterator[None]:

@@ -35,6 +35,7 @@ class Devices:
     type: str
     names: tuple[str, ...]
     memory_gib: tuple[float, ...]
+    free_gib: tuple[float, ...]
     bf16: bool
 
 
@@ -49,9 +50,21 @@ def devices() -> Devices:
             "cuda",
             tuple(device.name for device in seen),
             tuple(round(device.total_memory / 2**30, 1) for device in seen),
+            _free_gib(seen),
             torch.cuda.is_bf16_supported(including_emulation=False),
         )
-    return Devices("cpu", (_cpu_name(),), (round(psutil.virtual_memory().total / 2**30, 1),), True)
+    memory = psutil.virtual_memory()
+    total_gib, free_gib = round(memory.total / 2**30, 1), round(memory.available / 2**30, 1)
+    return Devices("cpu", (_cpu_name(),), (total_gib,), (free_gib,), True)
+
+
+def _free_gib(devices: list[Any]) -> tuple[float, ...]:
+    """By the driver's own tool: to ask torch takes memory on each GPU until the process ends. All of a GPU's, where
+    that tool is not there or counts other GPUs than torch."""
+    free = _output("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits").split()
+    if len(free) != len(devices) or not all(mib.isdigit() for mib in free):
+        return tuple(round(device.total_memory / 2**30, 1) for device in devices)
+    return tuple(round(int(mib) / 1024, 1) for mib in free)
 
 
 def require(config: TrainConfig) -> None:
@@ -74,7 +87,7 @@ def capture() -> dict[str, Any]:
         "host": platform.node(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -95,7 +108,8 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version that is installed; None if it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

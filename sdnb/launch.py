@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from . import data, environment, models, runs
+from . import data, environment, memory, models, runs
 from .checkpoints import find
 from .config import TrainConfig
 from .errors import RunError
@@ -37,6 +37,7 @@ class Plan:
     config: TrainConfig
     environment: dict[str, Any]
     examples: data.Splits
+    predicted: memory.Prediction | None
     resumes_after: int = 0
 
     @property
@@ -50,7 +51,7 @@ class Plan:
         micro_batches = config.micro_batches_per_epoch(count)
         per_epoch = config.steps_per_epoch(count)
         trained = _pictures_per_epoch(config, count)
-        short = per_epoch - trained // config.global_batch
+        short = 0 if config.whole_steps else per_epoch - trained // config.global_batch
         steps = config.total_steps(count)
         held_out = len(self.examples.held_out) if self.examples.held_out is not None else 0
         return {
@@ -65,12 +66,25 @@ class Plan:
             "precision": config.mixed_precision + (" (float32)" if config.mixed_precision == "no" else ""),
             "global batch": f"{config.global_batch} = {config.train_batch_size} × "
             f"{config.gradient_accumulation_steps} micro-batches × {ranks}",
-            "an epoch": f"{micro_batches} micro-batches a rank, {per_epoch} optimizer steps, "
+            "an epoch": f"{micro_batches} micro-batches a rank, {per_epoch:g} optimizer steps, "
             f"{short} of them short; {trained} pictures"
-            + (f", {trained - count} of them repeats that fill the last round" if trained > count else ""),
+            + (f", {trained - count} of them repeats that fill the last round" if trained > count else "")
+            + (f", {count - trained} are left for another epoch" if trained < count else ""),
             "the training": f"{steps} steps, {steps / per_epoch:.1f} epochs",
+            **self._memory,
             **resumed,
         }
+
+    @property
+    def _memory(self) -> dict[str, str]:
+        together = self.config.fold_micro_batches
+        folded = {"micro-batches": f"{together} of a step are run as one larger batch"} if together > 1 else {}
+        if self.predicted is None:
+            return folded
+        free_gib = memory.per_rank(
+            self.config, self.environment["devices"]["type"], self.environment["devices"]["free_gib"]
+        )
+        return {**folded, "memory": f"{self.predicted.total_gib:.1f} GiB a rank predicted, {free_gib:.1f} GiB free"}
 
     def look(self, count: int) -> tuple[list[Image.Image], list[str], int]:
         """Some pictures to train on, from all over the data set, with their captions; and how many there are in all."""
@@ -90,7 +104,7 @@ class Plan:
 
 
 def _pictures_per_epoch(config: TrainConfig, examples: int) -> int:
-    if config.num_processes == 1:
+    if config.num_processes == 1 and not config.whole_steps:
         return examples
     return config.micro_batches_per_epoch(examples) * config.num_processes * config.train_batch_size
 
@@ -108,16 +122,17 @@ def prepare(config: TrainConfig) -> Plan:
     """Settle what the settings leave open, and load the data, before anything is launched.
 
     Raises:
-        SdnbError: if this machine, the model's name or the data do not allow what is asked for.
+        SdnbError: if this machine, its memory, the model's name or the data do not allow what is asked for.
     """
     seen = environment.capture()
     devices = seen["devices"]
     config = config.resolved(devices["type"], len(devices["names"]), devices["bf16"])
     environment.require(config)
     models.source(config)
+    config, predicted = memory.settle(config, environment.Devices(**devices))
     examples = data.load(config)
     checkpoints = find(config, examples.train).usable
-    return Plan(config, seen, examples, checkpoints[0].step if checkpoints else 0)
+    return Plan(config, seen, examples, predicted, checkpoints[0].step if checkpoints else 0)
 
 
 def launch(plan: Plan, show: Callable[[str, str], None] | None = None) -> runs.Run:

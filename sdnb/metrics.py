@@ -16,26 +16,10 @@ from tqdm import tqdm
 
 from .clock import PHASES
 from .config import TrainConfig
+from .device import peak_tflops
 
 RESULTS_MIME = "application/vnd.sdnb.results+json"
 RUNNING_MEAN_STEPS = 10
-
-# Peak matrix-product TFLOP/s without sparsity, by precision of the products ("no": float32), from data sheets:
-# A100, H100, H200, L40S, L4, T4, V100, A10, RTX 4090 from NVIDIA's; MI250X (one of its two dies) and MI300X from AMD's.
-_PEAK_TFLOPS = {
-    "A100": {"fp16": 312, "bf16": 312, "tf32": 156},
-    "A10": {"fp16": 125, "bf16": 125, "tf32": 62.5},
-    "H100 PCIe": {"fp16": 756, "bf16": 756, "tf32": 378},
-    "H100": {"fp16": 989, "bf16": 989, "tf32": 494},
-    "H200": {"fp16": 989, "bf16": 989, "tf32": 494},
-    "L40S": {"fp16": 362, "bf16": 362, "tf32": 183},
-    "L4": {"fp16": 121, "bf16": 121, "tf32": 60},
-    "T4": {"fp16": 65, "no": 8.1},
-    "V100": {"fp16": 125, "no": 15.7},
-    "4090": {"fp16": 165, "bf16": 165, "tf32": 82.6},
-    "MI250X": {"fp16": 191.5, "bf16": 191.5, "no": 47.9},
-    "MI300X": {"fp16": 1307, "bf16": 1307, "no": 163},
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,10 @@ def mark(steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] 
     window = dict(window=RUNNING_MEAN_STEPS, min_periods=1)
     weighted = (steps.loss * steps.images).rolling(**window).sum()
     weighted[steps.loss.isna().rolling(**window).max() > 0] = math.nan  # a loss that is not finite is not passed over
+    every = steps.images  # of runs that do not say it, as the reference does it
     return steps.assign(
+        encoded_images=steps.get("encoded_images", every),
+        encoded_captions=steps.get("encoded_captions", every),
         short=steps.images < config.global_batch,
         steady=(np.arange(len(steps)) >= warmup_steps(len(steps))) & ~(steps.step - 1).isin(resumed_after),
         running_loss=weighted / steps.images.rolling(**window).sum(),
@@ -113,14 +100,6 @@ def nominal_ips(steps: pd.DataFrame, config: TrainConfig) -> float:
     if len(steps) < 2:
         return math.nan
     return config.global_batch / smoothed_seconds_per_step(steps.seconds.iloc[:-1]) / config.num_processes
-
-
-def peak_tflops(device: str, precision: str) -> float | None:
-    """A device's peak for matrix products, in TFLOP/s; None where it is not known. In float32 that is TF32's where the
-    device has it: convolutions use it unless they are told not to."""
-    rates = next((rates for name, rates in _PEAK_TFLOPS.items() if name in device.replace("-", " ").split()
-                  or (" " in name and name in device)), {})  # fmt: skip
-    return rates.get("tf32", rates.get("no")) if precision == "no" else rates.get(precision)
 
 
 def time_by_phase(steps: pd.DataFrame) -> pd.Series:
@@ -189,7 +168,9 @@ def measure(run: Any) -> Measurements:
         config=config,
         results=(
             *_throughput_results(steps, config, noun, each, together),
-            _mfu(run.model, config, environment["devices"], each),
+            _mfu(run.model, config, environment["devices"], steady),
+            *_encoders(steady),
+            *_energy(steady, config),
             _memory(run.summary, on_gpu),
             *_loss_results(steps, run.validation, config, run.model),
             _total_time(steps, run.summary, environment),
@@ -238,15 +219,41 @@ def _throughput_results(
     return rows
 
 
-def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], each: Estimate) -> Result:
+def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], steady: pd.DataFrame) -> Result:
     flop = model["flop_per_image"]
-    total = flop["unet_training"] + flop["vae_encoder"] + flop["text_encoder"]
-    done = each.value * total / 1e12
-    peak = peak_tflops(devices["names"][0], config.mixed_precision)
-    rate = f"{done:.3g} TFLOP/s ({total / 1e12:.4g} TFLOP a picture: UNet forward and backward, VAE, text encoder)"
+    done = {
+        "UNet forward and backward": flop["unet_training"] * steady.images,
+        "VAE": flop["vae_encoder"] * steady.encoded_images,
+        "text encoder": flop["text_encoder"] * steady.encoded_captions,
+    }
+    total = sum(each.sum() for each in done.values())
+    tflops = total / steady.seconds.sum() / config.num_processes / 1e12
+    peak = config.device_peak_tflops or peak_tflops(devices["names"][0], config.mixed_precision)
+    parts = ", ".join(name for name, each in done.items() if each.sum())
+    rate = f"{tflops:.3g} TFLOP/s ({total / steady.images.sum() / 1e12:.4g} TFLOP a picture: {parts})"
+    reachable = model.get("reachable_tflops")
+    if reachable:
+        rate += f"; {tflops / reachable:.0%} of the {reachable:.3g} TFLOP/s that a matrix product alone reaches here"
     if peak is None:
-        return Result("MFU", "peak of this device not known", rate)
-    return Result("MFU", f"{100 * done / peak:.1f} %", f"{rate} of {peak:g} TFLOP/s peak", done / peak)
+        return Result("MFU", "peak of this device not known: set device_peak_tflops", rate)
+    return Result("MFU", f"{100 * tflops / peak:.1f} %", f"of {peak:g} TFLOP/s peak: {rate}", tflops / peak)
+
+
+def _energy(steady: pd.DataFrame, config: TrainConfig) -> list[Result]:
+    if "joules" not in steady or steady.joules.isna().any() or not steady.joules.sum():
+        return []
+    watts = steady.joules.sum() / steady.seconds.sum() / config.num_processes
+    per_joule = steady.images.sum() / steady.joules.sum()
+    how = f"by the GPUs' own energy counters, the GPUs alone; {watts:.0f} W a GPU on the mean"
+    return [Result("images per joule", f"{per_joule:.4f}", how, per_joule)]
+
+
+def _encoders(steady: pd.DataFrame) -> list[Result]:
+    share = 1 - steady.encoded_images.sum() / steady.images.sum()
+    if share <= 0:
+        return []
+    how = "pictures trained on whose encoding was kept from before, in the steps measured; 0 % is the reference's work"
+    return [Result("encodings kept", f"{100 * share:.0f} %", how, share)]
 
 
 def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:

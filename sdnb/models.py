@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from . import embedded
+from .cache import computed_once
 from .config import TrainConfig
 from .errors import ModelError
 
@@ -196,11 +197,18 @@ def _flop(function: Any) -> float:
 def describe(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     """What the figures of a run need to know about its model: parameters, FLOP per picture, and whether its weights
     were random to begin with."""
+    configurations = [repr(part.config) for part in (parts.unet, parts.vae, parts.text_encoder)]
+    architecture = [configurations, parts.tokenizer.model_max_length, torch.__version__, diffusers.__version__]
     return {
         "random_weights": has_random_weights(config),
         "parameters": {
             part: sum(parameter.numel() for parameter in getattr(parts, part).parameters())
             for part in ("unet", "vae", "text_encoder")
         },
-        "flop_per_image": flop_per_image(parts, config.resolution),
+        "flop_per_image": computed_once(
+            "flop",
+            [architecture, config.resolution],
+            lambda: flop_per_image(parts, config.resolution),
+            config.cache_dir,
+        ),
     }

@@ -17,7 +17,9 @@ from accelerate import Accelerator
 from . import data, hub, models, runs
 from .checkpoints import Checkpoints
 from .config import TrainConfig
+from .device import EnergyMeter
 from .ema import Average
+from .encoders import Encoders
 from .errors import RunError
 from .evaluate import HeldOutLoss, draw_samples
 
@@ -27,37 +29,51 @@ logger = logging.getLogger("sdnb")
 class Tally:
     """Adds up the micro-batches of an optimizer step on the device; read once a step, when all ranks have added."""
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, encoders: Encoders) -> None:
+        self.accelerator, self.encoders = accelerator, encoders
         self.accumulation_steps = config.gradient_accumulation_steps
+        self.meter = EnergyMeter(accelerator.device)
         self._clear()
+
+    def restart(self) -> None:
+        """Leave out of the next step what was used since the last one, as the clock leaves out its time."""
+        self.meter.joules()
 
     def _clear(self) -> None:
         self.loss_sum = torch.zeros((), device=self.accelerator.device)
         self.micro_batches = self.images = 0
 
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        self.last_loss = loss.detach()
-        self.loss_sum += self.last_loss
+    def add(self, losses: torch.Tensor, images: int) -> None:
+        """Args:
+        losses: of the micro-batches that were run together, [micro-batches].
+        images: how many pictures they have together.
+        """
+        self.last_loss = losses[-1].detach()
+        self.loss_sum += losses.detach().sum()
         self.images += images
-        self.micro_batches += 1
+        self.micro_batches += len(losses)
 
     def read(self, grad_norm: torch.Tensor) -> dict[str, Any]:
         """The record of the step: `loss` is the mean over the micro-batches there were; `train_loss` divides by those
         that a full step has, as the reference logs it."""
         ranks = self.accelerator.num_processes
-        sums = torch.stack([self.loss_sum, torch.full_like(self.loss_sum, self.images)])
-        loss_sum, images, step_loss, norm = torch.stack(
+        counted = (self.images, *self.encoders.take_counts(), self.meter.joules())
+        sums = torch.stack([self.loss_sum, *(torch.full_like(self.loss_sum, number) for number in counted)])
+        loss_sum, images, encoded_images, encoded_captions, joules, step_loss, norm = torch.stack(
             [*self.accelerator.reduce(sums, reduction="sum"), self.last_loss, grad_norm.float()]
         ).tolist()
         record = dict(
             micro_batches=self.micro_batches,
             images=int(images),
+            encoded_images=int(encoded_images),
+            encoded_captions=int(encoded_captions),
             loss=loss_sum / ranks / self.micro_batches,
             train_loss=loss_sum / ranks / self.accumulation_steps,
             step_loss=step_loss,
             grad_norm=norm,
         )
+        if math.isfinite(joules):
+            record["joules"] = joules
         self._clear()
         return record
 

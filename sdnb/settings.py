@@ -23,7 +23,7 @@ def _flag_from_text(value: Any) -> Any:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _precision_from_flag(value: Any) -> Any:
+def _no_from_flag(value: Any) -> Any:
     # `no` is a boolean in YAML 1.1.
     return "no" if value is False else value
 
@@ -109,10 +109,35 @@ class Training(Group):
     use_ema: Flag = setting(False, "keep an exponential moving average of the weights, and save that")
     offload_ema: Flag = setting(False, "keep the average in the host's memory between steps")
     foreach_ema: Flag = setting(False, "update the average with torch's foreach operations")
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, BeforeValidator(_precision_from_flag)] = setting(
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, BeforeValidator(_no_from_flag)] = setting(
         None, "left out: what accelerate launch was told; from a notebook fp16 on a GPU, no on a CPU"
     )
     allow_tf32: Flag = setting(False, "TF32 matrix products on NVIDIA GPUs since Ampere")
+    whole_steps: Flag = setting(
+        False,
+        "every optimizer step has all its pictures: accumulation runs on over the end of an epoch, and pictures that "
+        "do not fill a last micro-batch wait for another epoch (not in the reference)",
+    )
+
+
+class Speed(Group):
+    """The same training in less time; none of it is in the reference."""
+
+    encoder_cache_gib: Real = setting(
+        10.0,
+        "keep what the VAE and the text encoder give for each picture and caption, in the cache folder, up to so many "
+        "GiB; 0: run them every time. Of no effect where the crop is random",
+        ge=0,
+    )
+    fold_micro_batches: Count | None = setting(
+        None, "run so many micro-batches of a step as one larger batch; left out, as many as fit in memory; 1: none"
+    )
+    fused_optimizer: Flag = setting(True, "AdamW, and the average, each in one pass over the weights")
+    channels_last: Flag = setting(False, "keep the UNet's and the VAE's tensors with the channels last")
+    compile_unet: Annotated[Literal["no", "blocks", "whole"], BeforeValidator(_no_from_flag)] = setting(
+        "no", "torch.compile of the UNet's transformer blocks, or of all of it"
+    )
+    cuda_graphs: Flag = setting(False, "with compile_unet: launch the compiled kernels as CUDA graphs")
 
 
 class Loss(Group):
@@ -141,6 +166,9 @@ class Validation(Group):
     validation_epochs: Count = setting(5, "draw them at the end of every so many epochs")
     validation_loss_steps: int = setting(
         0, "measure the loss on held-out pictures every so many steps; 0: never (not in the reference)", ge=0
+    )
+    device_peak_tflops: Real | None = setting(
+        None, "peak of the device in TFLOP/s, for MFU; left out, what is known of it (not in the reference)", gt=0
     )
     target_loss: Real | None = setting(None, "loss that the training is to end under (not in the reference)", gt=0)
 
@@ -176,4 +204,4 @@ class Ranks(Group):
     local_rank: int = setting(-1, "of no effect: the launcher's own variable says it")
 
 
-GROUPS = (Model, Data, Training, Loss, Checkpoints, Validation, Output, Hub, Ranks)
+GROUPS = (Model, Data, Training, Speed, Loss, Checkpoints, Validation, Output, Hub, Ranks)

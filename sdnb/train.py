@@ -8,40 +8,55 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from . import arguments, data, environment, metrics, models, runs
+from . import arguments, data, environment, memory, metrics, models, runs
 from .batches import Batches
 from .checkpoints import Checkpoints, clean_up, find
 from .clock import StepClock
+from .compat import has_fused_adam
 from .config import TrainConfig
-from .diffusion import draw_noise, draw_timesteps, dream, encode, loss_of, target_of
+from .device import reachable_tflops
+from .diffusion import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
 from .ema import Average
+from .encoders import WEIGHT_DTYPES, Encoders
 from .errors import ConfigError, RunError, SdnbError
 from .observer import Observer, Tally
 from .watchdog import end_with_parent
 
 logger = logging.getLogger("sdnb")
 
-WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-
-def train(config: TrainConfig, show: Callable[[dict[str, Any], int], None] = lambda record, total: None) -> None:
+def train(
+    config: TrainConfig,
+    show: Callable[[dict[str, Any], int], None] = lambda record, total: None,
+    splits: data.Splits | None = None,
+) -> None:
     """Train on this rank, from the first step, or the one resumed after, to the saved pipeline. `config` is resolved:
     its run folder exists, its precision and number of ranks are set.
 
     Args:
         show: is given the record of each step, and the number of steps.
+        splits: the data that `config` names; left out, they are loaded.
 
     Raises:
         SdnbError: if the ranks did not join, or the model, the data or a checkpoint cannot be used.
@@ -56,12 +71,14 @@ def train(config: TrainConfig, show: Callable[[dict[str, Any], int], None] = lam
 
     with accelerator.main_process_first():  # the first to come fills the caches
         parts = models.load(config)
-        splits = data.load(config)
+        splits = splits or data.load(config)
+        encoders = Encoders(parts, splits.train, config, accelerator.device)
         ema = Average(models.start_of_average(config, parts), config) if config.use_ema else None
     found = find(config, splits.train)
     _set_up(parts, config)
     if accelerator.is_main_process:
-        runs.write(folder / runs.MODEL, models.describe(config, parts))
+        reached = reachable_tflops(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
+        runs.write(folder / runs.MODEL, {**models.describe(config, parts), "reachable_tflops": reached})
     splits.train.tokenizer = parts.tokenizer
     loader = DataLoader(
         splits.train,
@@ -69,8 +86,10 @@ def train(config: TrainConfig, show: Callable[[dict[str, Any], int], None] = lam
         collate_fn=data.collate,
         batch_size=config.train_batch_size,
         num_workers=config.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        drop_last=config.whole_steps,
     )
-    optimizer = _adam(config)(
+    optimizer = _adam(config, accelerator.device)(
         parts.unet.parameters(),
         lr=config.peak_learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -85,9 +104,7 @@ def train(config: TrainConfig, show: Callable[[dict[str, Any], int], None] = lam
         num_training_steps=config.schedule_steps(len(splits.train)) * accelerator.num_processes,
     )
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(parts.unet, optimizer, loader, lr_scheduler)
-    batches = Batches(loader)
-    text_encoder = parts.text_encoder.to(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
-    vae = parts.vae.to(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
+    batches = Batches(loader, config)
     if ema is not None:
         ema.settle(accelerator.device)
 
@@ -99,57 +116,62 @@ def train(config: TrainConfig, show: Callable[[dict[str, Any], int], None] = lam
     observer.before_training(step)
 
     clock = StepClock(accelerator.device)
-    tally = Tally(accelerator, config)
+    tally = Tally(accelerator, config, encoders)
+    scheduler, scaling_factor = parts.noise_scheduler, parts.vae.config.scaling_factor
     while step < total_steps:
-        epoch = batches.epoch
-        for batch in batches:
+        epoch, waiting = batches.epoch, []
+        for batch, ends_step in batches.of_a_step():
             clock.lap("data")
-            with accelerator.accumulate(unet):
-                latents = encode(vae, batch["pixel_values"])
-                noise, added_noise = draw_noise(latents, config)
-                timesteps = draw_timesteps(parts.noise_scheduler, latents)
-                noisy_latents = parts.noise_scheduler.add_noise(latents, added_noise, timesteps)
-                words = text_encoder(batch["input_ids"], return_dict=False)[0]
-                target = target_of(parts.noise_scheduler, latents, noise, timesteps)
-                clock.lap("encode")
+            moments, words = encoders(batch)
+            latents = draw_latents(moments, scaling_factor)
+            noise, added_noise = draw_noise(latents, config)
+            timesteps = draw_timesteps(scheduler, latents)
+            noisy_latents = scheduler.add_noise(latents, added_noise, timesteps)
+            target = target_of(scheduler, latents, noise, timesteps)
+            waiting.append((noisy_latents, timesteps, words, noise, target))
+            clock.lap("encode")
+            if len(waiting) < config.fold_micro_batches and not ends_step:
+                continue
 
+            sizes = [len(latents) for latents, *_ in waiting]
+            noisy_latents, timesteps, words, noise, target = map(torch.cat, zip(*waiting))
+            waiting = []
+            with nullcontext() if ends_step else accelerator.no_sync(unet):
                 if config.dream_training:
                     noisy_latents, target = dream(
-                        unet, parts.noise_scheduler, noisy_latents, timesteps, words, noise, target,
+                        unet, scheduler, noisy_latents, timesteps, words, noise, target,
                         config.dream_detail_preservation,
                     )  # fmt: skip
                 prediction = unet(noisy_latents, timesteps, words, return_dict=False)[0]
-                loss = loss_of(prediction, target, parts.noise_scheduler, timesteps, config.snr_gamma)
+                losses = losses_of(prediction, target, scheduler, timesteps, config.snr_gamma, sizes)
                 clock.lap("forward")
-
-                accelerator.backward(loss)
+                accelerator.backward(losses.sum() / config.gradient_accumulation_steps)
                 clock.lap("backward")
+            tally.add(losses, sum(sizes))
 
-                learning_rate = lr_scheduler.get_last_lr()[0]
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-                optimizer.step()
-                lr_scheduler.step()
-                optimizer.zero_grad()
-                clock.lap("optimizer")
-            tally.add(loss, len(latents))
+        learning_rate = lr_scheduler.get_last_lr()[0]
+        grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        clock.lap("optimizer")
+        if ema is not None:
+            ema.step(unet.parameters())
+            clock.lap("ema")
 
-            if accelerator.sync_gradients:
-                if ema is not None:
-                    ema.step(unet.parameters())
-                    clock.lap("ema")
-                step += 1
-                record = dict(step=step, epoch=epoch, **tally.read(grad_norm), lr=learning_rate)
-                record["seconds"], record["phase_seconds"] = clock.read()
-                show(record, total_steps)
-                if observer.after_step(record, last=step == total_steps):
-                    clock.restart()
-                else:
-                    clock.lap("other")
-                if step == total_steps:
-                    break
-        if observer.after_epoch(epoch, step):
+        step += 1
+        record = dict(step=step, epoch=epoch, **tally.read(grad_norm), lr=learning_rate)
+        record["seconds"], record["phase_seconds"] = clock.read()
+        show(record, total_steps)
+        last = step == total_steps
+        held_up = observer.after_step(record, last)
+        if batches.epoch > epoch or last:
+            held_up |= observer.after_epoch(epoch, step)
+        if held_up:
             clock.restart()
+            tally.restart()
+        else:
+            clock.lap("other")
 
     observer.after_training(step)
     del held
@@ -159,11 +181,14 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `Batches` knows where a step ends
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         # The ranks wait for each other while one of them fills a cache, draws, or saves.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
         project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
         ),
@@ -182,14 +207,27 @@ def _set_up(parts: models.Parts, config: TrainConfig) -> None:
             parts.unet.enable_xformers_memory_efficient_attention()
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ConfigError(f"enable_xformers_memory_efficient_attention: {error}") from error
+    if config.channels_last:
+        parts.unet.to(memory_format=torch.channels_last)
+        parts.vae.to(memory_format=torch.channels_last)
+    for module in _to_compile(parts.unet, config):
+        module.compile(mode="reduce-overhead" if config.cuda_graphs else None)
 
 
-def _adam(config: TrainConfig) -> type[torch.optim.Optimizer]:
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW
-    import bitsandbytes
+def _to_compile(unet: UNet2DConditionModel, config: TrainConfig) -> list[torch.nn.Module]:
+    if config.compile_unet == "blocks":
+        return [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    return [unet] if config.compile_unet == "whole" else []
 
-    return bitsandbytes.optim.AdamW8bit
+
+def _adam(config: TrainConfig, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    if config.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit
+    if config.fused_optimizer and has_fused_adam(device):
+        return partial(torch.optim.AdamW, fused=True)
+    return torch.optim.AdamW
 
 
 def _start_records(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
@@ -238,18 +276,18 @@ def _check_ranks_joined(accelerator: Accelerator, config: TrainConfig) -> None:
 def main() -> None:
     """One rank of a training, alone or as `accelerate launch` starts it, with the settings of the command line."""
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    folder = None
+    folder = splits = None
     if world > 1:
         end_with_parent()  # accelerate launch, killed, would leave its ranks behind
     try:
         config = _as_launched(arguments.parse(sys.argv[1:]), world)
-        environment.require(config)
         if rank == 0:
-            find(config, data.load(config).train)  # what cannot be resumed is left as it is
+            splits = data.load(config)
+            find(config, splits.train)  # what cannot be resumed is left as it is
             runs.begin(config, environment.capture())
         folder = Path(config.output_dir).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        _train_in_terminal(config.updated(output_dir=str(folder)), rank)
+        _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
     except KeyboardInterrupt:
         _end(f"interrupted; what was measured is in {folder}" if rank == 0 else "", 130)
     except Exception as error:
@@ -273,12 +311,14 @@ def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
     devices = environment.devices()
     machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return config.updated(num_processes=world, mixed_precision=precision).resolved(
+    config = config.updated(num_processes=world, mixed_precision=precision).resolved(
         devices.type, len(devices.names) * machines, devices.bf16
     )
+    environment.require(config)
+    return memory.settle(config, devices)[0]
 
 
-def _train_in_terminal(config: TrainConfig, rank: int) -> None:
+def _train_in_terminal(config: TrainConfig, rank: int, splits: data.Splits | None) -> None:
     """Train; on rank 0 with the reference's progress bar, what is logged, and at the end what was measured."""
     if rank:
         return train(config)
@@ -293,7 +333,7 @@ def _train_in_terminal(config: TrainConfig, rank: int) -> None:
             bar.set_postfix(lr=record["lr"], step_loss=record["step_loss"], refresh=False)
             bar.update()
 
-        train(config, show)
+        train(config, show, splits)
     run = runs.Run(config.output_dir)
     print(metrics.measure(run) if len(run.steps) else "no step was left to train", f"in {run.folder}", sep="\n")
 

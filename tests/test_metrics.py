@@ -102,23 +102,6 @@ def test_the_running_mean_weighs_pictures():
     assert long.running_loss.iloc[-1] == pytest.approx(np.arange(20, 30).mean())
 
 
-@pytest.mark.parametrize(
-    "device, precision, peak",
-    [
-        ("NVIDIA A100-SXM4-80GB", "fp16", 312),
-        ("NVIDIA A100-SXM4-80GB", "no", 156),
-        ("NVIDIA A10", "fp16", 125),
-        ("NVIDIA H100 PCIe", "bf16", 756),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989),
-        ("Tesla T4", "no", 8.1),
-        ("Tesla T4", "bf16", None),
-        ("AMD EPYC", "no", None),
-    ],
-)
-def test_peaks(device, precision, peak):
-    assert metrics.peak_tflops(device, precision) == peak
-
-
 class FakeRun:
     """Eight GPUs cannot be had here: what their run folder would say."""
 
@@ -144,6 +127,32 @@ def test_the_results_of_the_published_run():
     assert "running mean of the last 10 steps" in measured["target"].how
     assert measured["total time"].text == "250 s"
     assert measured["seconds per step"].value == pytest.approx(4 * 0.558)
+
+
+def test_what_the_encoders_were_spared_counts_for_no_flop():
+    steps = published_run().assign(encoded_images=0, encoded_captions=0)
+    measured = metrics.measure(FakeRun(steps))
+    assert measured["MFU"].value == pytest.approx(14.3 * 2.407 / 312, rel=0.01)
+    assert "VAE" not in measured["MFU"].how
+    assert measured["encodings kept"].text == "100 %"
+    with pytest.raises(StopIteration):
+        metrics.measure(FakeRun(published_run()))["encodings kept"]
+
+
+def test_a_peak_that_is_given_goes_before_the_known_one():
+    run = FakeRun(published_run())
+    run.config = run.config.updated(device_peak_tflops=624.0)
+    run.model["reachable_tflops"] = 250.0
+    measured = metrics.measure(run)
+    assert measured["MFU"].value == pytest.approx(14.3 * 3.537 / 624, rel=0.01)
+    assert "20% of the 250 TFLOP/s that a matrix product alone reaches" in measured["MFU"].how
+
+
+def test_images_per_joule():
+    steps = published_run()
+    measured = metrics.measure(FakeRun(steps.assign(joules=8 * 400.0 * steps.seconds)))
+    assert measured["images per joule"].value == pytest.approx(14.3 / 400, rel=0.01)
+    assert "400 W a GPU" in measured["images per joule"].how
 
 
 def test_a_run_that_was_cut_short_still_has_results():

@@ -1,0 +1,89 @@
+"""What a device can do, and what it uses: its peak, the matrix-product rate that is really reached, its energy."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+
+# Peak matrix-product TFLOP/s without sparsity, by precision of the products ("no": float32), from data sheets:
+# A100, H100, H200, L40S, L4, T4, V100, A10, RTX 4090 from NVIDIA's; MI250X (one of its two dies) and MI300X from AMD's.
+_PEAK_TFLOPS = {
+    "A100": {"fp16": 312, "bf16": 312, "tf32": 156},
+    "A10": {"fp16": 125, "bf16": 125, "tf32": 62.5},
+    "H100 PCIe": {"fp16": 756, "bf16": 756, "tf32": 378},
+    "H100": {"fp16": 989, "bf16": 989, "tf32": 494},
+    "H200": {"fp16": 989, "bf16": 989, "tf32": 494},
+    "L40S": {"fp16": 362, "bf16": 362, "tf32": 183},
+    "L4": {"fp16": 121, "bf16": 121, "tf32": 60},
+    "T4": {"fp16": 65, "no": 8.1},
+    "V100": {"fp16": 125, "no": 15.7},
+    "4090": {"fp16": 165, "bf16": 165, "tf32": 82.6},
+    "MI250X": {"fp16": 191.5, "bf16": 191.5, "no": 47.9},
+    "MI300X": {"fp16": 1307, "bf16": 1307, "no": 163},
+}
+
+_SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices: large enough to keep the device busy
+_ROUNDS, _PRODUCTS = 3, 4
+
+
+def peak_tflops(device: str, precision: str) -> float | None:
+    """A device's peak for matrix products, in TFLOP/s; None where it is not known. In float32 that is TF32's where the
+    device has it: convolutions use it unless they are told not to."""
+    rates = next((rates for name, rates in _PEAK_TFLOPS.items() if name in device.replace("-", " ").split()
+                  or (" " in name and name in device)), {})  # fmt: skip
+    return rates.get("tf32", rates.get("no")) if precision == "no" else rates.get(precision)
+
+
+def reachable_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The rate of products of two square matrices on the device, in TFLOP/s: the fastest of a few rounds, which take
+    under a second together."""
+    side = _SIDES.get(device.type, _SIDES["cuda"])
+    one, other = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(1 + _ROUNDS):  # the first is a warm-up
+        _wait_for(device)
+        began = time.perf_counter()
+        for _ in range(_PRODUCTS):
+            one @ other
+        _wait_for(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 * _PRODUCTS / min(seconds[1:]) / 1e12
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class EnergyMeter:
+    """The energy that a GPU has used, by the counter that NVML reads (NVIDIA, since Volta; the package nvidia-ml-py).
+    Where there is none it reads nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle = None
+        if device.type != "cuda" or torch.version.hip:
+            return
+        with contextlib.suppress(Exception):  # no package, no driver, no counter, or a torch that does not say the UUID
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = torch.cuda.get_device_properties(device).uuid
+            self._nvml, handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            self._before = self._joules(handle)
+            self._handle = handle
+
+    def __bool__(self) -> bool:
+        return self._handle is not None
+
+    def joules(self) -> float:
+        """Since the last time that this was asked; NaN where nothing is read."""
+        if not self:
+            return float("nan")
+        before, self._before = self._before, self._joules(self._handle)
+        return self._before - before
+
+    def _joules(self, handle: Any) -> float:
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000

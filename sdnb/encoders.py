@@ -1,0 +1,164 @@
+"""The frozen half of the model, VAE and text encoder: run for each micro-batch, or once a picture and a caption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import environment
+from .cache import cache_root
+from .config import TrainConfig
+from .data import ImageCaptions, tokenize
+from .errors import CacheError
+from .models import Parts
+from .tables import Table, size_of
+
+logger = logging.getLogger("sdnb")
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# A change of one of these may change what is computed.
+_PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow")
+
+
+class Encoders:
+    """Gives the moments of the VAE's posterior and the text encoder's hidden states for a micro-batch.
+
+    What it keeps are the moments and not a draw from them, so that drawing and its order stay as they are. Each picture
+    and each caption is encoded on its own when it is first met: what is kept depends on nothing else, and a resumed
+    training meets the same bits.
+    """
+
+    def __init__(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, device: torch.device) -> None:
+        """Args:
+        examples: the pictures and captions to be met; told what is kept, so that they load no more than is needed.
+        """
+        dtype = WEIGHT_DTYPES[config.mixed_precision]
+        self.device, self.examples = device, examples
+        self.vae = parts.vae.to(device, dtype)
+        self.text_encoder = parts.text_encoder.to(device, dtype)
+        self.moments = self.words = None
+        self._layouts: dict[int, Tensor] = {}
+        self.encoded_images = self.encoded_captions = 0
+        reason = _why_not(config)
+        if reason is None:
+            try:
+                self._open_tables(parts, examples, config, dtype)
+            except CacheError as error:
+                reason = str(error)
+        if reason is not None:
+            logger.info("the encoders run for every micro-batch: %s", reason)
+        else:
+            examples.keep(self.moments)
+
+    def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Moments [batch, 2 × channels, h, w], the mean and the logarithm of the variance, and hidden states [batch,
+        tokens, width] of a micro-batch of `data.collate`."""
+        if self.moments is None:
+            pictures, token_ids = batch["pixel_values"], batch["input_ids"]
+            self.encoded_images += len(pictures)
+            self.encoded_captions += len(token_ids)
+            return self._encode_pictures(pictures), self._encode_captions(token_ids)
+        pixels = dict(zip(batch["loaded"], batch["pixel_values"]))
+
+        def picture(row: int) -> Tensor:
+            # not among the pixels if its row turned out to be torn
+            return self._encode_pictures((pixels[row] if row in pixels else self.examples.pixels(row))[None])
+
+        def caption(row: int) -> Tensor:
+            return self._encode_captions(self.token_ids[row][None])
+
+        moments, new = self._look_up(self.moments, batch["views"], picture)
+        words, new_captions = self._look_up(self.words, batch["captions"], caption)
+        self.encoded_images += new
+        self.encoded_captions += new_captions
+        return torch.empty_like(self._laid_out(len(moments))).copy_(moments), words
+
+    def take_counts(self) -> tuple[int, int]:
+        """How many pictures and captions were encoded since the last time that this was asked."""
+        counts = self.encoded_images, self.encoded_captions
+        self.encoded_images = self.encoded_captions = 0
+        return counts
+
+    def _look_up(self, table: Table, rows: Sequence[int], encode: Callable[[int], Tensor]) -> tuple[Tensor, int]:
+        """The rows on the device, and how many had to be computed; those are kept."""
+        found = {row: table.read(row) for row in dict.fromkeys(rows)}
+        missing = [row for row, kept in found.items() if kept is None]
+        if missing:
+            for row, values in zip(missing, torch.cat([encode(row) for row in missing]).cpu()):
+                table.write(row, values)
+                found[row] = values
+        together = torch.stack([found[row] for row in rows])
+        if self.device.type == "cuda":
+            together = together.pin_memory()
+        return together.to(self.device, non_blocking=True), len(missing)
+
+    @torch.no_grad()
+    def _encode_pictures(self, pictures: Tensor) -> Tensor:
+        return self.vae.encode(pictures.to(self.device, self.vae.dtype)).latent_dist.parameters
+
+    @torch.no_grad()
+    def _encode_captions(self, token_ids: Tensor) -> Tensor:
+        return self.text_encoder(token_ids.to(self.device), return_dict=False)[0]
+
+    def _laid_out(self, batch_size: int) -> Tensor:
+        """Moments as the VAE lays them out for so many pictures: noise that is drawn like the latents fills them in the
+        order in which they lie in memory, and that is not the same for every number of pictures."""
+        if batch_size not in self._layouts:
+            side = self.examples.config.resolution
+            self._layouts[batch_size] = self._encode_pictures(torch.zeros(batch_size, 3, side, side))
+        return self._layouts[batch_size]
+
+    def _open_tables(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, dtype: torch.dtype) -> None:
+        side = config.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        moments = (2 * parts.vae.config.latent_channels, side, side)
+        captions = examples.distinct_captions
+        words = (parts.tokenizer.model_max_length, parts.text_encoder.config.hidden_size)
+        folder = cache_root(config.cache_dir) / "encodings"
+        limit = int(config.encoder_cache_gib * 2**30)
+        needed = size_of(examples.views, moments, dtype) + size_of(len(captions), words, dtype)
+        if needed > limit:
+            raise CacheError(
+                f"{needed / 2**30:.2f} GiB would be needed to keep what they give, and encoder_cache_gib is "
+                f"{config.encoder_cache_gib:g}"
+            )
+        self.token_ids = torch.cat(
+            [tokenize(parts.tokenizer, captions[start : start + 1000]) for start in range(0, len(captions), 1000)]
+        )
+        packages = [f"{name} {environment.version_of(name)}" for name in _PACKAGES]
+        computed_with = [str(dtype), environment.devices().names[0], *packages]
+        token_ids = hashlib.sha256(self.token_ids.numpy()).hexdigest()
+        tables = (
+            ("moments", [*computed_with, _digest(parts.vae), examples.pixels_digest()], examples.views, moments),
+            ("words", [*computed_with, _digest(parts.text_encoder), token_ids], len(captions), words),
+        )
+        self.moments, self.words = (
+            Table(folder, kind, json.dumps(key), rows, shape, dtype, limit) for kind, key, rows, shape in tables
+        )
+        logger.info(
+            "the encoders run once for each of %d views of pictures and %d captions; what they give is kept in %s",
+            examples.views, len(captions), folder,
+        )  # fmt: skip
+
+
+def _why_not(config: TrainConfig) -> str | None:
+    if not config.encoder_cache_gib:
+        return "encoder_cache_gib is 0"
+    if not config.center_crop:
+        return "the crop is random (center_crop is not set), so no picture is seen twice"
+    return None
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """A hash of a model's configuration and weights."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, values in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(values.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
