@@ -32,10 +32,10 @@ train: $(VENV)/.installed ## Train the embedded model on the embedded data, and 
 	@$(BIN)/python -m sdnb.report "$(RUN)/train.ipynb"
 
 test: $(VENV)/.installed ## Run all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
 
 test-2024: $(VENV_2024)/.installed ## Run the tests of training, parity and resuming on the versions of early 2024
-	HF_HUB_OFFLINE=1 $(VENV_2024)/bin/python -m pytest -q -n 2 --dist loadgroup $(addprefix tests/test_,$(addsuffix .py,$(TESTS_2024)))
+	HF_HUB_OFFLINE=1 $(VENV_2024)/bin/python -m pytest -q -n 2 $(addprefix tests/test_,$(addsuffix .py,$(TESTS_2024)))
 
 lint: $(VENV)/.installed ## Check style and common mistakes
 	$(BIN)/ruff check .

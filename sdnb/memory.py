@@ -7,11 +7,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from . import embedded, models
+from . import __version__, embedded, models
+from .cache import computed_once
 from .config import TrainConfig
 from .environment import Devices
 from .errors import ConfigError, SdnbError
@@ -214,11 +218,26 @@ class _Trace:
 def _trace_of(config: TrainConfig, on_gpu: bool, gradient_checkpointing: bool) -> _Trace:
     name = config.pretrained_model_name_or_path
     where = name if name in embedded.ARCHITECTURES else models.source(config)
-    return _trace(where, config.resolution, config.mixed_precision, on_gpu, gradient_checkpointing)
+    how = config.resolution, config.mixed_precision, on_gpu, gradient_checkpointing
+    return _trace(where, how, config.cache_dir)
 
 
 @lru_cache
-def _trace(where: str, resolution: int, precision: str, on_gpu: bool, gradient_checkpointing: bool) -> _Trace:
+def _trace(where: str, how: tuple[int, str, bool, bool], cache_dir: str | None) -> _Trace:
+    versions = [__version__, torch.__version__, diffusers.__version__, transformers.__version__]
+    key = [_configurations(where), how, versions]
+    kept = computed_once("memory", key, lambda: _dry_run(where, *how), cache_dir)
+    arrays = {name: np.array(kept.pop(name)).T for name in ("encoders", "unet")}
+    return _Trace(**kept, **arrays)
+
+
+def _configurations(where: str) -> Any:
+    if where in embedded.ARCHITECTURES:
+        return embedded.ARCHITECTURES[where]
+    return [(Path(where) / part / "config.json").read_text() for part in ("unet", "vae", "text_encoder")]
+
+
+def _dry_run(where: str, resolution: int, precision: str, on_gpu: bool, gradient_checkpointing: bool) -> dict[str, Any]:
     """Run the training step on fake tensors, which have shapes and types but no memory. Nothing random is drawn.
 
     They are a CPU's even for a GPU, whose fake tensors torch differentiates only where there is one. Attention is alike
@@ -250,11 +269,11 @@ def _trace(where: str, resolution: int, precision: str, on_gpu: bool, gradient_c
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
                 prediction = unet(latents, torch.zeros(_PICTURES, dtype=torch.long), words, return_dict=False)[0]
             F.mse_loss(prediction.float(), latents.float()).backward()
-    return _Trace(
+    return dict(
         unet_parameters=sum(parameter.numel() for parameter in unet.parameters()),
         encoder_parameters=sum(parameter.numel() for parameter in frozen),
-        encoders=np.array(alive.bytes[:encoded]).T,
-        unet=np.array(alive.bytes[encoded:]).T,
+        encoders=alive.bytes[:encoded],
+        unet=alive.bytes[encoded:],
     )
 
 

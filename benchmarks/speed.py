@@ -1,0 +1,300 @@
+"""How fast does sdnb train, beside the reference? Runs both in turn on one machine: the same Python and torch, model,
+pictures, settings and seed, one rank; of the reference nothing is changed.
+
+    python benchmarks/speed.py --reference PATH/train_text_to_image.py --python PATH/OF/AN/ENVIRONMENT/bin/python
+    python benchmarks/speed.py --model sd-v1-4-random --pairs 2 --steps 41 --minutes 10 --reference …    # on a GPU
+    python benchmarks/speed.py    # sdnb alone, each of its techniques turned off
+
+The environment needs what sdnb trains with, and torchvision for the reference; sdnb itself is taken from this checkout.
+All is measured from outside, alike on both sides; "own" is what sdnb itself has in its run folder:
+- images/s: the pictures of the steps after the warm-up (the first tenth, as sdnb has it) over the time from the last
+  TensorBoard event of the warm-up to that of the last step. A short step counts the pictures that it has.
+- wall time: from the start of the process to its end, when the pipeline is saved.
+- peak memory: VmHWM of the process, mapped files included; of a GPU, what nvidia-smi says is used, once a second.
+
+A pair is two runs of each side. The first has an empty cache folder (HF_HOME, XDG_CACHE_HOME, --cache_dir), where
+`datasets` prepares the pictures and sdnb keeps encodings; the second goes on with what the first left. Each side has
+its own folder, each pair new ones. Both programs are imported once before, and which side comes first alternates. The
+number of threads is torch's default, or OMP_NUM_THREADS. The machine should do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from matplotlib.figure import Figure
+from parity import versions
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sdnb import arguments, embedded, environment, errors, metrics, openmoji, plots, runs
+
+# What makes sdnb faster, and the flags that turn it off.
+TECHNIQUES: dict[str, tuple[str, ...]] = {
+    "kept encodings": ("--encoder_cache_gib=0",),
+    "folded micro-batches": ("--fold_micro_batches=1",),
+    "fused AdamW and average": ("--no-fused_optimizer",),
+}
+BATCH, ACCUMULATION = 8, 4
+FLAGS = (
+    f"--use_ema --center_crop --random_flip --train_batch_size={BATCH} --gradient_accumulation_steps={ACCUMULATION} "
+    "--learning_rate=1e-05 --max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0 --seed=42 "
+    "--dataloader_num_workers=0 --report_to=tensorboard"
+)
+QUANTITIES = {
+    "images_per_second": "images/s", "wall_seconds": "wall time, s", "peak_gib": "peak memory, GiB",
+    "gpu_used_gib": "GPU memory, GiB", "own_images_per_second": "own images/s", "own_peak_gib": "own peak memory, GiB",
+}  # fmt: skip
+# A small UNet under a heavy VAE of factor 8: most of a step is encoding. Pictures of 128×128, latents of 16×16.
+embedded.ARCHITECTURES["small-unet"] = dict(
+    vae={**embedded.TINY["vae"], "block_out_channels": (64, 128, 128, 128), "sample_size": 128,
+         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
+    text_encoder=embedded.TINY["text_encoder"],
+    unet={**embedded.TINY["unet"], "block_out_channels": (32, 48, 64), "norm_num_groups": 16},
+)  # fmt: skip
+# Of each model: the side of its pictures in pixels, its device, and its further flags.
+MODELS = {
+    "tiny": (64, "cpu", ""),
+    "small-unet": (128, "cpu", ""),
+    "sd-v1-4-random": (512, "cuda", " --mixed_precision=fp16"),  # as params/reference.yaml
+}
+
+
+class Kind(NamedTuple):
+    """A kind of run: the program and its further flags, its cache folder, and the kind that it is compared with."""
+
+    label: str
+    program: tuple[str, ...] = ("-m", "sdnb.train")
+    flags: tuple[str, ...] = ()
+    cache: str = "sdnb"
+    against: str | None = None
+
+
+def comparison(reference: Path) -> list[list[Kind]]:
+    """The runs of a pair in their order, for even pairs and for odd ones."""
+    # v0.26.3 resizes bilinearly and has no flag for it; later ones have, with another default.
+    later = "image_interpolation_mode" in reference.read_text()
+    flags = ("--image_interpolation_mode=bilinear",) if later else ()
+    theirs = [Kind(f"reference, {which} run", (str(reference),), flags, "reference") for which in ("first", "second")]
+    ours = [Kind(one.label.replace("reference", "sdnb"), against=one.label) for one in theirs]
+    return [[theirs[0], ours[0], theirs[1], ours[1]], [ours[0], theirs[0], ours[1], theirs[1]]]
+
+
+def ablation() -> list[list[Kind]]:
+    """The runs of a round in their order, for even rounds and for odd ones. All but one begin with an empty cache."""
+    off = {f"without {name}": flags for name, flags in TECHNIQUES.items()}
+    off["all off"] = tuple(flag for flags in TECHNIQUES.values() for flag in flags)
+    less = [Kind(label, flags=flags, cache=label, against="all on") for label, flags in off.items()]
+    everything = [Kind("all on"), Kind("all on, second run", against="all on")]
+    return [everything + less, less + everything]
+
+
+def images_of_steps(examples: int, steps: int) -> list[int]:
+    """Pictures in each optimizer step on one rank; the end of an epoch ends the accumulation."""
+    batches = [min(BATCH, examples - start) for start in range(0, examples, BATCH)]
+    epoch = [sum(batches[start : start + ACCUMULATION]) for start in range(0, len(batches), ACCUMULATION)]
+    return [epoch[step % len(epoch)] for step in range(steps)]
+
+
+def variables(device: str, cache: Path) -> dict[str, str]:
+    """The environment variables of both sides."""
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    caches = {"HF_HOME": str(cache / "huggingface"), "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **on_cpu, **caches, "PYTHONPATH": str(environment.PROJECT)}
+
+
+def inspect(python: str, device: str, programs: set[tuple[str, ...]], work: Path) -> dict[str, Any]:
+    """What a Python runs on. Imports the programs there, so that no run pays for files that are not in memory yet.
+
+    Raises:
+        RuntimeError: if one cannot be imported, or the device is not there.
+    """
+    capture = "import json; from sdnb import environment; print(json.dumps(environment.capture()))"
+    for command in [*([*program, "--help"] for program in programs), ["-c", capture]]:
+        done = subprocess.run([python, *command], capture_output=True, text=True, env=variables(device, work))
+        if done.returncode:
+            needs = "It needs what sdnb trains with, see pyproject.toml, and torchvision for the reference."
+            raise RuntimeError(f"{python} {' '.join(command)} fails:\n{done.stderr[-2000:]}\n{needs}")
+    captured = json.loads(done.stdout)
+    if captured["devices"]["type"] != device:
+        raise RuntimeError(f"this model is measured on {device}, and the torch of {python} has none here")
+    captured["packages"] |= versions(python)
+    return {name: value for name, value in captured.items() if name != "host"}
+
+
+def follow(command: list[str], device: str, cache: Path) -> dict[str, float]:
+    """Run a process to its end: its wall time, its peak memory, and its GPU's.
+
+    Raises:
+        RuntimeError: with the end of what it printed, if it fails.
+    """
+    log, polled, peak_kib = cache / "printed.txt", cache / "gpu-mib.txt", 0
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    poll = f"nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop=1 --id={gpu}".split()
+    with log.open("w") as printed, polled.open("w") as used:
+        started = [subprocess.Popen(poll, stdout=used)] if device == "cuda" and shutil.which(poll[0]) else []
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=printed, stderr=printed, env=variables(device, cache))
+        try:
+            while process.poll() is None:
+                found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+                peak_kib = int(found[1]) if found else peak_kib
+                time.sleep(0.05)
+            wall_seconds = time.perf_counter() - began
+        finally:  # also when the measuring is interrupted
+            for one in (process, *started):
+                one.kill()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}\nfailed ({process.returncode}):\n{log.read_text()[-3000:]}")
+    used_mib = [int(number) for number in polled.read_text().split() if number.isdigit()]
+    on_gpu = {"gpu_used_gib": max(used_mib) / 1024} if used_mib else {}
+    return {"wall_seconds": wall_seconds, "peak_gib": peak_kib / 2**20, **on_gpu}
+
+
+def measure(kind: Kind, python: str, device: str, flags: list[str], images: list[int], cache: Path) -> dict[str, Any]:
+    """Train once, with so many `images` in each step.
+
+    Raises:
+        RuntimeError: if it fails, or its steps were others.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    output, warmup = cache / "output", metrics.warmup_steps(len(images))
+    command = [python, *kind.program, f"--output_dir={output}", f"--cache_dir={cache}", *flags, *kind.flags]
+    result: dict[str, Any] = dict(follow(command, device, cache))
+    events = EventAccumulator(str(output / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0}).Reload()
+    times = [event.wall_time for event in events.Scalars("train_loss")]
+    if len(times) != len(images):
+        raise RuntimeError(f"{kind.label}: it logged {len(times)} steps, and {len(images)} were asked for")
+    result.update(images_per_second=sum(images[warmup:]) / (times[-1] - times[warmup - 1]), event_times=times)
+    if kind.program[0] == "-m":
+        run = runs.Run(output)
+        if list(run.steps.images) != images:
+            raise RuntimeError(f"{kind.label}: its steps had {list(run.steps.images)} pictures, and not {images}")
+        own = run.steps.images[warmup:].sum() / run.steps.seconds[warmup:].sum()
+        peak_gib = run.summary["ranks"][0]["peak_memory_gib"]  # on a GPU that of torch's allocator
+        result.update(own_images_per_second=own, own_peak_gib=peak_gib, model=run.model)
+    shutil.rmtree(output)  # a pipeline can be large
+    return result
+
+
+def figures(results: list[dict], kind: Kind, quantity: str) -> tuple[pd.Series, str]:
+    """A quantity of a kind of run, by round; and the ratio to the kind it is compared with in the same round: median,
+    lowest and highest, in words."""
+    by_round = pd.DataFrame(results).pivot(index="round", columns="run", values=quantity)
+    ratios = (by_round[kind.label] / by_round.get(kind.against, float("nan"))).dropna()
+    in_words = f" ×{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f})" if len(ratios) else ""
+    return by_round[kind.label].dropna(), in_words
+
+
+def table(results: list[dict], kinds: list[Kind]) -> str:
+    quantities = [name for name in QUANTITIES if any(name in one for one in results)]
+    lines = ["| | " + " | ".join(map(QUANTITIES.get, quantities)) + " |", "|---" * (1 + len(quantities)) + "|"]
+    for kind in kinds:
+        both = [figures(results, kind, quantity) for quantity in quantities]
+        cells = [f"{values.median():.2f}{ratio}" if len(values) else "" for values, ratio in both]
+        lines.append(f"| {kind.label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], kinds: list[Kind], title: str, caption: str) -> Figure:
+    panels = [name for name in list(QUANTITIES)[:4] if name in results[0]]
+    figure = Figure(figsize=(plots.WIDTH, 1.6 + 0.4 * len(kinds)), layout="constrained", dpi=110)
+    plots._title(figure, title, caption)
+    for axes, name in zip(figure.subplots(1, len(panels), sharey=True), panels):
+        for row, kind in enumerate(kinds):
+            values, ratio = figures(results, kind, name)
+            colour = plots.RED if kind.against else plots.BLUE
+            axes.barh(row, values.median(), color=colour, alpha=0.4)
+            axes.plot(values, [row] * len(values), ".", color=colour)
+            axes.text(values.max(), row, f" {ratio.partition(' (')[0]}", va="center", fontsize=9)
+        axes.set(xlabel=QUANTITIES[name], xlim=(0, axes.get_xlim()[1] * 1.3))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_yticks(range(len(kinds)), [kind.label for kind in kinds])
+    figure.axes[0].invert_yaxis()
+    return figure
+
+
+def write(results: list[dict], kinds: list[Kind], about: dict[str, Any], path: str) -> None:
+    """The table, the figure and the raw figures, to `path` with three endings. Kinds that did not run are left out."""
+    kinds = [kind for kind in kinds if any(one["run"] == kind.label for one in results)]
+    ratios = ", ".join(kind.label + figures(results, kind, "images_per_second")[1] for kind in kinds if kind.against)
+    caption = f"Images/s against {about['baseline']}: {ratios}; bars are medians, dots single runs."
+    plot(results, kinds, about["title"], caption).savefig(f"{path}.png")
+    where, model = about["environment"], next((one["model"]["parameters"] for one in results if "model" in one), {})
+    commit = where["git_commit"][:12] + " with changes" * where["git_changed"]
+    Path(f"{path}.md").write_text(
+        f"{about['title']}; {about['date']}, commit {commit}. {', '.join(where['devices']['names'])}, "
+        f"{where['cpu_cores']} CPU cores, {where['memory_gib']} GiB; Python {where['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
+        + f".\n\n{table(results, kinds)}\n\nMedians; × is the ratio to {about['baseline']}, median (from – to). "
+        f"Every run on one rank: `{about['flags']}`. Parameters: "
+        + ", ".join(f"{part} {count / 1e6:.2f} million" for part, count in model.items()) + ".\n"
+    )  # fmt: skip
+    Path(f"{path}.json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
+
+
+def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
+    ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[name]
+    orders = comparison(options.reference.absolute()) if options.reference else ablation()
+    title = f"sdnb and train_text_to_image.py of {options.name}" if options.reference else "sdnb without its techniques"
+    about = dict(
+        title=f"{title}: {name} at {side}×{side}, {device}", date=time.strftime("%Y-%m-%d"),
+        flags=f"--resolution={side} --max_train_steps={options.steps} {FLAGS}{further}", turned_off_by=TECHNIQUES,
+        baseline="the reference's run beside it" if options.reference else "all on in the same round",
+        omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
+        environment=inspect(options.python, device, {kind.program for kind in orders[0]}, work),
+    )  # fmt: skip
+    shutil.copytree(openmoji.folder(side) / "train", work / "data")
+    flags = [f"--pretrained_model_name_or_path={embedded.folder(name)}", f"--train_data_dir={work / 'data'}",
+             *about["flags"].split()]  # fmt: skip
+    arguments.parse([*flags, *sum(TECHNIQUES.values(), ())])  # a mistake in the table shows now
+    images = images_of_steps(openmoji.TRAINING_PICTURES, options.steps)
+    results: list[dict] = []
+    for number in range(options.pairs):
+        for kind in orders[number % 2]:
+            if time.monotonic() + max((one["wall_seconds"] for one in results), default=0) > ends:
+                print(f"stopped after {len(results)} runs: another would not fit into {options.minutes:g} minutes")
+                return
+            result = measure(kind, options.python, device, flags, images, work / str(number) / kind.cache)
+            results.append(dict(run=kind.label, round=number, **result))
+            shown = ", ".join(f"{text} {result[one]:.2f}" for one, text in QUANTITIES.items() if one in result)
+            print(f"{number + 1}: {kind.label}: {shown}", flush=True)
+            write(results, orders[0], about, f"{options.out}/{'speed' if options.reference else 'ablation'}-{name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", type=Path, help="its train_text_to_image.py; left out: sdnb's techniques")
+    parser.add_argument("--name", default="the reference", help="what to call this reference, such as v0.26.3")
+    parser.add_argument("--python", default=sys.executable, help="of the environment that both run in")
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["tiny"])
+    parser.add_argument("--pairs", type=int, default=3, help="pairs; without a reference, rounds")
+    parser.add_argument("--steps", type=int, default=101, help="optimizer steps of a run, two at least")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would not end in them")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for what was measured")
+    options = parser.parse_args()
+    if options.reference and not options.reference.is_file():
+        parser.error(f"--reference {options.reference}: there is no such file")
+    if options.steps < 2:
+        parser.error("--steps: the first is left out as warm-up, so there must be two at least")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.model:
+        with tempfile.TemporaryDirectory(prefix="sdnb-speed-") as work:
+            try:
+                run_all(name, options, Path(work))
+            except (RuntimeError, errors.SdnbError) as error:
+                sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
