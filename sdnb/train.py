@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
-import time
-import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,9 +23,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from . import arguments, data, environment, memory, metrics, models, runs
+from . import data, models, runs
 from .batches import Batches
 from .checkpoints import Checkpoints, clean_up, find
 from .clock import StepClock
@@ -39,9 +34,8 @@ from .device import reachable_tflops
 from .diffusion import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
 from .ema import Average
 from .encoders import WEIGHT_DTYPES, Encoders
-from .errors import ConfigError, RunError, SdnbError
+from .errors import ConfigError, RunError
 from .observer import Observer, Tally
-from .watchdog import end_with_parent
 
 logger = logging.getLogger("sdnb")
 
@@ -273,83 +267,7 @@ def _check_ranks_joined(accelerator: Accelerator, config: TrainConfig) -> None:
         )
 
 
-def main() -> None:
-    """One rank of a training, alone or as `accelerate launch` starts it, with the settings of the command line."""
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    folder = splits = None
-    if world > 1:
-        end_with_parent()  # accelerate launch, killed, would leave its ranks behind
-    try:
-        config = _as_launched(arguments.parse(sys.argv[1:]), world)
-        if rank == 0:
-            splits = data.load(config)
-            find(config, splits.train)  # what cannot be resumed is left as it is
-            runs.begin(config, environment.capture())
-        folder = Path(config.output_dir).expanduser().absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
-    except KeyboardInterrupt:
-        _end(f"interrupted; what was measured is in {folder}" if rank == 0 else "", 130)
-    except Exception as error:
-        known = isinstance(error, SdnbError)
-        details = str(error) if known else traceback.format_exc()
-        if not known or (folder is None and rank):
-            # A rank that lost its peer fails too, and wrong settings are every rank's: the launcher ends this one
-            # before it says so.
-            time.sleep(2)
-        first = runs.fail(folder, rank, type(error).__name__, details) if folder else rank == 0
-        _end(f"error: {details}" if first else "", 1)
-
-
-def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
-    if config.num_machines > 1 or config.num_processes not in (None, world):
-        raise ConfigError(
-            f"num_processes = {config.num_processes or world}, num_machines = {config.num_machines}, but this is one "
-            f"of {world} ranks: a command line starts one rank. To start several, use accelerate launch "
-            "--num_processes …, or the notebook."
-        )
-    devices = environment.devices()
-    machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    config = config.updated(num_processes=world, mixed_precision=precision).resolved(
-        devices.type, len(devices.names) * machines, devices.bf16
-    )
-    environment.require(config)
-    return memory.settle(config, devices)[0]
-
-
-def _train_in_terminal(config: TrainConfig, rank: int, splits: data.Splits | None) -> None:
-    """Train; on rank 0 with the reference's progress bar, what is logged, and at the end what was measured."""
-    if rank:
-        return train(config)
-    logging.basicConfig(format="%(message)s", handlers=[_AboveTheBar()])
-    with ExitStack() as at_the_end:
-        bar: tqdm | None = None
-
-        def show(record: dict[str, Any], total_steps: int) -> None:
-            nonlocal bar
-            if bar is None:
-                bar = at_the_end.enter_context(tqdm(desc="Steps", total=total_steps, initial=record["step"] - 1))
-            bar.set_postfix(lr=record["lr"], step_loss=record["step_loss"], refresh=False)
-            bar.update()
-
-        train(config, show, splits)
-    run = runs.Run(config.output_dir)
-    print(metrics.measure(run) if len(run.steps) else "no step was left to train", f"in {run.folder}", sep="\n")
-
-
-class _AboveTheBar(logging.StreamHandler):
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _end(message: str, status: int) -> None:
-    if message:
-        print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # at once: interpreter shutdown would wait for ranks that wait for this one
-
-
 if __name__ == "__main__":
+    from .terminal import main
+
     main()

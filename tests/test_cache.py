@@ -1,6 +1,6 @@
 import pytest
 
-from sdnb.cache import cache_root, made_once
+from sdnb.cache import cache_root, computed_once, made_once
 from sdnb.errors import CacheError
 
 
@@ -38,3 +38,23 @@ def test_where_it_is(tmp_path, monkeypatch):
     assert cache_root(str(tmp_path)) == tmp_path / "sdnb"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_root() == tmp_path / "xdg" / "sdnb"
+
+
+def test_what_is_computed_is_computed_once(tmp_path):
+    computed = []
+
+    def compute():
+        computed.append(1)
+        return {"answer": [1.5, 2]}
+
+    for key in (1, 1, 2):
+        assert computed_once("kind", key, compute, str(tmp_path)) == {"answer": [1.5, 2]}
+    assert len(computed) == 2
+    for path in tmp_path.rglob("*.json"):
+        path.write_text('{"answer": [1.')
+    assert computed_once("kind", 1, compute, str(tmp_path)) == {"answer": [1.5, 2]}, "a torn file is none"
+    assert len(computed) == 3
+    (tmp_path / "file").touch()
+    for _ in range(2):
+        computed_once("kind", 1, compute, str(tmp_path / "file"))
+    assert len(computed) == 5, "and where nothing can be written it goes on"

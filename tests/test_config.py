@@ -117,6 +117,24 @@ def test_an_epoch_of_the_published_run():
     assert config(num_train_epochs=3, train_batch_size=8, num_processes=8).total_steps(833) == 3 * 14
 
 
+def test_whole_steps_run_on_over_the_end_of_an_epoch():
+    settings = dict(train_batch_size=8, gradient_accumulation_steps=4, num_processes=8, whole_steps=True)
+    made = config(**settings)
+    assert made.micro_batches_per_epoch(833) == 13, "the 833rd picture waits for another epoch"
+    assert made.steps_per_epoch(833) == 3.25
+    assert config(**settings, num_train_epochs=4).total_steps(833) == 13
+    assert config(**settings, num_train_epochs=3).total_steps(833) == 9
+    with pytest.raises(ConfigError, match="63 examples do not fill a micro-batch of 8 on each of 8 ranks"):
+        made.micro_batches_per_epoch(63)
+
+
+def test_cuda_graphs_are_of_what_is_compiled():
+    with pytest.raises(ConfigError, match="cuda_graphs = True needs compile_unet"):
+        config(cuda_graphs=True)
+    assert config(cuda_graphs=True, compile_unet="blocks").cuda_graphs
+    assert config(compile_unet=False).compile_unet == "no", "no is a boolean in YAML"
+
+
 def notebook(*cells, **variables):
     return {"In": ["", *cells, "config = TrainConfig.from_notebook(globals())"], **variables}
 

@@ -223,6 +223,8 @@ def test_the_plan_says_what_will_run(settings):
         in plan.facts["an epoch"]
     )
     assert plan.facts["precision"].startswith("no")
+    assert re.fullmatch(r"[\d.]+ GiB a rank predicted, [\d.]+ GiB free", plan.facts["memory"])
+    assert plan.facts["micro-batches"] == "4 of a step are run as one larger batch"
     assert "833 to train on, 1085 held out" in plan.facts["data"]
     pictures, captions, total = plan.look(6)
     assert len(pictures) == len(captions) == 6 and total == 833

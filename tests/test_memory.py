@@ -11,6 +11,7 @@ from conftest import ROOT
 from sdnb import embedded, memory, models, runs
 from sdnb.cache import cache_root
 from sdnb.config import TrainConfig
+from sdnb.environment import Devices
 from sdnb.errors import ConfigError
 
 
@@ -177,3 +178,27 @@ def test_what_does_not_fit_on_a_gpu():
         assert said_gib(text, remedy) == (f"{total_gib:.1f}", None), "not enough alone"
     assert said_gib(text, "all of these")[1] == ", enough"
     assert "mixed_precision = " not in text and "fused_optimizer" not in text, "nothing is won by these"
+
+
+def machine(total_gib, free_gib):
+    return Devices("cpu", ("a CPU",), (total_gib,), (free_gib,), True)
+
+
+def test_a_machine_settles_how_much_is_folded():
+    settings = config(gradient_accumulation_steps=4, train_batch_size=32, num_processes=2)
+    totals = [predict(settings, folded=count).total_gib for count in (1, 2, 4)]
+    for count, total_gib in zip((1, 2, 4), totals):
+        machine_gib = 2 * total_gib / 0.75 + 1e-3  # two ranks share it, and three quarters of a part are taken
+        settled, predicted = memory.settle(settings, machine(machine_gib, machine_gib))
+        assert settled.fold_micro_batches == count and predicted.total_gib == total_gib
+    settled, _ = memory.settle(settings.updated(fold_micro_batches=3), machine(100, 100))
+    assert settled.fold_micro_batches == 3, "what is asked for goes first"
+    with pytest.raises(ConfigError, match="0.4 GiB are free"):
+        memory.settle(settings, machine(100, 0.8))
+
+
+def test_a_model_that_cannot_be_predicted_is_trained_all_the_same(monkeypatch, caplog):
+    monkeypatch.setattr(memory, "predict", lambda *_: 1 / 0)
+    settled, predicted = memory.settle(config(gradient_accumulation_steps=4), machine(100, 100))
+    assert settled.fold_micro_batches == 1 and predicted is None
+    assert "cannot be predicted: ZeroDivisionError" in caplog.text
