@@ -89,11 +89,23 @@ def test_reference_yaml_is_the_reference_command():
     given = dict(flag.partition("=")[::2] for flag in re.findall(r"--(\S+)", REFERENCE_COMMAND))
     command = {name: yaml.safe_load(value) if value else True for name, value in given.items()}
     command["learning_rate"] = float(command["learning_rate"])
-    expected = TrainConfig(**command, mixed_precision="fp16", num_processes=8, target_loss=0.0456)
+    expected = TrainConfig(
+        **command, mixed_precision="fp16", num_processes=8, target_loss=0.0456,
+        encoder_cache_gib=0, fold_micro_batches=1, fused_optimizer=False,
+    )  # fmt: skip
     assert TrainConfig.from_yaml(ROOT / "params" / "reference.yaml") == expected
     accelerate = yaml.safe_load((ROOT / "params" / "accelerate-8gpu.yaml").read_text())
     assert (accelerate["num_processes"], accelerate["mixed_precision"]) == (8, "fp16")
     assert accelerate["downcast_bf16"] == "no", "a text, not a boolean"
+
+
+def test_fast_yaml_is_the_same_training():
+    """But for where it goes; what differs is how it is computed."""
+    reference, fast = (TrainConfig.from_yaml(ROOT / "params" / f"{name}.yaml") for name in ("reference", "fast"))
+    then, now = reference.trajectory(), fast.trajectory()
+    differ = {name for name in then if then[name] != now[name]}
+    assert differ == {"allow_tf32", "dataloader_num_workers"}
+    assert fast.encoder_cache_gib and fast.fold_micro_batches is None and fast.fused_optimizer and fast.channels_last
 
 
 def notebook_cells():
