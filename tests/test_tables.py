@@ -1,11 +1,13 @@
 """Tables: rows are absent or whole, whoever else writes them, and whatever happened to the file."""
 
-import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from sdnb.errors import CacheError
 from sdnb.tables import Table
@@ -35,13 +37,12 @@ def test_a_row_of_zeros_is_there(tmp_path):
 
 def test_what_another_process_writes_is_seen(tmp_path):
     here = table(tmp_path, dtype=torch.float32)
-
-    def write():
-        table(tmp_path, dtype=torch.float32).write(4, torch.full((3, 4), 7.0))
-
-    process = multiprocessing.get_context("fork").Process(target=write)
-    process.start()
-    process.join(30)
+    program = (
+        "import torch; from pathlib import Path; from sdnb.tables import Table; "
+        f"Table(Path({str(tmp_path)!r}), 'moments', 'a key', 5, (3, 4), torch.float32, {MIB})"
+        ".write(4, torch.full((3, 4), 7.0))"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=100)
     assert torch.equal(here.read(4), torch.full((3, 4), 7.0))
 
 
