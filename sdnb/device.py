@@ -38,8 +38,7 @@ def peak_tflops(device: str, precision: str) -> float | None:
 
 
 def reachable_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of products of two square matrices on the device, in TFLOP/s: the fastest of a few rounds, which take
-    under a second together."""
+    """The rate of products of two square matrices on the device, in TFLOP/s: the fastest of a few rounds."""
     side = _SIDES.get(device.type, _SIDES["cuda"])
     one, other = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
