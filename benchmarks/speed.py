@@ -13,8 +13,9 @@ All is measured from outside, alike on both sides; "own" is what sdnb itself has
 - peak memory: VmHWM of the process, mapped files included; of a GPU, what nvidia-smi says is used, once a second.
 
 A pair is two runs of each side. The first has an empty cache folder (HF_HOME, XDG_CACHE_HOME, --cache_dir), where
-`datasets` prepares the pictures and sdnb keeps encodings; the second goes on with what the first left. Each side has
-its own folder, each pair new ones. Both programs are imported once before, and which side comes first alternates. The
+`datasets` prepares the pictures and sdnb keeps encodings; the second goes on with what the first left. sdnb has a third
+one like the second, with no micro-batches folded: its memory is what compares. Each side has its own folder, each pair
+new ones. Both programs are imported once before, and which side comes first alternates. The
 number of threads is torch's default, or OMP_NUM_THREADS. The machine should do nothing else.
 """
 
@@ -87,7 +88,10 @@ def comparison(reference: Path) -> list[list[Kind]]:
     flags = ("--image_interpolation_mode=bilinear",) if later else ()
     theirs = [Kind(f"reference, {which} run", (str(reference),), flags, "reference") for which in ("first", "second")]
     ours = [Kind(one.label.replace("reference", "sdnb"), against=one.label) for one in theirs]
-    return [[theirs[0], ours[0], theirs[1], ours[1]], [ours[0], theirs[0], ours[1], theirs[1]]]
+    unfolded = Kind(
+        "sdnb, second run, nothing folded", flags=TECHNIQUES["folded micro-batches"], against=theirs[1].label
+    )
+    return [[theirs[0], ours[0], theirs[1], ours[1], unfolded], [ours[0], theirs[0], unfolded, ours[1], theirs[1]]]
 
 
 def ablation() -> list[list[Kind]]:
