@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
 from typing import Any
 
@@ -24,6 +25,8 @@ _PEAK_TFLOPS = {
     "MI250X": {"fp16": 191.5, "bf16": 191.5, "no": 47.9},
     "MI300X": {"fp16": 1307, "bf16": 1307, "no": 163},
 }
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices: large enough to keep the device busy
 _ROUNDS, _PRODUCTS = 3, 4
@@ -55,6 +58,23 @@ def reachable_tflops(device: torch.device, dtype: torch.dtype) -> float:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory on the host that it frees, where the C library is glibc (mallopt(3)). It gives
+    large blocks back to the system at once, and every page of the next one costs a page fault and zeroing."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def give_back_freed_memory() -> None:
+    """Give the memory that this process has freed back to the system, a GPU's and the host's (malloc_trim(3))."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class EnergyMeter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow
 class Encoders:
     """Gives the moments of the VAE's posterior and the text encoder's hidden states for a micro-batch.
 
-    What it keeps are the moments and not a draw from them, so that drawing and its order stay as they are. Each picture
-    and each caption is encoded on its own when it is first met: what is kept depends on nothing else, and a resumed
-    training meets the same bits.
+    What it keeps are the moments and not a draw from them, so that drawing and its order stay as they are. A picture
+    with its mirror image, and a caption, are encoded apart from all others when they are first met: what is kept
+    depends on nothing else, and a resumed training meets the same bits.
     """
 
     def __init__(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, device: torch.device) -> None:
@@ -67,17 +67,19 @@ class Encoders:
             return self._encode_pictures(pictures), self._encode_captions(token_ids)
         pixels = dict(zip(batch["loaded"], batch["pixel_values"]))
 
-        def picture(row: int) -> Tensor:
+        def views(row: int) -> Tensor:
             # not among the pixels if its row turned out to be torn
-            return self._encode_pictures((pixels[row] if row in pixels else self.examples.pixels(row))[None])
+            return self._encode_pictures(pixels[row] if row in pixels else self.examples.pixels(row))
 
-        def caption(row: int) -> Tensor:
-            return self._encode_captions(self.token_ids[row][None])
+        def caption(number: int) -> Tensor:
+            return self._encode_captions(self.token_ids[number][None])[0]
 
-        moments, new = self._look_up(self.moments, batch["views"], picture)
-        words, new_captions = self._look_up(self.words, batch["captions"], caption)
-        self.encoded_images += new
+        pictures, new_pictures = self._look_up(self.moments, batch["rows"], views)
+        captions, new_captions = self._look_up(self.words, batch["captions"], caption)
+        self.encoded_images += new_pictures * self.examples.views
         self.encoded_captions += new_captions
+        moments = self._together(pictures[row][view] for row, view in zip(batch["rows"], batch["views"]))
+        words = self._together(captions[number] for number in batch["captions"])
         return torch.empty_like(self._laid_out(len(moments))).copy_(moments), words
 
     def take_counts(self) -> tuple[int, int]:
@@ -86,18 +88,23 @@ class Encoders:
         self.encoded_images = self.encoded_captions = 0
         return counts
 
-    def _look_up(self, table: Table, rows: Sequence[int], encode: Callable[[int], Tensor]) -> tuple[Tensor, int]:
-        """The rows on the device, and how many had to be computed; those are kept."""
-        found = {row: table.read(row) for row in dict.fromkeys(rows)}
+    def _look_up(
+        self, table: Table, rows: Sequence[int], encode: Callable[[int], Tensor]
+    ) -> tuple[dict[int, Tensor], int]:
+        """The rows on the host, and how many had to be computed; those are kept."""
+        found = {row: table.read(row) for row in rows}
         missing = [row for row, kept in found.items() if kept is None]
         if missing:
-            for row, values in zip(missing, torch.cat([encode(row) for row in missing]).cpu()):
+            for row, values in zip(missing, torch.stack([encode(row) for row in missing]).cpu()):
                 table.write(row, values)
                 found[row] = values
-        together = torch.stack([found[row] for row in rows])
+        return found, len(missing)
+
+    def _together(self, rows: Iterable[Tensor]) -> Tensor:
+        together = torch.stack(list(rows))
         if self.device.type == "cuda":
             together = together.pin_memory()
-        return together.to(self.device, non_blocking=True), len(missing)
+        return together.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def _encode_pictures(self, pictures: Tensor) -> Tensor:
@@ -117,12 +124,12 @@ class Encoders:
 
     def _open_tables(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, dtype: torch.dtype) -> None:
         side = config.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
-        moments = (2 * parts.vae.config.latent_channels, side, side)
+        moments = (examples.views, 2 * parts.vae.config.latent_channels, side, side)
         captions = examples.distinct_captions
         words = (parts.tokenizer.model_max_length, parts.text_encoder.config.hidden_size)
         folder = cache_root(config.cache_dir) / "encodings"
         limit = int(config.encoder_cache_gib * 2**30)
-        needed = size_of(examples.views, moments, dtype) + size_of(len(captions), words, dtype)
+        needed = size_of(len(examples), moments, dtype) + size_of(len(captions), words, dtype)
         if needed > limit:
             raise CacheError(
                 f"{needed / 2**30:.2f} GiB would be needed to keep what they give, and encoder_cache_gib is "
@@ -135,15 +142,15 @@ class Encoders:
         computed_with = [str(dtype), environment.devices().names[0], *packages]
         token_ids = hashlib.sha256(self.token_ids.numpy()).hexdigest()
         tables = (
-            ("moments", [*computed_with, _digest(parts.vae), examples.pixels_digest()], examples.views, moments),
+            ("moments", [*computed_with, _digest(parts.vae), examples.pixels_digest()], len(examples), moments),
             ("words", [*computed_with, _digest(parts.text_encoder), token_ids], len(captions), words),
         )
         self.moments, self.words = (
             Table(folder, kind, json.dumps(key), rows, shape, dtype, limit) for kind, key, rows, shape in tables
         )
         logger.info(
-            "the encoders run once for each of %d views of pictures and %d captions; what they give is kept in %s",
-            examples.views, len(captions), folder,
+            "the encoders run once for each of %d pictures%s and %d captions; what they give is kept in %s",
+            len(examples), ", both ways round," if examples.views > 1 else "", len(captions), folder,
         )  # fmt: skip
 
 

@@ -120,10 +120,9 @@ def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Predictio
     # offloaded comes back, in the place of the gradients unless these are in buckets. The further forward pass of DREAM
     # keeps nothing, and stays below the one that is trained.
     copies = on_gpu and (not (config.fused_optimizer or config.use_8bit_adam) or (offloaded and several))
-    activations = max(
-        trace.peak(config.train_batch_size, config.train_batch_size * folded, accumulates or several),
-        weights if copies else 0,
-    )
+    encoded = max(config.train_batch_size, 1 + config.random_flip)  # a picture is encoded with its mirror image
+    batches = encoded, config.train_batch_size * folded, accumulates or several
+    activations = max(trace.peak(*batches), weights if copies else 0)
     tensors = dict(
         weights_gib=weights / 2**30,
         gradients_gib=gradients / 2**30,
@@ -136,8 +135,7 @@ def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Predictio
         slack_gib = _CUDA_SLACK_OF_ALL * sum(tensors.values())
     else:
         whole = _trace_of(config, on_gpu, gradient_checkpointing=False)
-        peak = whole.peak(config.train_batch_size, config.train_batch_size * folded, accumulates or several)
-        slack_gib = _CPU_SLACK_OF_ACTIVATIONS * peak / 2**30
+        slack_gib = _CPU_SLACK_OF_ACTIVATIONS * whole.peak(*batches) / 2**30
     return Prediction(**tensors, overhead_gib=_PROCESS_GIB[device_type] + slack_gib)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,27 +172,19 @@ def flop_per_image(parts: Parts, resolution: int) -> dict[str, float]:
         picture = torch.empty(1, 3, resolution, resolution)
         token_ids = torch.empty(1, parts.tokenizer.model_max_length, dtype=torch.long)
 
-        def run_vae():
-            return vae.encode(picture).latent_dist.mean
-
         with torch.no_grad():
-            latents, words = run_vae(), text_encoder(token_ids)[0]
-
-        def run_unet():
-            return unet(latents, torch.empty(1, dtype=torch.long), words, return_dict=False)[0]
-
-        return {
-            "unet_forward": _flop(run_unet),
-            "unet_training": _flop(lambda: run_unet().sum().backward()),
-            "vae_encoder": _flop(torch.no_grad()(run_vae)),
-            "text_encoder": _flop(torch.no_grad()(lambda: text_encoder(token_ids))),
-        }
+            vae_encoder, latents = _flop(lambda: vae.encode(picture).latent_dist.mean)
+            text, words = _flop(lambda: text_encoder(token_ids)[0])
+        timesteps = torch.empty(1, dtype=torch.long)
+        forward, prediction = _flop(lambda: unet(latents, timesteps, words, return_dict=False)[0])
+        backward, _ = _flop(prediction.sum().backward)
+    return dict(unet_forward=forward, unet_training=forward + backward, vae_encoder=vae_encoder, text_encoder=text)
 
 
-def _flop(function: Any) -> float:
+def _flop(function: Callable[[], Any]) -> tuple[float, Any]:
     with FlopCounterMode(display=False) as counter:
-        function()
-    return float(counter.get_total_flops())
+        result = function()
+    return float(counter.get_total_flops()), result
 
 
 def describe(config: TrainConfig, parts: Parts) -> dict[str, Any]:

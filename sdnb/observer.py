@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from . import data, hub, models, runs
 from .checkpoints import Checkpoints
 from .config import TrainConfig
-from .device import EnergyMeter
+from .device import EnergyMeter, give_back_freed_memory
 from .ema import Average
 from .encoders import Encoders
 from .errors import RunError
@@ -153,6 +153,7 @@ class Observer:
             self.ema.copy_to(self.unet.parameters())
         if accelerator.is_main_process:
             logger.info("saving the pipeline")
+            give_back_freed_memory()  # the copies that saving makes are not to come on top
             self._save_pipeline()
             summary = dict(
                 world_size=accelerator.num_processes,

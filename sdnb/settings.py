@@ -133,6 +133,9 @@ class Speed(Group):
         None, "run so many micro-batches of a step as one larger batch; left out, as many as fit in memory; 1: none"
     )
     fused_optimizer: Flag = setting(True, "AdamW, and the average, each in one pass over the weights")
+    keep_freed_memory: Flag = setting(
+        True, "on a CPU, memory that tensors leave stays with the process, and need not be had anew in every step"
+    )
     channels_last: Flag = setting(False, "keep the UNet's and the VAE's tensors with the channels last")
     compile_unet: Annotated[Literal["no", "blocks", "whole"], BeforeValidator(_no_from_flag)] = setting(
         "no", "torch.compile of the UNet's transformer blocks, or of all of it"

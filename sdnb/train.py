@@ -30,7 +30,7 @@ from .checkpoints import Checkpoints, clean_up, find
 from .clock import StepClock
 from .compat import has_fused_adam
 from .config import TrainConfig
-from .device import reachable_tflops
+from .device import keep_freed_memory, reachable_tflops
 from .diffusion import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
 from .ema import Average
 from .encoders import WEIGHT_DTYPES, Encoders
@@ -57,6 +57,8 @@ def train(
     """
     folder = Path(config.output_dir)
     accelerator = _accelerator(config)
+    if config.keep_freed_memory and accelerator.device.type == "cpu":
+        keep_freed_memory()
     _log_to(folder / runs.LOG, accelerator)
     _check_ranks_joined(accelerator, config)
     held = runs.lock(folder) if accelerator.is_main_process else None  # until this function ends, or its process
