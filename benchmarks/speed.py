@@ -229,19 +229,28 @@ def plot(results: list[dict], kinds: list[Kind], title: str, caption: str) -> Fi
     return figure
 
 
+def heading(about: dict[str, Any]) -> str:
+    """What was measured, when, and on what."""
+    where = about["environment"]
+    commit = where["git_commit"][:12] + " with changes" * where["git_changed"]
+    return (
+        f"{about['title']}; {about['date']}, commit {commit}. {', '.join(where['devices']['names'])}, "
+        f"{where['cpu_cores']} CPU cores, {where['memory_gib']} GiB; Python {where['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
+        + "."
+    )
+
+
 def write(results: list[dict], kinds: list[Kind], about: dict[str, Any], path: str) -> None:
     """The table, the figure and the raw figures, to `path` with three endings. Kinds that did not run are left out."""
     kinds = [kind for kind in kinds if any(one["run"] == kind.label for one in results)]
     ratios = ", ".join(kind.label + figures(results, kind, "images_per_second")[1] for kind in kinds if kind.against)
     caption = f"Images/s against {about['baseline']}: {ratios}; bars are medians, dots single runs."
     plot(results, kinds, about["title"], caption).savefig(f"{path}.png")
-    where, model = about["environment"], next((one["model"]["parameters"] for one in results if "model" in one), {})
-    commit = where["git_commit"][:12] + " with changes" * where["git_changed"]
+    model = next((one["model"]["parameters"] for one in results if "model" in one), {})
     Path(f"{path}.md").write_text(
-        f"{about['title']}; {about['date']}, commit {commit}. {', '.join(where['devices']['names'])}, "
-        f"{where['cpu_cores']} CPU cores, {where['memory_gib']} GiB; Python {where['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
-        + f".\n\n{table(results, kinds)}\n\nMedians; × is the ratio to {about['baseline']}, median (from – to). "
+        f"{heading(about)}\n\n{table(results, kinds)}\n\n"
+        f"Medians; × is the ratio to {about['baseline']}, median (from – to). "
         f"Every run on one rank: `{about['flags']}`. Parameters: "
         + ", ".join(f"{part} {count / 1e6:.2f} million" for part, count in model.items()) + ".\n"
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import runs
 from .config import TrainConfig
-from .data import ImageCaptions, centre, first_caption, resize, to_tensor, tokenize
+from .data import ImageCaptions, first_caption, tokenize
 from .diffusion import per_picture_loss, target_of
 from .models import Parts
 
@@ -41,18 +41,14 @@ class HeldOutLoss:
         self.scheduler = parts.noise_scheduler
         self.timesteps = ((torch.arange(count) + 0.5) * steps / count).long().to(device)
         with torch.no_grad():
-            self.latents = torch.cat([self._latents(pictures.picture(row), parts, config, generator) for row in rows])
+            self.latents = torch.cat([self._latents(pictures.pixels(row)[:1], parts, generator) for row in rows])
             words = tokenize(parts.tokenizer, [first_caption(pictures.captions[row]) for row in rows]).to(device)
             self.words = torch.cat([parts.text_encoder(ids)[0] for ids in words.split(self.batch_size)])
         self.noise = torch.randn(self.latents.shape, generator=generator).to(device, self.latents.dtype)
 
     @staticmethod
-    def _latents(picture: Image.Image, parts: Parts, config: TrainConfig, generator: torch.Generator) -> Tensor:
-        side = config.resolution
-        picture = resize(picture, side, config.image_interpolation_mode)
-        left, top = centre(picture.size, side)
-        pixels = to_tensor(picture.crop((left, top, left + side, top + side)))
-        posterior = parts.vae.encode(pixels[None].to(parts.vae.device, parts.vae.dtype)).latent_dist
+    def _latents(pixels: Tensor, parts: Parts, generator: torch.Generator) -> Tensor:
+        posterior = parts.vae.encode(pixels.to(parts.vae.device, parts.vae.dtype)).latent_dist
         return posterior.sample(generator) * parts.vae.config.scaling_factor
 
     @torch.no_grad()

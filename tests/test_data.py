@@ -7,6 +7,7 @@ from PIL import Image
 from sdnb import compat, data, models, openmoji
 from sdnb.config import TrainConfig
 from sdnb.errors import DataError
+from sdnb.transforms import draw_view, resize, to_tensor, transform
 
 
 def config(**settings):
@@ -134,10 +135,10 @@ def test_the_vanished_data_set_names_what_to_use_instead():
 
 def test_resize_keeps_the_shape_as_torchvision_does():
     # torchvision's Resize(64) makes the shorter side 64 and cuts the longer one to an integer.
-    assert data.resize(Image.new("RGB", (100, 70)), 64).size == (int(64 * 100 / 70), 64)
-    assert data.resize(Image.new("RGB", (70, 100)), 64).size == (64, int(64 * 100 / 70))
+    assert resize(Image.new("RGB", (100, 70)), 64).size == (int(64 * 100 / 70), 64)
+    assert resize(Image.new("RGB", (70, 100)), 64).size == (64, int(64 * 100 / 70))
     same = Image.new("RGB", (64, 90))
-    assert data.resize(same, 64) is same
+    assert resize(same, 64) is same
 
 
 def coordinates(width, height):
@@ -149,10 +150,10 @@ def coordinates(width, height):
 
 def test_the_centre_crop():
     centred = config(dataset_name="openmoji", center_crop=True)
-    assert data.draw_view((100, 64), centred) == (18, 0, False)
-    assert data.draw_view((64, 69), centred) == (0, 2, False), "2.5 rounds to 2"
-    corner = data.transform(coordinates(100, 64), centred)[:, 0, 0]
-    assert torch.equal(corner, data.to_tensor(Image.new("RGB", (1, 1), (18, 0, 0)))[:, 0, 0])
+    assert draw_view((100, 64), centred) == (18, 0, False)
+    assert draw_view((64, 69), centred) == (0, 2, False), "2.5 rounds to 2"
+    corner = transform(coordinates(100, 64), centred)[:, 0, 0]
+    assert torch.equal(corner, to_tensor(Image.new("RGB", (1, 1), (18, 0, 0)))[:, 0, 0])
 
 
 def test_the_random_crop_draws_row_then_column():
@@ -160,9 +161,9 @@ def test_the_random_crop_draws_row_then_column():
     torch.manual_seed(3)
     top, left = int(torch.randint(0, 64 - 64 + 1, (1,))), int(torch.randint(0, 100 - 64 + 1, (1,)))
     torch.manual_seed(3)
-    assert data.draw_view((100, 64), anywhere) == (left, top, False)
+    assert draw_view((100, 64), anywhere) == (left, top, False)
     state = torch.get_rng_state()
-    data.draw_view((64, 64), anywhere)
+    draw_view((64, 64), anywhere)
     assert torch.equal(state, torch.get_rng_state()), "nothing to choose, nothing drawn"
 
 
@@ -185,10 +186,10 @@ def test_the_interpolation_is_the_one_asked_for():
     pixels = torch.randint(0, 256, (80, 100, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     picture = Image.fromarray(pixels.numpy())
     made = {
-        mode: data.transform(picture, config(dataset_name="openmoji", center_crop=True, image_interpolation_mode=mode))
+        mode: transform(picture, config(dataset_name="openmoji", center_crop=True, image_interpolation_mode=mode))
         for mode in ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
     }
-    assert torch.equal(made["bilinear"], data.transform(picture, config(dataset_name="openmoji", center_crop=True)))
+    assert torch.equal(made["bilinear"], transform(picture, config(dataset_name="openmoji", center_crop=True)))
     assert torch.equal(made["nearest"], made["nearest_exact"])
     assert len({made[mode].sum().item() for mode in made}) == 6
 
@@ -201,7 +202,7 @@ def test_pixels_and_flip():
         torch.manual_seed(seed)
         expected = torch.rand(1) < 0.5
         torch.manual_seed(seed)
-        pixels = data.transform(picture, made)
+        pixels = transform(picture, made)
         assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.float32
         assert torch.isclose(pixels[0, 0, 0], torch.tensor((63 if expected else 0) / 255 * 2 - 1))
         assert torch.isclose(pixels[2].max(), torch.tensor(-1.0))

@@ -1,0 +1,156 @@
+"""How does the cost of a training grow? sdnb alone, one setting after the other varied: the batch size, the resolution,
+the size of the data set, the ranks.
+
+    python benchmarks/growth.py
+    python benchmarks/growth.py --model sd-v1-4-random --minutes 10    # on a GPU
+
+Of each training: images/s in the steps after the warm-up, with the 95 % confidence interval that its report has, and
+the peak memory of a rank, beside the one that sdnb predicts before it starts. No micro-batches are accumulated, and the
+encoders run for every picture (`--encoder_cache_gib=0`), so that only what is varied changes; but the size of the data
+set is varied with encodings kept and a cache folder that begins empty: how often a picture comes again is what it
+decides. Ranks on a CPU share its cores. The machine should do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from speed import MODELS, follow, heading, inspect
+
+from sdnb import embedded, errors, memory, metrics, openmoji, plots, runs
+
+PROGRAM = ("-m", "sdnb.train")
+FLAGS = "--use_ema --center_crop --random_flip --learning_rate=1e-05 --lr_warmup_steps=0 --seed=42 --report_to=none"
+LABELS = {
+    "train_batch_size": "pictures in a micro-batch", "resolution": "side of the pictures, pixels",
+    "max_train_samples": "pictures in the data set", "num_processes": "ranks",
+}  # fmt: skip
+
+
+def points(side: int, ranks: int) -> dict[str, list[int]]:
+    """The values of each setting that is varied, around a batch of 8 pictures of the model's side."""
+    return {
+        "train_batch_size": [1, 2, 4, 8, 16, 32],
+        "resolution": [side // 2, side, side * 3 // 2, side * 2],
+        "max_train_samples": [openmoji.TRAINING_PICTURES // part for part in (16, 8, 4, 2, 1)],
+        "num_processes": [count for count in (1, 2, 4, 8) if count <= ranks],
+    }
+
+
+def measure(
+    name: str, setting: str, value: int, options: argparse.Namespace, device: str, further: str, work: Path
+) -> dict[str, Any]:
+    """Train with one setting at a value, in a cache folder of its own.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    values = {"train_batch_size": 8, "resolution": MODELS[name][0], "max_train_samples": 0, "num_processes": 1}
+    values[setting] = value
+    ranks = values.pop("num_processes")
+    data = work / f"data-{values['resolution']}"
+    if not data.exists():
+        shutil.copytree(openmoji.folder(values["resolution"]) / "train", data)
+    cache = Path(tempfile.mkdtemp(dir=work))
+    flags = [f"--{flag}={number}" for flag, number in values.items() if number]
+    if setting != "max_train_samples":
+        flags.append("--encoder_cache_gib=0")
+    # accelerate's --multi_gpu are ranks on a CPU, too, where ACCELERATE_USE_CPU is set, as it is here
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={ranks}", "--num_machines=1",
+                "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
+    command = [options.python, *(launcher if ranks > 1 else ()), *PROGRAM,
+               f"--pretrained_model_name_or_path={embedded.folder(name)}", f"--train_data_dir={data}",
+               f"--output_dir={cache / 'output'}", f"--cache_dir={cache}",
+               f"--max_train_steps={options.steps}", *FLAGS.split(), *further.split(), *flags]  # fmt: skip
+    wall_seconds = follow(command, device, cache)["wall_seconds"]
+    run = runs.Run(cache / "output")
+    steady = run.steps[metrics.warmup_steps(len(run.steps)) :]
+    speed = metrics.images_per_second(steady.images, steady.seconds)
+    result = dict(
+        setting=setting, value=value, images_per_second=speed.value, low=speed.low, high=speed.high,
+        peak_gib=max(rank["peak_memory_gib"] for rank in run.summary["ranks"]),
+        predicted_gib=memory.predict(run.config, device, run.config.fold_micro_batches).total_gib,
+        wall_seconds=wall_seconds,
+    )  # fmt: skip
+    shutil.rmtree(cache)
+    return result
+
+
+def plot(results: pd.DataFrame, title: str) -> Figure:
+    settings = [setting for setting in LABELS if (results.setting == setting).any()]
+    figure = Figure(figsize=(plots.WIDTH, 5.2), layout="constrained", dpi=110)
+    caption = "Bars are 95 % confidence intervals within a run. Dashed: the peak memory predicted before the start."
+    plots._title(figure, title, caption)
+    for column, setting in zip(figure.subplots(2, len(settings), sharex="col", sharey="row").T, settings):
+        chosen = results[results.setting == setting].sort_values("value")
+        above = [chosen.images_per_second - chosen.low, chosen.high - chosen.images_per_second]
+        column[0].errorbar(chosen.value, chosen.images_per_second, above, color=plots.BLUE, marker="o", ms=4, capsize=2)
+        column[1].plot(chosen.value, chosen.peak_gib, color=plots.BLUE, marker="o", ms=4)
+        column[1].plot(chosen.value, chosen.predicted_gib, color=plots.GREY, ls="--")
+        column[1].set_xscale("log", base=2)
+        column[1].set_xticks(chosen.value, map(str, chosen.value), fontsize=8)
+        column[1].minorticks_off()
+        column[1].set_xlabel(LABELS[setting], fontsize=9)
+        for axes in column:
+            axes.set_ylim(0)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("images/s, all ranks")
+    figure.axes[1].set_ylabel("peak memory of a rank, GiB")
+    return figure
+
+
+def write(results: list[dict[str, Any]], about: dict[str, Any], path: str) -> None:
+    frame = pd.DataFrame(results)
+    plot(frame, about["title"]).savefig(f"{path}.png")
+    lines = ["| setting | | images/s | peak memory, GiB | predicted, GiB |", "|---" * 5 + "|"]
+    for row in frame.itertuples():
+        speed = metrics.Estimate(row.images_per_second, row.low, row.high)
+        lines.append(f"| {row.setting} | {row.value} | {speed} | {row.peak_gib:.2f} | {row.predicted_gib:.2f} |")
+    about_each = f"{about['steps']} steps each: `{about['flags']}`."
+    Path(f"{path}.md").write_text("\n".join([heading(about), "", *lines, "", about_each, ""]))
+    Path(f"{path}.json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", default=sys.executable, help="of the environment to train in")
+    parser.add_argument("--model", choices=list(MODELS), default="tiny")
+    parser.add_argument("--steps", type=int, default=31, help="optimizer steps of a training")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for what was measured")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[options.model]
+    with tempfile.TemporaryDirectory(prefix="sdnb-growth-") as work:
+        try:
+            seen = inspect(options.python, device, {PROGRAM}, Path(work))
+            ranks = len(seen["devices"]["names"]) if device == "cuda" else os.cpu_count() or 1
+            about = dict(
+                title=f"How the cost grows: {options.model} at {side}×{side}, batch 8, {device}", environment=seen,
+                date=time.strftime("%Y-%m-%d"), steps=options.steps, flags=f"{FLAGS}{further}",
+            )  # fmt: skip
+            results: list[dict[str, Any]] = []
+            for setting, values in points(side, ranks).items():
+                for value in values:
+                    if time.monotonic() > ends:
+                        print(f"stopped after {len(results)} trainings: {options.minutes:g} minutes are over")
+                        return
+                    results.append(measure(options.model, setting, value, options, device, further, Path(work)))
+                    print(json.dumps(results[-1]), flush=True)
+                    write(results, about, f"{options.out}/growth-{options.model}")
+        except (RuntimeError, errors.SdnbError) as error:
+            sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
