@@ -30,9 +30,9 @@ _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow
 class Encoders:
     """Gives the moments of the VAE's posterior and the text encoder's hidden states for a micro-batch.
 
-    What it keeps are the moments and not a draw from them, so that drawing and its order stay as they are. A picture
-    with its mirror image, and a caption, are encoded apart from all others when they are first met: what is kept
-    depends on nothing else, and a resumed training meets the same bits.
+    What it keeps are the moments and not a draw from them, so that drawing and its order stay as they are. A picture is
+    encoded with its mirror image when it is first met, and so is a caption, in one batch with what else of the
+    micro-batch was not met before.
     """
 
     def __init__(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, device: torch.device) -> None:
@@ -67,20 +67,23 @@ class Encoders:
             return self._encode_pictures(pictures), self._encode_captions(token_ids)
         pixels = dict(zip(batch["loaded"], batch["pixel_values"]))
 
-        def views(row: int) -> Tensor:
+        def views(rows: list[int]) -> Tensor:
             # not among the pixels if its row turned out to be torn
-            return self._encode_pictures(pixels[row] if row in pixels else self.examples.pixels(row))
+            both = [pixels[row] if row in pixels else self.examples.pixels(row) for row in rows]
+            # no more at once than the encoder would be given otherwise
+            parts = torch.cat(both).split(max(len(batch["rows"]), self.examples.views))
+            return torch.cat([self._encode_pictures(part) for part in parts]).unflatten(0, (len(rows), -1))
 
-        def caption(number: int) -> Tensor:
-            return self._encode_captions(self.token_ids[number][None])[0]
+        def words(numbers: list[int]) -> Tensor:
+            return self._encode_captions(self.token_ids[numbers])
 
         pictures, new_pictures = self._look_up(self.moments, batch["rows"], views)
-        captions, new_captions = self._look_up(self.words, batch["captions"], caption)
+        captions, new_captions = self._look_up(self.words, batch["captions"], words)
         self.encoded_images += new_pictures * self.examples.views
         self.encoded_captions += new_captions
         moments = self._together(pictures[row][view] for row, view in zip(batch["rows"], batch["views"]))
-        words = self._together(captions[number] for number in batch["captions"])
-        return torch.empty_like(self._laid_out(len(moments))).copy_(moments), words
+        hidden_states = self._together(captions[number] for number in batch["captions"])
+        return torch.empty_like(self._laid_out(len(moments))).copy_(moments), hidden_states
 
     def take_counts(self) -> tuple[int, int]:
         """How many pictures and captions were encoded since the last time that this was asked."""
@@ -89,13 +92,13 @@ class Encoders:
         return counts
 
     def _look_up(
-        self, table: Table, rows: Sequence[int], encode: Callable[[int], Tensor]
+        self, table: Table, rows: Sequence[int], encode: Callable[[list[int]], Tensor]
     ) -> tuple[dict[int, Tensor], int]:
         """The rows on the host, and how many had to be computed; those are kept."""
         found = {row: table.read(row) for row in rows}
         missing = [row for row, kept in found.items() if kept is None]
         if missing:
-            for row, values in zip(missing, torch.stack([encode(row) for row in missing]).cpu()):
+            for row, values in zip(missing, encode(missing).cpu()):
                 table.write(row, values)
                 found[row] = values
         return found, len(missing)

@@ -8,6 +8,7 @@ When the other end of the pipe closes, the one who launched the run is gone, how
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from .watchdog import end_when, end_with_parent
 def main() -> None:
     folder, pipe = Path(sys.argv[1]), int(sys.argv[2])
     config = TrainConfig(**json.load(sys.stdin))
+    gc.disable()  # until all is loaded, see `train`
     # nothing is ever written: the pipe can be read when its other end closes
     end_when(lambda: os.read(pipe, 1) == b"", everyone=True)
 

@@ -36,6 +36,7 @@ def main() -> None:
         folder = Path(config.output_dir).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
+        _end("", 0)
     except KeyboardInterrupt:
         _end(f"interrupted; what was measured is in {folder}" if rank == 0 else "", 130)
     except Exception as error:
@@ -96,4 +97,5 @@ def _end(message: str, status: int) -> None:
         print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # at once: interpreter shutdown would wait for ranks that wait for this one
+    # At once: to take all modules apart takes a second or two, and ranks that wait for this one would be waited for.
+    os._exit(status)
