@@ -42,7 +42,7 @@ def measured_gib(tmp_path_factory):
     command = [
         sys.executable, "-m", "sdnb.train", "--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji",
         "--resolution=64", "--train_batch_size=32", "--max_train_steps=2", "--lr_warmup_steps=0", "--report_to=none",
-        "--fold_micro_batches=1", "--encoder_cache_gib=0",
+        "--fold_micro_batches=1", "--encoder_cache_gib=0", "--no-keep_freed_memory",
     ]  # fmt: skip
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     running = []
