@@ -20,6 +20,7 @@ from .device import peak_tflops
 
 RESULTS_MIME = "application/vnd.sdnb.results+json"
 RUNNING_MEAN_STEPS = 10
+SMOOTHING = 0.3  # of tqdm's progress bar
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ def smoothed_seconds_per_step(seconds: np.ndarray) -> float:
     return 1 / rate
 
 
+def seconds_per_micro_batch(shown: float, micro_batches: Sequence[int]) -> float:
+    """What a micro-batch takes where tqdm's progress bar shows so many s/it after steps of so many micro-batches, if
+    each takes as long: the average is linear in it."""
+    return shown / smoothed_seconds_per_step(np.asarray(micro_batches, float))
+
+
 def nominal_ips(steps: pd.DataFrame, config: TrainConfig) -> float:
     """Images per second per GPU as it is published: global batch / smoothed seconds per step at the last step but one /
     GPUs. It takes every step for a full one. NaN where there is only one step."""
@@ -154,29 +161,66 @@ class Measurements:
 
 def measure(run: Any) -> Measurements:
     """All figures of a run, from what its folder holds (a `runs.Run`, complete or not, with one step at least)."""
-    config, environment = run.config, run.environment
+    config, environment, model = run.config, run.environment, run.model
     resumed = environment.get("resumed", [])
     steps = mark(run.steps, config, [one["after_step"] for one in resumed])
     on_gpu = environment["devices"]["type"] != "cpu"
     noun = "GPU" if on_gpu else "CPU rank"
-    steady = steps[steps.steady]
+    steady = steps[steps.steady & steps.seconds.notna()]
     together = images_per_second(steady.images, steady.seconds)
     each = Estimate(*(part / config.num_processes for part in (together.value, together.low, together.high)))
+    log = environment.get("imported")
+    if log:
+        throughput = _throughput_of_a_log(steps, config, noun, each, log)
+    else:
+        throughput = _throughput_results(steps, config, noun, each, together)
     return Measurements(
         steps=steps,
         validation=run.validation,
         config=config,
         results=(
-            *_throughput_results(steps, config, noun, each, together),
-            _mfu(run.model, config, environment["devices"], steady),
+            *throughput,
+            *([_mfu(model, config, environment["devices"], steady)] if "flop_per_image" in model else []),
             *_encoders(steady),
             *_energy(steady, config),
-            _memory(run.summary, on_gpu),
-            *_loss_results(steps, run.validation, config, run.model),
+            *([] if log else [_memory(run.summary, on_gpu)]),
+            *_loss_results(steps, run.validation, config, model, bool(log)),
             _total_time(steps, run.summary, environment),
             *_resumed(resumed, environment.get("host")),
         ),
     )
+
+
+def _throughput_of_a_log(
+    steps: pd.DataFrame, config: TrainConfig, noun: str, measured: Estimate, log: dict[str, Any]
+) -> list[Result]:
+    """Of a training that sdnb did not run: from the times of its steps if the log has most of them, and otherwise from
+    what the progress bar shows near the end."""
+    shown, ranks = log.get("shown_seconds_per_step"), config.num_processes
+    full_size, known = config.gradient_accumulation_steps, steps.seconds.notna().sum()
+    each, how = measured, f"pictures / time / {noun}s, over the {known} steps whose time the log tells, warm-up left out"
+    rows = []
+    if shown:
+        micro_batch, size, at = log["seconds_per_micro_batch"], log["micro_batches_at_step"], log["at_step"]
+        solved = f"tqdm's {shown:.2f} s/it at step {at}, its smoothing solved for a micro-batch"
+        short = f"; step {at} was a short one, {size} of {full_size} micro-batches" if size < full_size else ""
+        if known < config.max_train_steps / 2:
+            each, how = Estimate(config.train_batch_size / micro_batch, math.nan, math.nan), solved + short
+        nominal = config.global_batch / shown / ranks
+        rows = [
+            Result("nominal IPS", f"{nominal:.2f}",
+                   f"{config.global_batch} / {shown:.2f} s/it at step {at} / {ranks} {noun}s; takes every step for a "
+                   f"full one{short}", nominal),
+            Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch),
+        ]  # fmt: skip
+    rows.insert(0, Result("images/s per " + noun, str(each), how, each.value))
+    if ranks > 1:
+        rows.append(Result(f"images/s, all {noun}s", f"{each.value * ranks:.2f}", f"{ranks} times as many",
+                           each.value * ranks))  # fmt: skip
+    short_steps = int(steps.short.sum())
+    meaning = "steps with fewer pictures than the global batch, by the header"
+    rows.append(Result("short steps", f"{short_steps} of {len(steps)}", meaning, short_steps))
+    return rows
 
 
 def _throughput_results(
@@ -271,17 +315,19 @@ def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:
 
 
 def _loss_results(
-    steps: pd.DataFrame, validation: pd.DataFrame, config: TrainConfig, model: dict[str, Any]
+    steps: pd.DataFrame, validation: pd.DataFrame, config: TrainConfig, model: dict[str, Any], imported: bool
 ) -> list[Result]:
     last, first = steps.iloc[-1], steps.iloc[0]
     window = min(RUNNING_MEAN_STEPS, len(steps))
-    meaning = "; from random weights, so it says nothing about quality" if model["random_weights"] else ""
+    meaning = "; from random weights, so it says nothing about quality" if model.get("random_weights") else ""
     rows = [
         Result("final loss", f"{last.running_loss:.4f}",
                f"running mean of the last {window} steps; step 1 had {first.loss:.4f}{meaning}", last.running_loss),
         Result("final step_loss", f"{last.step_loss:.4f}",
                "rank 0's last micro-batch, as the reference's progress bar shows: noise", last.step_loss),
     ]  # fmt: skip
+    if imported:
+        rows = [row for row in rows if not math.isnan(row.value)]
     if len(validation):
         begin, end = validation.iloc[0], validation.iloc[-1]
         rows.append(
@@ -304,6 +350,9 @@ def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[
     training = steps.seconds.sum()
     if not summary:
         return Result("total time", f"{training:.0f} s in steps", "the run did not reach its end", training)
+    if "imported" in environment:
+        total = summary["total_seconds"]
+        return Result("total time", f"{total:.0f} s", "by the log, from the first step to its end", total)
     total = summary["ended"] - environment["started"]
     if environment.get("resumed"):
         how = f"from the last resume to saved pipeline; all steps together took {training:.0f} s"

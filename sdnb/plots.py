@@ -103,7 +103,7 @@ def samples(run: Run) -> Figure | None:
     pictures = {(row.step, row.prompt): Image.open(run.folder / SAMPLES / row.file) for row in drawn.itertuples()}
     first = drawn.iloc[0]
     how = f"Seed {first.seed}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."
-    if run.model["random_weights"]:
+    if run.model.get("random_weights"):
         how += " The model started from random weights: its pictures do not show anything yet."
     labels = ["before" if step == 0 else f"after step {step}" for step in times]
     return _grid(

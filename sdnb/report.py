@@ -87,12 +87,17 @@ def main() -> None:
     parser.add_argument("page", nargs="?", help="the page to write; left out, beside the notebook")
     arguments = parser.parse_args()
     try:
-        page, headline = write(arguments.notebook, arguments.page)
+        write_and_say(arguments.notebook, arguments.page)
     except SdnbError as error:
         sys.exit(f"error: {error}")
+
+
+def write_and_say(notebook: str, page: str | None = None) -> None:
+    """Write the page, and print the headline results and where it is."""
+    written, headline = write(notebook, page)
     for row in headline:
         print(f"{row['name']:<24}{row['text']}")
-    print(f"report: {page.resolve()}")
+    print(f"report: {written.resolve()}")
 
 
 if __name__ == "__main__":

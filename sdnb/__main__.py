@@ -1,0 +1,61 @@
+"""The command `sdnb`, also `python -m sdnb`: what is done with runs outside a notebook."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import SdnbError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="sdnb", description="What is done with runs outside a notebook.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    report = commands.add_parser("report", help="an executed notebook as one HTML page")
+    report.add_argument("notebook", help="an executed notebook")
+    report.add_argument("page", nargs="?", help="the page to write; left out, beside the notebook")
+    report.set_defaults(run=_report)
+
+    importing = commands.add_parser(
+        "import",
+        help="a training that sdnb did not run, as a run folder",
+        description="Make a run folder of a training of diffusers' train_text_to_image.py.",
+    )
+    importing.add_argument("log", type=Path, help="its console log, or its TensorBoard events (a file or the folder)")
+    importing.add_argument("--output_dir", type=Path, help="the run folder; left out, a new one under runs/")
+    for name, what in (
+        ("examples", "pictures in its data set"),
+        ("num_processes", "its ranks"),
+        ("train_batch_size", "pictures in a micro-batch"),
+        ("gradient_accumulation_steps", "micro-batches in an optimizer step"),
+    ):
+        importing.add_argument(f"--{name}", type=int, help=f"{what}, where the log does not say it")
+    importing.set_defaults(run=_import)
+
+    given = parser.parse_args(arguments)
+    try:
+        given.run(given)
+    except SdnbError as error:
+        sys.exit(f"error: {error}")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from . import report
+
+    report.write_and_say(given.notebook, given.page)
+
+
+def _import(given: argparse.Namespace) -> None:
+    from . import imported, metrics
+
+    said = {name: getattr(given, name) for name in ("examples", "num_processes", "train_batch_size",
+                                                    "gradient_accumulation_steps")}  # fmt: skip
+    log = imported.read(given.log, **{name: number for name, number in said.items() if number is not None})
+    run = imported.write(log, given.output_dir, given.log.name)
+    print(metrics.measure(run), f"in {run.folder}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
