@@ -2,7 +2,7 @@
 
 The way data flows is the order to read the modules in:
 settings → config → models, data, runs → metrics → imported, memory, encoders, batches, checkpoints, observer →
-train → terminal, ranks → launch → plots → report.
+train → terminal, ranks → launch → compare → plots → report.
 """
 
 import os

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -96,9 +95,7 @@ def read_console(text: str, name: str, settings: dict[str, Any] | None = None) -
         raise RunError(f"{name}: has no header «***** Running training *****» that says it all; give {flags}")
     examples, together = given.pop("examples"), given.pop("global_batch", None)
     if together:
-        given.setdefault(
-            "num_processes", together // given["train_batch_size"] // given["gradient_accumulation_steps"]
-        )
+        given.setdefault("num_processes", together // given["train_batch_size"] // given["gradient_accumulation_steps"])
     given["max_train_steps"] = int(bars[-1]["total"])
     for setting, pattern in (
         ("mixed_precision", r"Mixed precision type: (no|fp16|bf16)"),

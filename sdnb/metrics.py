@@ -81,6 +81,14 @@ def images_per_second(images: np.ndarray, seconds: np.ndarray) -> Estimate:
     return Estimate(ratio, ratio - margin, ratio + margin)
 
 
+def ratio_of(one: Estimate, other: Estimate) -> Estimate:
+    """The ratio of two independent estimates, with its 95 % confidence interval: of its logarithm, whose variance is
+    the sum of theirs (the delta method). NaN where one of the intervals is not known."""
+    ratio = one.value / other.value
+    margin = math.hypot(*((each.high - each.low) / 2 / each.value for each in (one, other)))
+    return Estimate(ratio, ratio * math.exp(-margin), ratio * math.exp(margin))
+
+
 def smoothed_seconds_per_step(seconds: np.ndarray) -> float:
     """The s/it that tqdm's progress bar shows after the last of these steps: its own moving average, smoothing 0.3."""
     now = 0.0
@@ -132,6 +140,7 @@ class Measurements:
     steps: pd.DataFrame
     validation: pd.DataFrame
     config: TrainConfig
+    throughput: Estimate
     results: tuple[Result, ...]
 
     def __getitem__(self, name: str) -> Result:
@@ -171,13 +180,14 @@ def measure(run: Any) -> Measurements:
     each = Estimate(*(part / config.num_processes for part in (together.value, together.low, together.high)))
     log = environment.get("imported")
     if log:
-        throughput = _throughput_of_a_log(steps, config, noun, each, log)
+        each, throughput = _throughput_of_a_log(steps, config, noun, each, log)
     else:
         throughput = _throughput_results(steps, config, noun, each, together)
     return Measurements(
         steps=steps,
         validation=run.validation,
         config=config,
+        throughput=each,
         results=(
             *throughput,
             *([_mfu(model, config, environment["devices"], steady)] if "flop_per_image" in model else []),
@@ -193,12 +203,15 @@ def measure(run: Any) -> Measurements:
 
 def _throughput_of_a_log(
     steps: pd.DataFrame, config: TrainConfig, noun: str, measured: Estimate, log: dict[str, Any]
-) -> list[Result]:
+) -> tuple[Estimate, list[Result]]:
     """Of a training that sdnb did not run: from the times of its steps if the log has most of them, and otherwise from
     what the progress bar shows near the end."""
     shown, ranks = log.get("shown_seconds_per_step"), config.num_processes
     full_size, known = config.gradient_accumulation_steps, steps.seconds.notna().sum()
-    each, how = measured, f"pictures / time / {noun}s, over the {known} steps whose time the log tells, warm-up left out"
+    each, how = (
+        measured,
+        f"pictures / time / {noun}s, over the {known} steps whose time the log tells, warm-up left out",
+    )
     rows = []
     if shown:
         micro_batch, size, at = log["seconds_per_micro_batch"], log["micro_batches_at_step"], log["at_step"]
@@ -220,7 +233,7 @@ def _throughput_of_a_log(
     short_steps = int(steps.short.sum())
     meaning = "steps with fewer pictures than the global batch, by the header"
     rows.append(Result("short steps", f"{short_steps} of {len(steps)}", meaning, short_steps))
-    return rows
+    return each, rows
 
 
 def _throughput_results(

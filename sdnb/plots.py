@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .compare import Comparison
 from .metrics import RUNNING_MEAN_STEPS, Measurements, time_by_phase
 from .runs import SAMPLES, Run
 
@@ -22,6 +23,7 @@ PHASE_COLOURS = {
     "data": "#CC79A7", "encode": ORANGE, "forward": "#56B4E9", "backward": BLUE,
     "optimizer": GREEN, "ema": "#F0E442", "other": GREY,
 }  # fmt: skip
+RUN_COLOURS = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000", GREY)
 WIDTH = 9.0
 MOST_ROWS = 6
 
@@ -110,6 +112,83 @@ def samples(run: Run) -> Figure | None:
         [[pictures.get((step, prompt)) for prompt in prompts] for step in times],
         "Pictures drawn from the same noise as the training went on", how, columns=prompts, rows=labels,
     )  # fmt: skip
+
+
+def throughputs_of(comparison: Comparison) -> Figure:
+    """Images/s per device of each run, with its confidence interval."""
+    estimates = {label: measured.throughput for label, measured in comparison.measured.items()}
+    best = max(estimates, key=lambda label: estimates[label].value)
+    first = next(iter(estimates.values()))
+    caption = f"{best} trains the most, {estimates[best]}. Lines: 95 % confidence within the run, where it is known."
+    figure, axes = _figure("Images per second and device", caption, 1.4 + 0.45 * len(estimates))
+    for row, (colour, estimate) in enumerate(zip(_colours(comparison), estimates.values())):
+        axes.barh(row, estimate.value, color=colour, alpha=0.6)
+        axes.plot([estimate.low, estimate.high], [row, row], color="black", lw=1.5)
+        end = max(estimate.value, estimate.high if np.isfinite(estimate.high) else 0)
+        axes.text(end, row, f"  {estimate.value:.2f}, ×{estimate.value / first.value:.2f}", va="center")
+    axes.set(xlabel="images/s", xlim=(0, axes.get_xlim()[1] * 1.2))
+    axes.set_yticks(range(len(estimates)), estimates)
+    axes.invert_yaxis()
+    return figure
+
+
+def losses_of(comparison: Comparison) -> Figure:
+    """The running means of the loss, and single losses where a log has no more, over the optimizer steps."""
+    ends = {label: measured.steps.running_loss.iloc[-1] for label, measured in comparison.measured.items()}
+    said = ", ".join(f"{label} {end:.4f}" for label, end in ends.items() if np.isfinite(end))
+    caption = f"Running means of {RUNNING_MEAN_STEPS} steps end at: {said or 'not known'}."
+    figure, axes = _figure("Loss", caption, 4.0)
+    for colour, (label, measured) in zip(_colours(comparison), comparison.measured.items()):
+        steps = measured.steps
+        sparse = steps.running_loss.isna().all()
+        axes.plot(steps.step, steps.loss, "o" if sparse else "-", color=colour, alpha=0.25, lw=0.8, ms=3)
+        axes.plot(steps.step, steps.running_loss, color=colour, lw=2, label=label)
+    axes.set(xlabel="optimizer step", ylabel="mean squared error", ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
+def step_times_of(comparison: Comparison) -> Figure:
+    """The wall time of each step; short steps as diamonds."""
+    medians = {
+        label: measured.steps[measured.steps.steady & ~measured.steps.short].seconds.median()
+        for label, measured in comparison.measured.items()
+    }
+    said = ", ".join(f"{label} {median:.3f} s" for label, median in medians.items() if np.isfinite(median))
+    caption = f"Medians of the full steps after the warm-up: {said or 'not known'}. Diamonds are short steps."
+    figure, axes = _figure("Wall time of each optimizer step", caption, 3.6)
+    for colour, (label, measured) in zip(_colours(comparison), comparison.measured.items()):
+        for steps, marker in (
+            (measured.steps[~measured.steps.short], "o"),
+            (measured.steps[measured.steps.short], "D"),
+        ):
+            axes.plot(steps.step, steps.seconds, marker, color=colour, ms=3, label=label if marker == "o" else None)
+    axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
+def samples_of(comparison: Comparison) -> Figure | None:
+    """What each run drew last, of the prompts that all of them drew; None if there are none."""
+    drawn = {label: run.samples for label, run in comparison.runs.items() if not run.samples.empty}
+    if not drawn:
+        return None
+    last = {label: samples[samples.step == samples.step.max()] for label, samples in drawn.items()}
+    prompts = [prompt for prompt in next(iter(last.values())).prompt
+               if all(prompt in set(samples.prompt) for samples in last.values())]  # fmt: skip
+    if not prompts:
+        return None
+    rows = []
+    for label, samples in last.items():
+        files = dict(zip(samples.prompt, samples.file))
+        rows.append([Image.open(comparison.runs[label].folder / SAMPLES / files[prompt]) for prompt in prompts])
+    seeds = {int(seed) for samples in last.values() for seed in samples.seed}
+    how = "From the same seed." if len(seeds) == 1 else f"From different seeds: {', '.join(map(str, sorted(seeds)))}."
+    return _grid(rows, "What each run drew last", how, columns=prompts, rows=list(last))
+
+
+def _colours(comparison: Comparison) -> list[str]:
+    return [RUN_COLOURS[row % len(RUN_COLOURS)] for row in range(len(comparison.runs))]
 
 
 def pictures(images: Sequence[Image.Image], captions: Sequence[str], total: int) -> Figure:

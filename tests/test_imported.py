@@ -29,7 +29,9 @@ Mixed precision type: fp16
 """
 
 # The end of a log of which the middle was left out, as logs are published.
-WITH_A_GAP = HEADER + """\
+WITH_A_GAP = (
+    HEADER
+    + """\
 Steps:   0%|          | 0/101 [00:00<?, ?it/s]
 Steps:   0%|          | 0/101 [00:03<?, ?it/s, lr=1e-5, step_loss=0.08]
 Steps:   0%|          | 0/101 [00:03<?, ?it/s, lr=1e-5, step_loss=0.02]
@@ -47,6 +49,7 @@ Loaded scheduler as PNDMScheduler from `scheduler` subfolder of /home/someone/mo
 
 Steps: 100%|██████████| 101/101 [03:32<00:00,  2.11s/it, lr=1e-5, step_loss=0.0456]
 """
+)
 
 
 def read(text, **settings):
@@ -110,8 +113,12 @@ def test_the_times_and_losses_of_a_whole_log(tmp_path, separator):
     )
     run = imported.write(read(HEADER + bars.replace("\r", separator)), tmp_path / "run", "its.log")
     assert list(run.steps.seconds) == pytest.approx([seconds for seconds, _ in truth], abs=0.035)
-    assert list(run.steps.step_loss) == pytest.approx([losses[-1] for _, losses in truth], rel=5e-3), "three digits are shown"
-    assert list(run.steps.loss) == pytest.approx([sum(losses) / len(losses) for _, losses in truth], rel=5e-3), "three digits are shown"
+    assert list(run.steps.step_loss) == pytest.approx([losses[-1] for _, losses in truth], rel=5e-3), (
+        "three digits are shown"
+    )
+    assert list(run.steps.loss) == pytest.approx([sum(losses) / len(losses) for _, losses in truth], rel=5e-3), (
+        "three digits are shown"
+    )
     measured = metrics.measure(run)
     pictures = 8 * sum(sizes[10:])
     assert measured["images/s per GPU"].value == pytest.approx(pictures / sum(time for time, _ in truth[10:]), rel=0.01)
@@ -121,7 +128,7 @@ def test_the_times_and_losses_of_a_whole_log(tmp_path, separator):
 
 
 def test_fast_steps_are_shown_as_steps_per_second(tmp_path):
-    bars, truth = trained(20, [1] * 20, lambda step: 0.12, iter(lambda: 0.5, 2))
+    bars, _ = trained(20, [1] * 20, lambda step: 0.12, iter(lambda: 0.5, 2))
     log = imported.read_console(bars, "a log", dict(
         examples=100, train_batch_size=4, gradient_accumulation_steps=1, num_processes=1))  # fmt: skip
     run = imported.write(log, tmp_path / "run", "its.log")

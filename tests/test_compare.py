@@ -1,0 +1,138 @@
+"""Runs side by side, of any origin: what differs, and whether it is more than chance."""
+
+import math
+import random
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_metrics import config
+
+from sdnb import imported, plots, report, runs
+from sdnb.compare import compare
+from sdnb.errors import RunError
+from sdnb.metrics import Estimate, ratio_of
+
+
+def make_run(folder, seconds=0.5, torch="2.13.0", noise=0.1, prompts=("sun",), seed=0, **settings):
+    """A run folder as a training leaves it: 40 steps, of seconds that scatter."""
+    draw = random.Random(folder.name)
+    folder.mkdir(parents=True)
+    made = config(**settings)
+    made.save(folder / runs.CONFIG)
+    runs.write(
+        folder / runs.ENVIRONMENT,
+        dict(devices=dict(type="cpu", names=["a CPU"]), packages=dict(torch=torch), python="3.11", started=0.0),
+    )
+    runs.write(folder / runs.MODEL, {"random_weights": False})
+    for step in range(1, 41):
+        record = dict(
+            step=step, epoch=0, micro_batches=4, images=made.global_batch, loss=1 / step, train_loss=1 / step,
+            step_loss=0.1, lr=1e-5, seconds=seconds * (1 + noise * draw.uniform(-1, 1)), phase_seconds={},
+        )  # fmt: skip
+        runs.append(folder / runs.STEPS, record)
+    (folder / runs.SAMPLES).mkdir()
+    for prompt in prompts:
+        Image.new("RGB", (8, 8), "red").save(folder / runs.SAMPLES / f"{prompt}.png")
+        runs.append(
+            folder / runs.SAMPLES_LIST,
+            dict(step=40, prompt=prompt, file=f"{prompt}.png", seed=seed, num_inference_steps=2, guidance_scale=1.0),
+        )
+    return folder
+
+
+@pytest.fixture
+def three(tmp_path):
+    return [
+        make_run(tmp_path / "runs" / "a"),
+        make_run(tmp_path / "runs" / "b", learning_rate=1e-3, torch="2.14.1"),
+        make_run(tmp_path / "runs" / "c", seconds=0.4, prompts=("sun", "moon")),
+    ]
+
+
+def test_what_differs_is_said_and_nothing_else(three):
+    compared = compare(three)
+    assert list(compared.settings.index) == ["learning_rate"]
+    assert list(compared.settings.loc["learning_rate"]) == ["0.0001", "0.001", "0.0001"]
+    assert list(compared.environments.index) == ["torch"]
+
+
+def test_the_ratio_and_whether_it_is_chance(three):
+    compared = compare(three)
+    ab, ac, bc = compared.statements
+    assert ab.startswith("b trains") and "no significant difference" in ab
+    assert ac.startswith("c trains 1.2") and "a significant difference" in ac and "as a (95 % confidence" in ac
+    assert bc.startswith("c trains 1.2") and "as b" in bc
+    throughput = compared.results.loc["images/s per CPU rank"]
+    assert "[" not in throughput["a"] and "[×1.2" in throughput["c"]
+    assert "[×0." in compared.results.loc["seconds per step"]["c"]
+
+
+def test_the_interval_of_a_ratio():
+    same = ratio_of(Estimate(10, 9.8, 10.2), Estimate(10, 9.8, 10.2))
+    assert same.value == 1
+    assert math.log(same.high) == pytest.approx(math.sqrt(2) * 0.02)
+    assert math.isnan(ratio_of(Estimate(10, 9, 11), Estimate(10, math.nan, math.nan)).low)
+
+
+def test_with_a_run_that_sdnb_did_not_train(three):
+    compared = compare(["published", three[0]])
+    label = imported.PUBLISHED.name
+    assert list(compared.runs) == [label, "a"]
+    assert compared.settings.loc["use_ema"][label] == "True"
+    assert "adam_beta1" not in compared.settings.index, "what is not known differs from nothing"
+    assert "cannot be said" in compared.statements[0]
+    assert compared.results.loc["images/s per GPU"][label] == "14.35"
+    for draw in (plots.throughputs_of, plots.losses_of, plots.step_times_of, plots.samples_of):
+        draw(compared).canvas.draw()
+
+
+def test_the_figures(three):
+    compared = compare(three[0].parent)
+    assert list(compared.runs) == ["a", "b", "c"], "a folder of runs"
+    assert "c trains the most" in plots.throughputs_of(compared).get_supxlabel()
+    assert [text.get_text() for text in plots.losses_of(compared).axes[0].get_legend().get_texts()] == ["a", "b", "c"]
+    assert (
+        "0.40" in plots.step_times_of(compared).get_supxlabel()
+        or "0.39" in plots.step_times_of(compared).get_supxlabel()
+    )
+    pictures = plots.samples_of(compared)
+    assert len(pictures.axes) == 3, "a row for each run, of the one prompt that all have"
+    assert pictures.get_supxlabel() == "From the same seed."
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    compared = compare([make_run(tmp_path / "one" / "run"), make_run(tmp_path / "two" / "run")])
+    assert list(compared.runs) == ["one/run", "two/run"]
+
+
+def test_mistakes(three, tmp_path):
+    with pytest.raises(RunError, match="takes two runs, and there is only"):
+        compare([three[0]])
+    with pytest.raises(RunError, match="no such folder"):
+        compare(tmp_path / "nothing")
+    with pytest.raises(RunError, match="there is no run here"):
+        compare([three[0], tmp_path])
+    with pytest.raises(RunError, match="given twice"):
+        compare([three[0], three[0]])
+    (three[2] / runs.STEPS).unlink()
+    with pytest.raises(RunError, match="c: has no steps"):
+        compare(three)
+
+
+def test_the_notebook_and_its_page(three, tmp_path):
+    out = tmp_path / "comparison.ipynb"
+    listed = "[" + ", ".join(f'"{one}"' for one in ["published", *three]) + "]"
+    command = [sys.executable, "-m", "papermill", "notebooks/compare.ipynb", str(out), "-p", "runs", listed]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = [
+        output.data for cell in nbformat.read(out, 4).cells for output in cell.get("outputs", ()) if "data" in output
+    ]
+    assert sum("image/png" in data or "image/svg+xml" in data for data in shown) == 4
+    page, _ = report.write(out)
+    text = page.read_text()
+    assert "a significant difference" in text and "learning_rate" in text
