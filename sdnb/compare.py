@@ -23,6 +23,9 @@ from .runs import Run
 BASELINE = "published"
 # Where a run is kept says nothing of how it was trained.
 _NOT_COMPARED = {"output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "hub_token"}
+# The work of a picture: where it differs, a ratio of speeds is not one of machines alone.
+_WORK = ("pretrained_model_name_or_path", "resolution")
+_HAVE_RATIOS = ("images", "nominal", "seconds", "peak memory", "total time", "final loss", "held-out loss")
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,23 @@ class Comparison:
             columns[label] = {}
             for row in measured.results:
                 base = before.get(row.name)
-                compared = measured is not first and _is_number(base) and _is_number(row.value) and base
-                ratio = f" [×{row.value / base:.2f}]" if compared and row.name not in ("target", "MFU") else ""
+                compared = measured is not first and row.name.startswith(_HAVE_RATIOS)
+                known = _is_number(base) and _is_number(row.value) and base
+                ratio = f" [×{row.value / base:.2f}]" if compared and known else ""
                 columns[label][row.name] = row.text + ratio
         return pd.DataFrame(columns).reindex(names).fillna("")
 
     @property
     def statements(self) -> list[str]:
         """Of each two runs, whether they differ in images/s per device, and by how much."""
-        return [
+        statements = [
             _compare(one, self.measured[one].throughput, other, self.measured[other].throughput)
             for one, other in combinations(self.runs, 2)
         ]
+        differs = [name for name in _WORK if name in self.settings.index]
+        if differs:
+            statements.append(f"Not all do the same work for a picture: {' and '.join(differs)} differ.")
+        return statements
 
     def __repr__(self) -> str:
         return "\n".join([self.results.to_string(), "", *self.statements])

@@ -140,8 +140,10 @@ def losses_of(comparison: Comparison) -> Figure:
     figure, axes = _figure("Loss", caption, 4.0)
     for colour, (label, measured) in zip(_colours(comparison), comparison.measured.items()):
         steps = measured.steps
-        sparse = steps.running_loss.isna().all()
-        axes.plot(steps.step, steps.loss, "o" if sparse else "-", color=colour, alpha=0.25, lw=0.8, ms=3)
+        sparse = steps.loss.isna().mean() > 0.5  # a log with gaps
+        axes.plot(
+            steps.step, steps.loss, "o" if sparse else "-", color=colour, alpha=0.8 if sparse else 0.25, lw=0.8, ms=3
+        )
         axes.plot(steps.step, steps.running_loss, color=colour, lw=2, label=label)
     axes.set(xlabel="optimizer step", ylabel="mean squared error", ylim=(0, None))
     axes.legend(frameon=False)
@@ -150,11 +152,11 @@ def losses_of(comparison: Comparison) -> Figure:
 
 def step_times_of(comparison: Comparison) -> Figure:
     """The wall time of each step; short steps as diamonds."""
-    medians = {
-        label: measured.steps[measured.steps.steady & ~measured.steps.short].seconds.median()
+    full = {
+        label: measured.steps[measured.steps.steady & ~measured.steps.short].seconds.dropna()
         for label, measured in comparison.measured.items()
     }
-    said = ", ".join(f"{label} {median:.3f} s" for label, median in medians.items() if np.isfinite(median))
+    said = ", ".join(f"{label} {seconds.median():.3f} s" for label, seconds in full.items() if len(seconds) > 2)
     caption = f"Medians of the full steps after the warm-up: {said or 'not known'}. Diamonds are short steps."
     figure, axes = _figure("Wall time of each optimizer step", caption, 3.6)
     for colour, (label, measured) in zip(_colours(comparison), comparison.measured.items()):

@@ -85,6 +85,7 @@ def test_with_a_run_that_sdnb_did_not_train(three):
     assert compared.settings.loc["use_ema"][label] == "True"
     assert "adam_beta1" not in compared.settings.index, "what is not known differs from nothing"
     assert "cannot be said" in compared.statements[0]
+    assert "not all do the same work" in compared.statements[-1].lower()
     assert compared.results.loc["images/s per GPU"][label] == "14.35"
     for draw in (plots.throughputs_of, plots.losses_of, plots.step_times_of, plots.samples_of):
         draw(compared).canvas.draw()
