@@ -18,7 +18,10 @@ REFERENCE ?=
 BENCH_PYTHON ?= $(BIN)/python
 BENCH ?=
 
-.PHONY: help train test test-2024 lint bench lab clean
+# A grid of settings for make sweep
+GRID ?= params/sweep-batch.yaml
+
+.PHONY: help train sweep test test-2024 lint bench lab clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -30,6 +33,9 @@ train: $(VENV)/.installed ## Train the embedded model on the embedded data, and 
 	@mkdir -p "$(RUN)"
 	$(BIN)/papermill notebooks/train.ipynb "$(RUN)/train.ipynb" -p steps $(STEPS) -p output_dir "$(abspath $(RUN))" $(PARAMS)
 	@$(BIN)/python -m sdnb.report "$(RUN)/train.ipynb"
+
+sweep: $(VENV)/.installed ## Run a grid of settings, GRID=params/sweep-….yaml, and compare them
+	$(BIN)/python -m sdnb sweep "$(GRID)"
 
 test: $(VENV)/.installed ## Run all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2

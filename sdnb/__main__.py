@@ -34,6 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
         importing.add_argument(f"--{name}", type=int, help=f"{what}, where the log does not say it")
     importing.set_defaults(run=_import)
 
+    sweeping = commands.add_parser("sweep", help="a grid of settings, each an executed notebook, compared on one page")
+    sweeping.add_argument("grid", help="a YAML file, such as params/sweep-batch.yaml")
+    sweeping.add_argument("--output_dir", help="folder for the runs; left out, one under runs/ with the file's name")
+    sweeping.set_defaults(run=_sweep)
+
     given = parser.parse_args(arguments)
     try:
         given.run(given)
@@ -55,6 +60,17 @@ def _import(given: argparse.Namespace) -> None:
     log = imported.read(given.log, **{name: number for name, number in said.items() if number is not None})
     run = imported.write(log, given.output_dir, given.log.name)
     print(metrics.measure(run), f"in {run.folder}", sep="\n")
+
+
+def _sweep(given: argparse.Namespace) -> None:
+    from . import sweep
+
+    page, failed = sweep.run(sweep.load(given.grid), given.output_dir)
+    print(f"report: {page}")
+    if failed:
+        sys.exit(
+            f"error: {len(failed)} of the trainings failed: {', '.join(failed)}; the same command tries them again"
+        )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -130,6 +131,50 @@ def throughputs_of(comparison: Comparison) -> Figure:
     axes.set_yticks(range(len(estimates)), estimates)
     axes.invert_yaxis()
     return figure
+
+
+def swept(comparison: Comparison, settings: Sequence[str]) -> Figure:
+    """Images/s, all devices together, and peak memory over the first of the settings, a line for each choice of the
+    others; the best is marked. Where ranks were swept, the caption has their scaling efficiency."""
+    setting, *others = settings
+    points: dict[str, list[tuple[Any, Measurements]]] = {}
+    for measured in comparison.measured.values():
+        rest = ", ".join(f"{name} = {getattr(measured.config, name)}" for name in others)
+        points.setdefault(rest, []).append((getattr(measured.config, setting), measured))
+    best = max(comparison.measured.values(), key=_all_devices)
+    chosen = ", ".join(f"{name} = {getattr(best.config, name)}" for name in settings)
+    caption = f"The most is {_all_devices(best):.2f} images/s with {chosen}."
+    if setting == "num_processes":
+        for rest, line in points.items():
+            few, many = (pick(line, key=lambda point: point[0]) for pick in (min, max))
+            efficiency = _all_devices(many[1]) / many[0] / (_all_devices(few[1]) / few[0])
+            caption += f" From {few[0]} to {many[0]} ranks it scales with {efficiency:.0%} {rest}."
+    figure, _ = _figure(f"Over {setting}", caption, 3.8)
+    figure.clear()
+    _title(figure, f"Over {setting}", caption)
+    upper, lower = figure.subplots(1, 2)
+    values = list(dict.fromkeys(value for line in points.values() for value, _ in line))
+    for colour, (rest, line) in zip(RUN_COLOURS, points.items()):
+        across = [values.index(value) for value, _ in line]
+        upper.plot(across, [_all_devices(measured) for _, measured in line], "o-", color=colour, label=rest or None)
+        lower.plot(across, [_peak_gib(measured) for _, measured in line], "o-", color=colour)
+    upper.plot(
+        values.index(getattr(best.config, setting)), _all_devices(best), "*", color="black", ms=13, label="the most"
+    )
+    for axes, label in ((upper, "images/s, all devices"), (lower, "peak memory of a rank, GiB")):
+        axes.set(xlabel=setting, ylabel=label, ylim=(0, None))
+        axes.set_xticks(range(len(values)), map(str, values))
+        axes.spines[["top", "right"]].set_visible(False)
+    upper.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _all_devices(measured: Measurements) -> float:
+    return measured.throughput.value * measured.config.num_processes
+
+
+def _peak_gib(measured: Measurements) -> float:
+    return next((row.value for row in measured.results if row.name == "peak memory" and row.value), float("nan"))
 
 
 def losses_of(comparison: Comparison) -> Figure:

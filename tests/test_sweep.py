@@ -1,0 +1,95 @@
+"""A grid of settings: executed one after the other, past failures, and taken up where it stopped."""
+
+import pytest
+import yaml
+from test_compare import make_run
+
+from sdnb import plots, runs, sweep
+from sdnb.compare import compare
+from sdnb.errors import ConfigError, RunError
+
+BASE = dict(
+    dataset_name="openmoji", resolution=64, center_crop=True, gradient_accumulation_steps=1, steps=3, lr_warmup_steps=0,
+    validation_loss_steps=0, validation_prompts=None,
+)  # fmt: skip
+
+
+def grid_file(tmp_path, **content):
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_past_a_failure_and_taken_up_again(tmp_path):
+    path = grid_file(
+        tmp_path, **BASE, grid=dict(train_batch_size=[1, 2], pretrained_model_name_or_path=["tiny", "./missing"])
+    )
+    said = []
+    page, failed = sweep.run(sweep.load(path), tmp_path / "runs", said.append)
+    assert set(failed) == {f"train_batch_size={size},pretrained_model_name_or_path=._missing" for size in (1, 2)}
+    assert all("no such folder" in reason for reason in failed.values())
+    text = page.read_text()
+    assert "Over train_batch_size" in text or "image/" in text
+    first = tmp_path / "runs" / "train_batch_size=1,pretrained_model_name_or_path=tiny"
+    assert len(runs.Run(first).steps) == 3 and (first / "train.ipynb").exists()
+    before = (first / runs.SUMMARY).stat().st_mtime
+    said.clear()
+    sweep.run(sweep.load(path), tmp_path / "runs", said.append)
+    assert sum("complete already" in line for line in said) == 2
+    assert (first / runs.SUMMARY).stat().st_mtime == before
+
+
+def test_a_training_that_did_not_reach_its_end_is_begun_again(tmp_path, monkeypatch):
+    path = grid_file(tmp_path, pretrained_model_name_or_path="tiny", **BASE, grid=dict(train_batch_size=[1, 2]))
+    make_run(tmp_path / "runs" / "train_batch_size=1")  # no summary
+    executed = []
+
+    def execute(notebook, out, parameters):
+        executed.append(out.parent.name)
+        assert not (out.parent / runs.CONFIG).exists()
+        return "it broke"
+
+    monkeypatch.setattr(sweep, "_execute", execute)
+    with pytest.raises(RunError, match="0 of 2 trainings succeeded"):
+        sweep.run(sweep.load(path), tmp_path / "runs", lambda line: None)
+    assert executed == ["train_batch_size=1", "train_batch_size=2"]
+    assert len(runs.Run(tmp_path / "runs" / "train_batch_size=1.incomplete-1").steps) == 40
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (dict(steps=3), "has no grid"),
+        (dict(grid=dict(train_batch_size=4)), "a list of values"),
+        (dict(grid=dict(train_batch_sise=[4])), "did you mean train_batch_size"),
+        (dict(grid=dict(train_batch_size=[4, -1])), r"train_batch_size': -1"),
+        (dict(train_batch_size=1, grid=dict(train_batch_size=[4])), "both in the grid and beside it"),
+    ],
+)
+def test_mistakes_show_before_anything_runs(tmp_path, content, said):
+    settings = dict(pretrained_model_name_or_path="tiny", dataset_name="openmoji")
+    with pytest.raises(ConfigError, match=said):
+        sweep.load(grid_file(tmp_path, **settings, **content))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        sweep.load(tmp_path / "missing.yaml")
+
+
+def test_the_grids_that_come_along_are_right():
+    for path in (sweep.PROJECT / "params").glob("sweep-*.yaml"):
+        assert len(sweep.load(path).trainings) > 1
+
+
+def test_the_figure_of_a_sweep(tmp_path):
+    for ranks, seconds in ((1, 0.5), (2, 0.6)):
+        for batch in (4, 8):
+            make_run(
+                tmp_path / f"{ranks}-{batch}", seconds * batch / 8, noise=0, num_processes=ranks, train_batch_size=batch
+            )
+    compared = compare(tmp_path)
+    figure = plots.swept(compared, ["num_processes", "train_batch_size"])
+    assert "The most is 106.67 images/s with num_processes = 2" in figure.get_supxlabel()
+    assert "From 1 to 2 ranks it scales with 83% train_batch_size = 4" in figure.get_supxlabel()
+    upper, lower = figure.axes
+    assert [label.get_text() for label in upper.get_xticklabels()] == ["1", "2"]
+    assert lower.get_ylabel() == "peak memory of a rank, GiB"
+    figure.canvas.draw()
