@@ -128,9 +128,8 @@ class ImageCaptions(torch.utils.data.Dataset):
     `input_ids`, int64 [tokens]. Random crop and flip draw from torch's global generator as torchvision's transforms do;
     a caption out of several is drawn with Python's `random`.
 
-    Once it was told which rows are kept, an item says which `row`, `view` and `caption` it is; view 0 is the picture, 1
-    its mirror image. It has `pixel_values`, of all views, only where the row is not kept yet. The draws are the
-    same.
+    Once it was told what is kept of its views (a view is a picture, or a picture mirrored), an item says which `view`
+    and `caption` it is, and has `pixel_values` only where the view is not kept yet. The draws are the same.
     """
 
     def __init__(self, rows: datasets.Dataset, config: TrainConfig, split: str) -> None:
@@ -209,14 +208,14 @@ class ImageCaptions(torch.utils.data.Dataset):
         return [{"pixel_values": pixels, "input_ids": ids} for pixels, ids in zip(pixel_values, input_ids)]
 
     def keep(self, kept: Container[int]) -> None:
-        """From now on, load the pixels only of rows that are not in `kept`. Where the crop is the centre."""
+        """From now on, load the pixels only of views that are not in `kept`. Where the crop is the centre."""
         self._kept = kept
         self._caption_numbers = {caption: number for number, caption in enumerate(self.distinct_captions)}
 
     @property
     def views(self) -> int:
-        """How many views a picture has."""
-        return 2 if self.config.random_flip else 1
+        """How many different views there are: view n is picture n; the mirrored ones, if there are, come after all."""
+        return len(self) * (2 if self.config.random_flip else 1)
 
     @property
     def distinct_captions(self) -> list[str]:
@@ -224,12 +223,11 @@ class ImageCaptions(torch.utils.data.Dataset):
         several = (caption if isinstance(caption, list) else [caption] for caption in self.captions)
         return list(dict.fromkeys(itertools.chain.from_iterable(several)))
 
-    def pixels(self, row: int) -> torch.Tensor:
-        """The views of a picture as the training sees them, float32 [views, 3, resolution, resolution] in [-1, 1],
-        cropped in the centre."""
+    def pixels(self, view: int) -> torch.Tensor:
+        """A view as the training sees it, float32 [3, resolution, resolution] in [-1, 1], cropped in the centre."""
+        mirrored, row = divmod(view, len(self))
         picture = resize(self.picture(row), self.config.resolution, self.config.image_interpolation_mode)
-        pixels = cut(picture, (*centre(picture.size, self.config.resolution), False), self.config)
-        return torch.stack([pixels, pixels.flip(-1)][: self.views])
+        return cut(picture, (*centre(picture.size, self.config.resolution), bool(mirrored)), self.config)
 
     def pixels_digest(self) -> str:
         """A hash of what decides the pixels of the views: the pictures' files and their order, and the settings."""
@@ -248,9 +246,10 @@ class ImageCaptions(torch.utils.data.Dataset):
 
     def _to_look_up(self, row: int) -> dict[str, Any]:
         side = self.config.resolution
-        view = int(draw_view((side, side), self.config)[2])
-        item = {"row": row, "view": view, "caption": self._caption_numbers[_one_of(self.captions[row])]}
-        return item if row in self._kept else {**item, "pixel_values": self.pixels(row)}
+        mirrored = draw_view((side, side), self.config)[2]
+        view = row + mirrored * len(self)
+        item = {"view": view, "caption": self._caption_numbers[_one_of(self.captions[row])]}
+        return item if view in self._kept else {**item, "pixel_values": self.pixels(view)}
 
     def pass_over(self, batches: int) -> None:
         """Of the loader's next epoch, leave out the pixels and tokens of so many batches, but none of their draws."""
@@ -290,17 +289,16 @@ def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """A micro-batch: `pixel_values` [batch, 3, resolution, resolution] and `input_ids` [batch, tokens].
 
-    Of rows that are kept: the numbers of `rows`, `views` and `captions`, `loaded`, the rows whose pixels are there, and
-    `pixel_values` [loaded, views, 3, resolution, resolution].
+    Of views that are kept: the numbers of `views` and `captions`, `loaded`, the views whose pixels are there, and
+    `pixel_values` [loaded, 3, resolution, resolution].
     """
     loaded = [example for example in examples if "pixel_values" in example]
     pixel_values = torch.stack([example["pixel_values"] for example in loaded]) if loaded else torch.empty(0)
-    if "row" not in examples[0]:
+    if "view" not in examples[0]:
         return {"pixel_values": pixel_values, "input_ids": torch.stack([example["input_ids"] for example in examples])}
     return {
-        "rows": [example["row"] for example in examples],
         "views": [example["view"] for example in examples],
         "captions": [example["caption"] for example in examples],
-        "loaded": [example["row"] for example in loaded],
+        "loaded": [example["view"] for example in loaded],
         "pixel_values": pixel_values,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow
 class Encoders:
     """Gives the moments of the VAE's posterior and the text encoder's hidden states for a micro-batch.
 
-    What it keeps are the moments and not a draw from them, so that drawing and its order stay as they are. A picture is
-    encoded with its mirror image when it is first met, and so is a caption, in one batch with what else of the
+    What it keeps are the moments and not a draw from them, so that drawing and its order stay as they are. A picture, a
+    mirrored picture, and a caption are each encoded when they are first met, in one batch with what else of the
     micro-batch was not met before.
     """
 
@@ -67,23 +67,19 @@ class Encoders:
             return self._encode_pictures(pictures), self._encode_captions(token_ids)
         pixels = dict(zip(batch["loaded"], batch["pixel_values"]))
 
-        def views(rows: list[int]) -> Tensor:
+        def encode_views(views: list[int]) -> Tensor:
             # not among the pixels if its row turned out to be torn
-            both = [pixels[row] if row in pixels else self.examples.pixels(row) for row in rows]
-            # no more at once than the encoder would be given otherwise
-            parts = torch.cat(both).split(max(len(batch["rows"]), self.examples.views))
-            return torch.cat([self._encode_pictures(part) for part in parts]).unflatten(0, (len(rows), -1))
+            missing = [pixels[view] if view in pixels else self.examples.pixels(view) for view in views]
+            return self._encode_pictures(torch.stack(missing))
 
-        def words(numbers: list[int]) -> Tensor:
-            return self._encode_captions(self.token_ids[numbers])
+        def encode_captions(captions: list[int]) -> Tensor:
+            return self._encode_captions(self.token_ids[captions])
 
-        pictures, new_pictures = self._look_up(self.moments, batch["rows"], views)
-        captions, new_captions = self._look_up(self.words, batch["captions"], words)
-        self.encoded_images += new_pictures * self.examples.views
+        moments, new = self._look_up(self.moments, batch["views"], encode_views)
+        words, new_captions = self._look_up(self.words, batch["captions"], encode_captions)
+        self.encoded_images += new
         self.encoded_captions += new_captions
-        moments = self._together(pictures[row][view] for row, view in zip(batch["rows"], batch["views"]))
-        hidden_states = self._together(captions[number] for number in batch["captions"])
-        return torch.empty_like(self._laid_out(len(moments))).copy_(moments), hidden_states
+        return torch.empty_like(self._laid_out(len(moments))).copy_(moments), words
 
     def take_counts(self) -> tuple[int, int]:
         """How many pictures and captions were encoded since the last time that this was asked."""
@@ -91,23 +87,18 @@ class Encoders:
         self.encoded_images = self.encoded_captions = 0
         return counts
 
-    def _look_up(
-        self, table: Table, rows: Sequence[int], encode: Callable[[list[int]], Tensor]
-    ) -> tuple[dict[int, Tensor], int]:
-        """The rows on the host, and how many had to be computed; those are kept."""
+    def _look_up(self, table: Table, rows: Sequence[int], encode: Callable[[list[int]], Tensor]) -> tuple[Tensor, int]:
+        """The rows on the device, and how many had to be computed; those are kept."""
         found = {row: table.read(row) for row in rows}
         missing = [row for row, kept in found.items() if kept is None]
         if missing:
             for row, values in zip(missing, encode(missing).cpu()):
                 table.write(row, values)
                 found[row] = values
-        return found, len(missing)
-
-    def _together(self, rows: Iterable[Tensor]) -> Tensor:
-        together = torch.stack(list(rows))
+        together = torch.stack([found[row] for row in rows])
         if self.device.type == "cuda":
             together = together.pin_memory()
-        return together.to(self.device, non_blocking=True)
+        return together.to(self.device, non_blocking=True), len(missing)
 
     @torch.no_grad()
     def _encode_pictures(self, pictures: Tensor) -> Tensor:
@@ -127,12 +118,12 @@ class Encoders:
 
     def _open_tables(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, dtype: torch.dtype) -> None:
         side = config.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
-        moments = (examples.views, 2 * parts.vae.config.latent_channels, side, side)
+        moments = (2 * parts.vae.config.latent_channels, side, side)
         captions = examples.distinct_captions
         words = (parts.tokenizer.model_max_length, parts.text_encoder.config.hidden_size)
         folder = cache_root(config.cache_dir) / "encodings"
         limit = int(config.encoder_cache_gib * 2**30)
-        needed = size_of(len(examples), moments, dtype) + size_of(len(captions), words, dtype)
+        needed = size_of(examples.views, moments, dtype) + size_of(len(captions), words, dtype)
         if needed > limit:
             raise CacheError(
                 f"{needed / 2**30:.2f} GiB would be needed to keep what they give, and encoder_cache_gib is "
@@ -145,15 +136,15 @@ class Encoders:
         computed_with = [str(dtype), environment.devices().names[0], *packages]
         token_ids = hashlib.sha256(self.token_ids.numpy()).hexdigest()
         tables = (
-            ("moments", [*computed_with, _digest(parts.vae), examples.pixels_digest()], len(examples), moments),
+            ("moments", [*computed_with, _digest(parts.vae), examples.pixels_digest()], examples.views, moments),
             ("words", [*computed_with, _digest(parts.text_encoder), token_ids], len(captions), words),
         )
         self.moments, self.words = (
             Table(folder, kind, json.dumps(key), rows, shape, dtype, limit) for kind, key, rows, shape in tables
         )
         logger.info(
-            "the encoders run once for each of %d pictures%s and %d captions; what they give is kept in %s",
-            len(examples), ", both ways round," if examples.views > 1 else "", len(captions), folder,
+            "the encoders run once for each of %d views of pictures and %d captions; what they give is kept in %s",
+            examples.views, len(captions), folder,
         )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class HeldOutLoss:
         self.scheduler = parts.noise_scheduler
         self.timesteps = ((torch.arange(count) + 0.5) * steps / count).long().to(device)
         with torch.no_grad():
-            self.latents = torch.cat([self._latents(pictures.pixels(row)[:1], parts, generator) for row in rows])
+            self.latents = torch.cat([self._latents(pictures.pixels(row)[None], parts, generator) for row in rows])
             words = tokenize(parts.tokenizer, [first_caption(pictures.captions[row]) for row in rows]).to(device)
             self.words = torch.cat([parts.text_encoder(ids)[0] for ids in words.split(self.batch_size)])
         self.noise = torch.randn(self.latents.shape, generator=generator).to(device, self.latents.dtype)

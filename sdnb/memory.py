@@ -120,8 +120,7 @@ def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Predictio
     # offloaded comes back, in the place of the gradients unless these are in buckets. The further forward pass of DREAM
     # keeps nothing, and stays below the one that is trained.
     copies = on_gpu and (not (config.fused_optimizer or config.use_8bit_adam) or (offloaded and several))
-    encoded = max(config.train_batch_size, 1 + config.random_flip)  # a picture is encoded with its mirror image
-    batches = encoded, config.train_batch_size * folded, accumulates or several
+    batches = config.train_batch_size, config.train_batch_size * folded, accumulates or several
     activations = max(trace.peak(*batches), weights if copies else 0)
     tensors = dict(
         weights_gib=weights / 2**30,
