@@ -61,6 +61,16 @@ def test_each_view_and_caption_is_encoded_once(settings):
     assert anew.take_counts() == (0, 0), "a later run begins with them"
 
 
+def test_what_is_kept_is_the_same_in_any_company(settings, tmp_path):
+    """To the bit: a run whose encodings another one has kept trains like one that began with none."""
+    alone, together = (
+        encoders(settings, random_flip=False, cache_dir=str(tmp_path / name)) for name in ("alone", "together")
+    )
+    one_by_one = [micro_batch(*alone, [row]) for row in range(7)]
+    for which, column in enumerate(torch.cat(part) for part in list(zip(*one_by_one))[:2]):
+        assert torch.equal(column, micro_batch(*together, list(range(7)))[which])
+
+
 def test_kept_pictures_are_not_even_read(settings):
     kept, examples = encoders(settings, random_flip=False)
     before = micro_batch(kept, examples, [0, 1])
