@@ -27,7 +27,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from speed import MODELS, follow, heading, inspect
 
-from sdnb import embedded, errors, memory, metrics, openmoji, plots, runs
+from sdnb import embedded, errors, memory, metrics, openmoji, plots, runs, throughput
 
 PROGRAM = ("-m", "sdnb.train")
 FLAGS = "--use_ema --center_crop --random_flip --learning_rate=1e-05 --lr_warmup_steps=0 --seed=42 --report_to=none"
@@ -75,7 +75,7 @@ def measure(
     wall_seconds = follow(command, device, cache)["wall_seconds"]
     run = runs.Run(cache / "output")
     steady = run.steps[metrics.warmup_steps(len(run.steps)) :]
-    speed = metrics.images_per_second(steady.images, steady.seconds)
+    speed = throughput.images_per_second(steady.images, steady.seconds)
     result = dict(
         setting=setting, value=value, images_per_second=speed.value, low=speed.low, high=speed.high,
         peak_gib=max(rank["peak_memory_gib"] for rank in run.summary["ranks"]),
@@ -114,7 +114,7 @@ def write(results: list[dict[str, Any]], about: dict[str, Any], path: str) -> No
     plot(frame, about["title"]).savefig(f"{path}.png")
     lines = ["| setting | | images/s | peak memory, GiB | predicted, GiB |", "|---" * 5 + "|"]
     for row in frame.itertuples():
-        speed = metrics.Estimate(row.images_per_second, row.low, row.high)
+        speed = throughput.Estimate(row.images_per_second, row.low, row.high)
         lines.append(f"| {row.setting} | {row.value} | {speed} | {row.peak_gib:.2f} | {row.predicted_gib:.2f} |")
     about_each = f"{about['steps']} steps each: `{about['flags']}`."
     Path(f"{path}.md").write_text("\n".join([heading(about), "", *lines, "", about_each, ""]))

@@ -1,8 +1,8 @@
 """sdnb: fine-tune Stable Diffusion from a notebook, and measure how fast a machine does it.
 
 The way data flows is the order to read the modules in:
-settings → config → models, data, runs → metrics → imported, memory, encoders, batches, checkpoints, observer →
-train → terminal, ranks → launch → compare → plots → report.
+settings → config → models, data, runs → throughput → metrics → imported, memory, encoders, batches, checkpoints,
+observer → train → terminal, ranks → launch → compare → plots → report.
 """
 
 import os

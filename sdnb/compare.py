@@ -17,8 +17,9 @@ from . import runs as folders
 from .environment import PROJECT
 from .errors import RunError
 from .imported import PUBLISHED
-from .metrics import Estimate, Measurements, measure, ratio_of
+from .metrics import Measurements, measure
 from .runs import Run
+from .throughput import Estimate, ratio_of
 
 BASELINE = "published"
 # Where a run is kept says nothing of how it was trained.

@@ -20,7 +20,7 @@ import yaml
 from . import runs
 from .config import TrainConfig
 from .errors import RunError
-from .metrics import SMOOTHING, seconds_per_micro_batch
+from .throughput import SMOOTHING, seconds_per_micro_batch
 
 UNKNOWN = "unknown"
 # What was published of Stable Diffusion v1-4 on eight GPUs, a run folder like any other: the baseline to compare with.

@@ -149,10 +149,9 @@ def swept(comparison: Comparison, settings: Sequence[str]) -> Figure:
             few, many = (pick(line, key=lambda point: point[0]) for pick in (min, max))
             efficiency = _all_devices(many[1]) / many[0] / (_all_devices(few[1]) / few[0])
             caption += f" From {few[0]} to {many[0]} ranks it scales with {efficiency:.0%} {rest}."
-    figure, _ = _figure(f"Over {setting}", caption, 3.8)
-    figure.clear()
+    figure, (upper, lower) = plt.subplots(1, 2, figsize=(WIDTH, 3.8), layout="constrained", dpi=110)
+    plt.close(figure)
     _title(figure, f"Over {setting}", caption)
-    upper, lower = figure.subplots(1, 2)
     values = list(dict.fromkeys(value for line in points.values() for value, _ in line))
     for colour, (rest, line) in zip(RUN_COLOURS, points.items()):
         across = [values.index(value) for value, _ in line]

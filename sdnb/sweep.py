@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import glob
 import itertools
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,4 +138,4 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | Non
 
 
 def _encoded(parameters: dict[str, Any]) -> str:
-    return base64.b64encode(yaml.safe_dump(json.loads(json.dumps(parameters))).encode()).decode()
+    return base64.b64encode(yaml.safe_dump(parameters).encode()).decode()

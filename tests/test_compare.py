@@ -14,7 +14,7 @@ from test_metrics import config
 from sdnb import imported, plots, report, runs
 from sdnb.compare import compare
 from sdnb.errors import RunError
-from sdnb.metrics import Estimate, ratio_of
+from sdnb.throughput import Estimate, ratio_of
 
 
 def make_run(folder, seconds=0.5, torch="2.13.0", noise=0.1, prompts=("sun",), seed=0, **settings):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from tqdm import tqdm
 
-from sdnb import metrics
+from sdnb import metrics, throughput
 from sdnb.clock import PHASES
 from sdnb.config import TrainConfig
 
@@ -41,9 +41,9 @@ def published_run():
 
 def test_the_published_number_and_the_true_one():
     steps = published_run()
-    assert metrics.smoothed_seconds_per_step(steps.seconds[:100]) == pytest.approx(1.79, abs=0.005)
-    assert metrics.nominal_ips(steps, config()) == pytest.approx(17.88, abs=0.05)
-    together = metrics.images_per_second(steps.images, steps.seconds)
+    assert throughput.smoothed_seconds_per_step(steps.seconds[:100]) == pytest.approx(1.79, abs=0.005)
+    assert throughput.nominal_ips(steps, config()) == pytest.approx(17.88, abs=0.05)
+    together = throughput.images_per_second(steps.images, steps.seconds)
     assert together.value / 8 == pytest.approx(14.3, abs=0.05)
     assert together.high - together.low < 1e-6, "every picture takes as long as every other"
 
@@ -57,7 +57,7 @@ def test_smoothing_is_what_a_real_progress_bar_shows():
         seconds.append(bar.last_print_t - last)
         last = bar.last_print_t
     # The bar under test has tqdm's own interval of 0.1 s, so it is given times ten times as long.
-    assert metrics.smoothed_seconds_per_step(np.array(seconds) * 10) == pytest.approx(
+    assert throughput.smoothed_seconds_per_step(np.array(seconds) * 10) == pytest.approx(
         10 / bar.format_dict["rate"], 1e-3
     )
     bar.close()
@@ -68,20 +68,20 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     covered = 0
     for _ in range(400):
         seconds = generator.normal(1, 0.1, 90)
-        estimate = metrics.images_per_second(np.full(90, 32), seconds)
+        estimate = throughput.images_per_second(np.full(90, 32), seconds)
         covered += estimate.low < 32 < estimate.high
     assert 0.90 < covered / 400 < 0.98
 
 
 def test_slow_drift_widens_the_interval():
     seconds = 1 + 0.1 * np.sin(np.arange(90) / 8)
-    drifting = metrics.images_per_second(np.full(90, 32), seconds)
-    shuffled = metrics.images_per_second(np.full(90, 32), np.random.default_rng(0).permutation(seconds))
+    drifting = throughput.images_per_second(np.full(90, 32), seconds)
+    shuffled = throughput.images_per_second(np.full(90, 32), np.random.default_rng(0).permutation(seconds))
     assert drifting.high - drifting.low > 1.5 * (shuffled.high - shuffled.low)
 
 
 def test_two_steps_give_no_interval():
-    estimate = metrics.images_per_second([32, 32], [1, 1])
+    estimate = throughput.images_per_second([32, 32], [1, 1])
     assert estimate.value == 32 and math.isnan(estimate.low)
 
 
