@@ -77,7 +77,7 @@ def _rank(config: TrainConfig) -> None:
         rank = int(os.environ.get("RANK", 0))
         lines = str(error) if isinstance(error, SdnbError) else traceback.format_exc()
         print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        if not isinstance(error, SdnbError):
+        if config.num_processes > 1:
             time.sleep(1)  # a rank that lost its peer fails too: the launcher ends it before it files that
         runs.fail(Path(config.output_dir), rank, type(error).__name__, lines)
         sys.stderr.flush()

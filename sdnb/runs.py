@@ -93,7 +93,8 @@ def create(config: TrainConfig) -> Path:
         (folder / LOG).touch()
     except OSError as error:
         raise RunError(f"output_dir {config.output_dir}: no run can be written there: {error}") from None
-    if config.resume_from_checkpoint is None and ((folder / STEPS).exists() or (folder / CONFIG).exists()):
+    # Not by its settings: a machine that trains along may have put them there already, see `join`.
+    if config.resume_from_checkpoint is None and any((folder / name).exists() for name in (STEPS, ENVIRONMENT)):
         raise RunError(
             f"output_dir {config.output_dir}: there is a run in it already. Give another output_dir, "
             "or resume_from_checkpoint = latest to go on with that run."

@@ -16,9 +16,7 @@ def config(**settings):
 
 @pytest.fixture
 def folder(tmp_path):
-    made = runs.create(config(output_dir=str(tmp_path / "run")))
-    config().save(made / runs.CONFIG)
-    return made
+    return runs.begin(config(output_dir=str(tmp_path / "run")), environment={})
 
 
 def test_a_new_folder_each_time(monkeypatch, tmp_path):
