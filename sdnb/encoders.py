@@ -56,6 +56,7 @@ class Encoders:
             logger.info("the encoders run for every micro-batch: %s", reason)
         else:
             examples.keep(self.moments)
+            self._laid_out(config.train_batch_size)  # now, while memory for a batch of pictures is given back
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Moments [batch, 2 × channels, h, w], the mean and the logarithm of the variance, and hidden states [batch,

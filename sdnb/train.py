@@ -35,7 +35,7 @@ from .checkpoints import Checkpoints, clean_up, find
 from .clock import StepClock
 from .compat import has_fused_adam
 from .config import TrainConfig
-from .device import keep_freed_memory, reachable_tflops
+from .device import give_back_freed_memory, keep_freed_memory, reachable_tflops
 from .diffusion import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
 from .ema import Average
 from .encoders import WEIGHT_DTYPES, Encoders
@@ -64,8 +64,6 @@ def train(
     gc.freeze()  # what is loaded by now stays
     gc.enable()
     accelerator = _accelerator(config)
-    if config.keep_freed_memory and accelerator.device.type == "cpu":
-        keep_freed_memory()
     _log_to(folder / runs.LOG, accelerator)
     _check_ranks_joined(accelerator, config)
     held = runs.lock(folder) if accelerator.is_main_process else None  # until this function ends, or its process
@@ -116,6 +114,9 @@ def train(
     step, total_steps = checkpoints.resume(found), config.total_steps(len(splits.train))
     _start_records(accelerator, config, step)
     _say_what_begins(accelerator, config, len(splits.train), step)
+    if config.keep_freed_memory and accelerator.device.type == "cpu":
+        give_back_freed_memory()  # the holes that loading has left
+        keep_freed_memory()
     observer.before_training(step)
 
     clock = StepClock(accelerator.device)
