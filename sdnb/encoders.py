@@ -25,6 +25,7 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 # A change of one of these may change what is computed.
 _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow")
+_AT_ONCE = {"cpu": 4}  # pictures: more are not faster there, and take more memory
 
 
 class Encoders:
@@ -71,9 +72,10 @@ class Encoders:
         def encode_views(views: list[int]) -> Tensor:
             # not among the pixels if its row turned out to be torn
             missing = [pixels[view] if view in pixels else self.examples.pixels(view) for view in views]
+            pieces = torch.stack(missing).split(_AT_ONCE.get(self.device.type, len(missing)))
             # One picture alone would go through other kernels (oneDNN's), whose last bits are others.
-            company = missing * 2 if len(missing) == 1 else missing
-            return self._encode_pictures(torch.stack(company))[: len(missing)]
+            company = [piece if len(piece) > 1 else piece.repeat(2, 1, 1, 1) for piece in pieces]
+            return torch.cat([self._encode_pictures(together) for together in company])[: len(missing)]
 
         def encode_captions(captions: list[int]) -> Tensor:
             return self._encode_captions(self.token_ids[captions])
