@@ -21,8 +21,8 @@ _HEADER_BYTES = 64  # a hash of what the table depends on, and zeros
 
 class Table:
     """Rows that are absent or whole: an array is written before its checksum, and one that does not match its checksum,
-    such as after a loss of power, counts as absent. The file is mapped, so that what one process writes the others
-    have, and the system keeps it in memory while there is room.
+    such as after a loss of power, counts as absent. Of the file only the checksums are mapped: the arrays stay in the
+    system's memory while there is room, and are none of the process's own.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class Table:
                 _make_room(folder, size, limit)
                 _make(self.path, header, size)
             os.utime(self.path)
-            mapped = np.memmap(self.path, np.uint8, "r+")
+            self._file = self.path.open("r+b", buffering=0)
+            self._checksums = np.memmap(self._file, np.uint64, "r+", offset=_HEADER_BYTES, shape=(rows,))
         except OSError as error:
             raise CacheError(f"{self.path}: cannot be made with {size / 2**30:.2f} GiB: {error}") from None
-        self._checksums = mapped[_HEADER_BYTES : _HEADER_BYTES + 8 * rows].view(np.uint64)
-        self._arrays = mapped[_HEADER_BYTES + 8 * rows :].reshape(rows, row_bytes)
+        self._row_bytes, self._arrays_begin = row_bytes, _HEADER_BYTES + 8 * rows
         self._checked = np.zeros(rows, bool)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Table, self._arguments  # a worker that is not forked maps the file anew
+        return Table, self._arguments  # a worker that is not forked opens the file anew
 
     def __contains__(self, row: int) -> bool:
         """Whether the row was written. It may still turn out to be torn when it is read."""
@@ -68,16 +68,23 @@ class Table:
 
     def read(self, row: int) -> Tensor | None:
         """The row, on the host; None if it is absent."""
+        array = np.empty(self._row_bytes, np.uint8)
+        if os.preadv(self._file.fileno(), [array], self._place(row)) < self._row_bytes:
+            return None  # the file was cut
         if not self._checked[row]:
-            if self._checksums[row] != _checksum(self._arrays[row]):
+            if self._checksums[row] != _checksum(array):
                 return None
             self._checked[row] = True
-        return torch.from_numpy(self._arrays[row]).view(self.dtype).view(self.shape)
+        return torch.from_numpy(array).view(self.dtype).view(self.shape)
 
     def write(self, row: int, values: Tensor) -> None:
         """Keep `values`, of the table's shape and dtype, on the host."""
-        self._arrays[row] = values.contiguous().view(-1).view(torch.uint8).numpy()
-        self._checksums[row] = _checksum(self._arrays[row])
+        array = values.contiguous().view(-1).view(torch.uint8).numpy()
+        os.pwrite(self._file.fileno(), array, self._place(row))
+        self._checksums[row] = _checksum(array)
+
+    def _place(self, row: int) -> int:
+        return self._arrays_begin + row * self._row_bytes
 
 
 def size_of(rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
