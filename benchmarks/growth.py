@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 from speed import MODELS, follow, heading, inspect
 
-from sdnb import embedded, errors, memory, metrics, openmoji, plots, runs, throughput
+from sdnb import charts, embedded, errors, memory, metrics, openmoji, run_folder, throughput
 
 PROGRAM = ("-m", "sdnb.train")
 FLAGS = "--use_ema --center_crop --random_flip --learning_rate=1e-05 --lr_warmup_steps=0 --seed=42 --report_to=none"
@@ -73,7 +72,7 @@ def measure(
                f"--output_dir={cache / 'output'}", f"--cache_dir={cache}",
                f"--max_train_steps={options.steps}", *FLAGS.split(), *further.split(), *flags]  # fmt: skip
     wall_seconds = follow(command, device, cache)["wall_seconds"]
-    run = runs.Run(cache / "output")
+    run = run_folder.RunFolder(cache / "output")
     steady = run.steps[metrics.warmup_steps(len(run.steps)) :]
     speed = throughput.images_per_second(steady.images, steady.seconds)
     result = dict(
@@ -86,27 +85,28 @@ def measure(
     return result
 
 
-def plot(results: pd.DataFrame, title: str) -> Figure:
+def plot(results: pd.DataFrame, title: str) -> charts.Chart:
     settings = [setting for setting in LABELS if (results.setting == setting).any()]
-    figure = Figure(figsize=(plots.WIDTH, 5.2), layout="constrained", dpi=110)
     caption = "Bars are 95 % confidence intervals within a run. Dashed: the peak memory predicted before the start."
-    plots._title(figure, title, caption)
-    for column, setting in zip(figure.subplots(2, len(settings), sharex="col", sharey="row").T, settings):
+    chart = charts.Chart(title, caption, 5.2)
+    grid = chart.panels(2, len(settings), sharex="col", sharey="row")
+    for column, setting in zip(grid.T, settings):
         chosen = results[results.setting == setting].sort_values("value")
         above = [chosen.images_per_second - chosen.low, chosen.high - chosen.images_per_second]
-        column[0].errorbar(chosen.value, chosen.images_per_second, above, color=plots.BLUE, marker="o", ms=4, capsize=2)
-        column[1].plot(chosen.value, chosen.peak_gib, color=plots.BLUE, marker="o", ms=4)
-        column[1].plot(chosen.value, chosen.predicted_gib, color=plots.GREY, ls="--")
+        column[0].errorbar(
+            chosen.value, chosen.images_per_second, above, color=charts.BLUE, marker="o", ms=4, capsize=2
+        )
+        column[1].plot(chosen.value, chosen.peak_gib, color=charts.BLUE, marker="o", ms=4)
+        column[1].plot(chosen.value, chosen.predicted_gib, color=charts.GREY, ls="--")
         column[1].set_xscale("log", base=2)
         column[1].set_xticks(chosen.value, map(str, chosen.value), fontsize=8)
         column[1].minorticks_off()
         column[1].set_xlabel(LABELS[setting], fontsize=9)
         for axes in column:
             axes.set_ylim(0)
-            axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("images/s, all ranks")
-    figure.axes[1].set_ylabel("peak memory of a rank, GiB")
-    return figure
+    grid[0, 0].set_ylabel("images/s, all ranks")
+    grid[1, 0].set_ylabel("peak memory of a rank, GiB")
+    return chart
 
 
 def write(results: list[dict[str, Any]], about: dict[str, Any], path: str) -> None:

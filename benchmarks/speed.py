@@ -34,11 +34,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from matplotlib.figure import Figure
 from parity import versions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sdnb import arguments, embedded, environment, errors, metrics, openmoji, plots, runs
+from sdnb import arguments, charts, embedded, environment, errors, metrics, openmoji, run_folder
 
 # What makes sdnb faster, and the flags that turn it off.
 TECHNIQUES: dict[str, tuple[str, ...]] = {
@@ -183,7 +182,7 @@ def measure(kind: Kind, python: str, device: str, flags: list[str], images: list
         raise RuntimeError(f"{kind.label}: it logged {len(times)} steps, and {len(images)} were asked for")
     result.update(images_per_second=sum(images[warmup:]) / (times[-1] - times[warmup - 1]), event_times=times)
     if kind.program[0] == "-m":
-        run = runs.Run(output)
+        run = run_folder.RunFolder(output)
         if list(run.steps.images) != images:
             raise RuntimeError(f"{kind.label}: its steps had {list(run.steps.images)} pictures, and not {images}")
         own = run.steps.images[warmup:].sum() / run.steps.seconds[warmup:].sum()
@@ -212,22 +211,21 @@ def table(results: list[dict], kinds: list[Kind]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[dict], kinds: list[Kind], title: str, caption: str) -> Figure:
+def plot(results: list[dict], kinds: list[Kind], title: str, caption: str) -> charts.Chart:
     panels = [name for name in list(QUANTITIES)[:4] if name in results[0]]
-    figure = Figure(figsize=(plots.WIDTH, 1.6 + 0.4 * len(kinds)), layout="constrained", dpi=110)
-    plots._title(figure, title, caption)
-    for axes, name in zip(figure.subplots(1, len(panels), sharey=True), panels):
+    chart = charts.Chart(title, caption, 1.6 + 0.4 * len(kinds))
+    grid = chart.panels(1, len(panels), sharey=True)[0]
+    for axes, name in zip(grid, panels):
         for row, kind in enumerate(kinds):
             values, ratio = figures(results, kind, name)
-            colour = plots.RED if kind.against else plots.BLUE
+            colour = charts.RED if kind.against else charts.BLUE
             axes.barh(row, values.median(), color=colour, alpha=0.4)
             axes.plot(values, [row] * len(values), ".", color=colour)
             axes.text(values.max(), row, f" {ratio.partition(' (')[0]}", va="center", fontsize=9)
         axes.set(xlabel=QUANTITIES[name], xlim=(0, axes.get_xlim()[1] * 1.3))
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_yticks(range(len(kinds)), [kind.label for kind in kinds])
-    figure.axes[0].invert_yaxis()
-    return figure
+    grid[0].set_yticks(range(len(kinds)), [kind.label for kind in kinds])
+    grid[0].invert_yaxis()
+    return chart
 
 
 def heading(about: dict[str, Any]) -> str:

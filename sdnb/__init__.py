@@ -1,12 +1,16 @@
 """sdnb: fine-tune Stable Diffusion from a notebook, and measure how fast a machine does it.
 
 The way data flows is the order to read the modules in:
-settings → config → models, data, runs → throughput → metrics → imported, memory, encoders, batches, checkpoints,
-observer → train → terminal, ranks → launch → compare → plots → report.
+settings → config → models, data, run_folder → throughput → metrics → imported, compare → charts → plots, side_by_side
+→ run → memory, encoders, batches, checkpoints, observer → train → terminal, ranks → live → launch → explore,
+report → sweep.
+
+`sdnb.Run(folder)` is a run, `sdnb.runs()` the table of all.
 """
 
 import os
 import warnings
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -15,3 +19,15 @@ for _library in ("TRANSFORMERS", "DIFFUSERS", "DATASETS"):
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 warnings.filterwarnings("ignore", message="IProgress not found")
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Run", "runs"):  # when they are asked for: a training has no use for them
+        from . import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module 'sdnb' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "Run", "runs"])

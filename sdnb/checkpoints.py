@@ -24,7 +24,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from diffusers import UNet2DConditionModel
 
-from . import runs
+from . import run_folder
 from .batches import Batches
 from .config import TrainConfig
 from .data import ImageCaptions
@@ -73,16 +73,16 @@ def find(config: TrainConfig, examples: ImageCaptions) -> Found:
         return Found((), ())
     if config.output_dir is None:
         raise RunError(f"resume_from_checkpoint = {wanted}: set output_dir to the folder of the run to resume")
-    run_folder = Path(config.output_dir).expanduser().absolute()
-    there = [folder for _, folder in sorted(_numbered(run_folder), reverse=True)]
+    where = Path(config.output_dir).expanduser().absolute()
+    there = [folder for _, folder in sorted(_numbered(where), reverse=True)]
     if wanted != LATEST:
-        named = run_folder / Path(wanted).name  # as the reference takes it: a path's last part, in output_dir
+        named = where / Path(wanted).name  # as the reference takes it: a path's last part, in output_dir
         if named not in there:
             names = ", ".join(folder.name for folder in there) or "none"
-            raise RunError(f"resume_from_checkpoint = {wanted}: no such checkpoint in {run_folder}; there are: {names}")
+            raise RunError(f"resume_from_checkpoint = {wanted}: no such checkpoint in {where}; there are: {names}")
         there = [named]
     elif there:
-        there = _not_given_up(run_folder, there)
+        there = _not_given_up(where, there)
     usable, passed_over = [], []
     for folder in there:
         try:
@@ -100,8 +100,8 @@ def find(config: TrainConfig, examples: ImageCaptions) -> Found:
     return Found(tuple(usable), tuple(passed_over))
 
 
-def _numbered(run_folder: Path) -> Iterator[tuple[int, Path]]:
-    for folder in run_folder.glob("checkpoint-*"):
+def _numbered(where: Path) -> Iterator[tuple[int, Path]]:
+    for folder in where.glob("checkpoint-*"):
         if folder.is_dir() and (number := re.fullmatch(r"checkpoint-(\d+)", folder.name)):
             yield int(number[1]), folder
 
@@ -110,10 +110,10 @@ def _step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _not_given_up(run_folder: Path, there: list[Path]) -> list[Path]:
+def _not_given_up(folder: Path, there: list[Path]) -> list[Path]:
     """Those no later than the records: later ones are of a training that was given up for an earlier checkpoint."""
-    last = runs.last_step(run_folder)
-    return [folder for folder in there if _step(folder) <= last] or there
+    last = run_folder.last_step(folder)
+    return [one for one in there if _step(one) <= last] or there
 
 
 def _inspect(folder: Path) -> Checkpoint:
@@ -269,8 +269,8 @@ class Checkpoints:
             "settings": _identity(self.config, self.examples),
             "files": {str(path.relative_to(aside)): path.stat().st_size for path in files},
         }
-        runs.write(aside / MANIFEST, manifest)
-        for path in (*aside.rglob("*"), aside, *runs.records(self.folder)):
+        run_folder.write(aside / MANIFEST, manifest)
+        for path in (*aside.rglob("*"), aside, *run_folder.records(self.folder)):
             _to_disk(path)
         given_up = final.with_name(f".{final.name}.given-up")
         if final.exists():

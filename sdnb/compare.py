@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,12 +14,11 @@ from typing import Any
 
 import pandas as pd
 
-from . import runs as folders
 from .environment import PROJECT
 from .errors import RunError
 from .imported import PUBLISHED
-from .metrics import Measurements, measure
-from .runs import Run
+from .metrics import PAGE_MIME, Measurements, measure
+from .run_folder import CONFIG, RunFolder
 from .throughput import Estimate, ratio_of
 
 BASELINE = "published"
@@ -33,7 +33,7 @@ _HAVE_RATIOS = ("images", "nominal", "seconds", "peak memory", "total time", "fi
 class Comparison:
     """Runs by their labels, in the order given; the first is what the others are compared with."""
 
-    runs: dict[str, Run]
+    runs: dict[str, RunFolder]
     measured: dict[str, Measurements]
 
     @property
@@ -97,9 +97,28 @@ class Comparison:
     def __repr__(self) -> str:
         return "\n".join([self.results.to_string(), "", *self.statements])
 
-    def _repr_html_(self) -> str:
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         said = "".join(f"<li>{html.escape(statement)}</li>" for statement in self.statements)
-        return f"{self.results.to_html()}<ul>{said}</ul>"
+        labels = list(self.runs)
+        others = f" and {len(labels) - 2} more" if len(labels) > 2 else ""
+        folders = json.dumps([BASELINE if run.folder == PUBLISHED else str(run.folder) for run in self.runs.values()])
+        return {
+            "text/plain": repr(self),
+            "text/html": f"<ul>{said}</ul>{self.results.to_html()}",
+            PAGE_MIME: {
+                "kind": "comparison",
+                "name": " beside ".join(label.replace("/", "-") for label in labels[:2]) + others,
+                "title": f"{labels[0]} beside {', '.join(labels[1:])}",
+                "headline": [
+                    {"name": label, "text": f"{measured.throughput} images/s per device"}
+                    for label, measured in self.measured.items()
+                ],
+                "reproduce": [
+                    f"papermill notebooks/compare.ipynb comparison.ipynb -p runs {shlex.quote(folders)}",
+                    "python -m sdnb.report comparison.ipynb",
+                ],
+            },
+        }
 
 
 def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison:
@@ -114,7 +133,7 @@ def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison
     if len(found) < 2:
         said = f"only {found[0]}" if found else "none"
         raise RunError(f"to compare takes two runs, and there is {said}: give runs, a list of run folders")
-    opened = [Run(folder) for folder in found]
+    opened = [RunFolder(folder) for folder in found]
     for run in opened:
         if not len(run.steps):
             raise RunError(f"{run.folder}: has no steps to compare; take it out of the list")
@@ -134,9 +153,9 @@ def _find(given: Sequence[str | Path] | str | Path | None) -> list[Path]:
         folder = Path(given).expanduser()
         if not folder.is_dir():
             raise RunError(f"runs = {given}: there is no such folder (seen from {Path.cwd()})")
-        if (folder / folders.CONFIG).exists():
+        if (folder / CONFIG).exists():
             return [folder]
-        return sorted(path.parent for path in folder.glob(f"*/{folders.CONFIG}") if len(Run(path.parent).steps))
+        return sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if len(RunFolder(path.parent).steps))
     listed = [given] if isinstance(given, (str, Path)) else list(given)
     return [PUBLISHED if one == BASELINE else Path(one).expanduser() for one in listed]
 

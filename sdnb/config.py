@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,14 @@ class TrainConfig(*reversed(GROUPS)):
         return cls(**{**settings, **overrides})
 
     @classmethod
-    def from_notebook(cls, namespace: Mapping[str, Any]) -> TrainConfig:
+    def from_notebook(cls, namespace: Mapping[str, Any], besides: Container[str] = ()) -> TrainConfig:
         """Settings from a notebook's variables: those with a setting's name, and every name that a parameter cell
         assigns, so that one which is no setting is an error. A parameter cell opens with the comment `# Parameters`,
         as the one that papermill injects does; other variables of the notebook are its own business.
 
         Args:
             namespace: the notebook's `globals()`. IPython keeps the cells' sources in its `In`.
+            besides: names that a parameter cell may assign though they are no settings.
         """
         settings = {name: namespace[name] for name in [*cls.model_fields, "steps"] if name in namespace}
         if settings.get("hub_token"):
@@ -115,7 +116,7 @@ class TrainConfig(*reversed(GROUPS)):
                 if choice & names:
                     for name in choice - names:
                         settings.pop(name, None)
-            settings.update({name: namespace[name] for name in names if name in namespace})
+            settings.update({name: namespace[name] for name in names if name in namespace and name not in besides})
         return cls(**settings)
 
     def save(self, path: str | Path) -> None:

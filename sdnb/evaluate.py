@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from . import runs
+from . import run_folder
 from .config import TrainConfig
 from .data import ImageCaptions, first_caption, tokenize
 from .diffusion import per_picture_loss, target_of
@@ -76,7 +76,7 @@ def draw_samples(
     pipeline = StableDiffusionPipeline(**unchecked, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     seed = config.seed or 0
-    (folder / runs.SAMPLES).mkdir(exist_ok=True)
+    (folder / run_folder.SAMPLES).mkdir(exist_ok=True)
     pictures, records = [], []
     for index, prompt in enumerate(config.validation_prompts):  # one at a time: the optimizer's state is in memory too
         with accelerator.autocast():
@@ -89,7 +89,7 @@ def draw_samples(
                 generator=torch.Generator().manual_seed(seed),
             ).images[0]
         name = f"step-{step:06d}-{index}.png"
-        picture.save(folder / runs.SAMPLES / name)
+        picture.save(folder / run_folder.SAMPLES / name)
         record = dict(
             file=name, step=step, prompt=prompt, seed=seed,
             num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE,
@@ -97,7 +97,7 @@ def draw_samples(
         records.append(record)
         pictures.append(picture)
     for record in records:  # when all are there, so that a run that is killed here draws them again
-        runs.append(folder / runs.SAMPLES_LIST, record)
+        run_folder.append(folder / run_folder.SAMPLES_LIST, record)
     for tracker in accelerator.trackers:
         _show(tracker, pictures, config.validation_prompts, step)
 

@@ -11,15 +11,15 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 
-from . import metrics, runs
+from . import metrics, run_folder
 from .config import TrainConfig
 from .errors import RunError
 
 TAGS = ("stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training", "sdnb")
 CARD = "README.md"
 # The pipeline, its pictures and its measurements; no checkpoint, and nothing that names the machine or its user.
-UPLOADED = (CARD, "model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", f"{runs.SAMPLES}/*", runs.STEPS,
-            runs.VALIDATION)  # fmt: skip
+UPLOADED = (CARD, "model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", f"{run_folder.SAMPLES}/*",
+            run_folder.STEPS, run_folder.VALIDATION)  # fmt: skip
 NOT_UPLOADED = ("checkpoint-*", ".*", "logs/*")
 
 
@@ -42,7 +42,7 @@ def create(config: TrainConfig) -> str:
         ) from error
 
 
-def publish(run: runs.Run, config: TrainConfig, repository: str) -> None:
+def publish(run: run_folder.RunFolder, config: TrainConfig, repository: str) -> None:
     """Write the card into the run folder and upload what `UPLOADED` names.
 
     Raises:
@@ -69,7 +69,7 @@ def _token(config: TrainConfig) -> str | None:
     return config.hub_token.get_secret_value() if config.hub_token else None
 
 
-def card(run: runs.Run) -> str:
+def card(run: run_folder.RunFolder) -> str:
     """The model card of a complete run, in Markdown."""
     config, measured = run.config, metrics.measure(run)
     model, data = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir
@@ -92,7 +92,7 @@ def card(run: runs.Run) -> str:
             "## Measured\n",
             _table(("", "Result", "How it is measured"), [(row.name, row.text, row.how) for row in measured.results]),
             f"On {config.num_processes} × {_text(devices['names'][0])}, {versions}. A line for each step is in "
-            f"`{runs.STEPS}`.\n",
+            f"`{run_folder.STEPS}`.\n",
             "## Settings\n",
             _table(("Setting", "Value"), [(name, _name(value)) for name, value in config.trajectory().items()
                                           if value is not None]),
@@ -103,13 +103,13 @@ def card(run: runs.Run) -> str:
     )  # fmt: skip
 
 
-def _pictures(run: runs.Run) -> list[str]:
-    drawn = run.samples
+def _pictures(run: run_folder.RunFolder) -> list[str]:
+    drawn = run.drawn
     if drawn.empty:
         return []
     last = drawn[drawn.step == drawn.step.max()]
     return [
-        *(f"![{_text(row.prompt)}]({runs.SAMPLES}/{row.file})" for row in last.itertuples()),
+        *(f"![{_text(row.prompt)}]({run_folder.SAMPLES}/{row.file})" for row in last.itertuples()),
         f"\nDrawn after step {last.step.iloc[0]}: {'; '.join(_text(prompt) for prompt in last.prompt)}.\n",
     ]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from . import runs
+from . import run_folder
 from .config import TrainConfig
 from .errors import RunError
 from .throughput import SMOOTHING, seconds_per_micro_batch
@@ -229,7 +229,7 @@ def _read_events(source: Path, settings: dict[str, Any]) -> Log:
     return log
 
 
-def write(log: Log, folder: str | Path | None, name: str) -> runs.Run:
+def write(log: Log, folder: str | Path | None, name: str) -> run_folder.RunFolder:
     """Make a run folder of it.
 
     Args:
@@ -240,8 +240,8 @@ def write(log: Log, folder: str | Path | None, name: str) -> runs.Run:
         RunError: if there is a run in the folder already, or it cannot be written.
     """
     config = _config(log.settings).updated(output_dir=str(folder) if folder else None)
-    target = runs.create(config)
-    config.updated(output_dir=None).save(target / runs.CONFIG)
+    target = run_folder.create(config)
+    config.updated(output_dir=None).save(target / run_folder.CONFIG)
     known = sorted({*log.settings, "max_train_steps"})
     imported = {"from": name, "known_settings": known, "examples": log.examples}
     at = max((step for step in log.seconds_shown if step < config.max_train_steps), default=None)
@@ -255,17 +255,17 @@ def write(log: Log, folder: str | Path | None, name: str) -> runs.Run:
             "seconds_per_micro_batch": seconds_per_micro_batch(shown, sizes[:at]),
         }
     devices = {"type": log.device_type, "names": [], "memory_gib": [], "free_gib": [], "bf16": False}
-    runs.write(
-        target / runs.ENVIRONMENT,
+    run_folder.write(
+        target / run_folder.ENVIRONMENT,
         {"devices": devices, "packages": {}, "started": log.began, "resumed": [], "imported": imported},
     )
     for record in log.records:
-        runs.append(target / runs.STEPS, record)
-    runs.write(
-        target / runs.SUMMARY,
+        run_folder.append(target / run_folder.STEPS, record)
+    run_folder.write(
+        target / run_folder.SUMMARY,
         {"world_size": config.num_processes, "total_seconds": log.total_seconds, "ranks": []},
     )
-    return runs.Run(target)
+    return run_folder.RunFolder(target)
 
 
 def _config(given: dict[str, Any]) -> TrainConfig:

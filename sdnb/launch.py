@@ -20,14 +20,18 @@ from typing import Any
 
 from PIL import Image
 
-from . import data, environment, memory, models, runs
+from . import data, environment, memory, models, run_folder
 from .checkpoints import find
 from .config import TrainConfig
 from .errors import RunError
+from .live import Live, progress
+from .run import Run
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 3.0
 LOG_LINES = 6
+
+Show = Callable[[str, str, Sequence[dict[str, Any]], bool], None]
 
 
 @dataclass(frozen=True)
@@ -135,30 +139,31 @@ def prepare(config: TrainConfig) -> Plan:
     return Plan(config, seen, examples, predicted, checkpoints[0].step if checkpoints else 0)
 
 
-def launch(plan: Plan, show: Callable[[str, str], None] | None = None) -> runs.Run:
+def launch(plan: Plan, show: Show | None = None) -> Run:
     """Run the training in a clean process, with a rank on every device, and follow it to its end.
 
     Interrupting this call ends every rank within seconds; so does the end of this process, however it comes.
 
     Args:
-        show: is given the progress line and the end of the log when they change, twice a second at the most; left out,
-            they are shown under the cell.
+        show: is given the progress line, the end of the log, the records of the steps so far, and whether the training
+            has ended, twice a second; left out, `live.Live` shows them under the cell.
 
     Raises:
         RunError: if a rank fails, with that rank's own traceback. What was measured until then is in the run folder.
     """
     config = plan.config
-    folder = runs.begin(config, plan.environment) if config.machine_rank == 0 else runs.join(config)
-    run = runs.Run(folder)
-    show = show or _OneLine()
+    folder = run_folder.begin(config, plan.environment) if config.machine_rank == 0 else run_folder.join(config)
+    run, steps = Run(folder), config.total_steps(len(plan.examples.train))
+    records: list[dict[str, Any]] = []
+    show = show or Live(steps)
 
     ends_with_us, held_here = os.pipe()
     try:
         process = _start(plan, folder, ends_with_us)
         try:
-            _follow(process, run, plan.config.total_steps(len(plan.examples.train)), show)
+            _follow(process, run, steps, records, show)
         except KeyboardInterrupt:
-            show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}", "")
+            show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}", "", records, True)
             raise
         finally:
             _end(process)
@@ -170,7 +175,7 @@ def launch(plan: Plan, show: Callable[[str, str], None] | None = None) -> runs.R
 
 
 def _start(plan: Plan, folder: Path, ends_with_us: int) -> subprocess.Popen:
-    with (folder / runs.LOG).open("ab") as log:
+    with (folder / run_folder.LOG).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "sdnb.ranks", str(folder), str(ends_with_us)],
             stdin=subprocess.PIPE,
@@ -202,62 +207,21 @@ def _process_environment(plan: Plan) -> dict[str, str]:
     return {"ACCELERATE_USE_CPU": "true", **network, **threads}
 
 
-def _follow(process: subprocess.Popen, run: runs.Run, steps: int, show: Callable[[str, str], None]) -> None:
-    records, log = runs.Tail(run.folder / runs.STEPS), runs.Tail(run.folder / runs.LOG)
-    lately: deque[dict[str, Any]] = deque(maxlen=20)
+def _follow(process: subprocess.Popen, run: Run, steps: int, records: list[dict[str, Any]], show: Show) -> None:
+    new, log = run_folder.Tail(run.folder / run_folder.STEPS), run_folder.Tail(run.folder / run_folder.LOG)
     lines: deque[str] = deque(maxlen=LOG_LINES)
     warnings: list[str] = []
-    shown = None
     while True:
         ended = process.poll() is not None
-        lately.extend(json.loads(line) for line in records.new())
+        records.extend(json.loads(line) for line in new.new())
         for line in log.new():
             lines.append(line)
             if re.search(r" rank \d+ (WARNING|ERROR) ", line):
                 warnings.append(line)
-        state = progress(lately, steps), "\n".join(warnings if ended else lines)
-        if state != shown:
-            show(*state)
-            shown = state
+        show(progress(records, steps), "\n".join(warnings if ended else lines), records, ended)
         if ended:
             return
         time.sleep(POLL_SECONDS)
-
-
-def progress(lately: Sequence[dict[str, Any]], total: int) -> str:
-    """Where a run is, in one line: step, time left, loss, images/s, from the records of its latest steps."""
-    if not lately:
-        return f"step 0/{total} · starting"
-    step, loss = lately[-1]["step"], lately[-1]["loss"]
-    seconds = sum(record["seconds"] for record in lately)
-    pace = sum(record["images"] for record in lately) / seconds
-    left = _clock((total - step) * seconds / len(lately))
-    bar = "█" * (20 * step // total)
-    return (
-        f"{bar:░<20} step {step}/{total} · {left} left · "
-        f"loss {'not finite' if loss is None else f'{loss:.4f}'} · {pace:.1f} images/s"
-    )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class _OneLine:
-    """The progress under the cell, each state in the place of the one before, so that the saved notebook has one line;
-    under it while the run goes on, what the ranks log, and at its end only what they warn of."""
-
-    def __init__(self) -> None:
-        from IPython.display import display
-
-        self.handle = display({"text/plain": "starting"}, raw=True, display_id=True)
-
-    def __call__(self, line: str, log: str) -> None:
-        below = f"<pre style='font-size:smaller'>{html.escape(log)}</pre>" if log else ""
-        content = {"text/plain": line, "text/html": f"<div>{html.escape(line)}</div>{below}"}
-        self.handle.update(content, raw=True)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -273,7 +237,7 @@ def _end(process: subprocess.Popen) -> None:
             continue
 
 
-def _why(process: subprocess.Popen, run: runs.Run) -> str:
+def _why(process: subprocess.Popen, run: Run) -> str:
     saved = f"What was measured until then ({len(run.steps)} steps) and the log are in {run.folder}"
     failure = run.failure
     if failure:

@@ -16,8 +16,10 @@ from .config import TrainConfig
 from .device import peak_tflops
 from .throughput import Estimate, images_per_second, nominal_ips
 
-RESULTS_MIME = "application/vnd.sdnb.results+json"
+RESULTS_MIME = "application/vnd.sdnb.results+json"  # the rows of the results table
+PAGE_MIME = "application/vnd.sdnb.page+json"  # what a page says beside what its notebook shows
 RUNNING_MEAN_STEPS = 10
+_ENOUGH_STEPS = 5  # to say what is usual
 
 
 def mark(steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] = ()) -> pd.DataFrame:
@@ -95,8 +97,37 @@ class Measurements:
         }
 
 
+def slow_steps(measured: Measurements) -> pd.DataFrame:
+    """The full steps after the warm-up that took much longer than others like them (by a tenth of the median and by
+    five median deviations): `step`, `seconds`, `extra_seconds` over the median, and `because`, what is known of the
+    reason. Steps that encode pictures and steps that need not are not alike."""
+    steps, every = measured.steps, measured.config.checkpointing_steps
+    steady = steps[steps.steady & ~steps.short]
+    evaluated = set(measured.validation.step) if len(measured.validation) else set()
+    found = []
+    for alike in (steady[steady.encoded_images > 0], steady[steady.encoded_images == 0]):
+        if len(alike) < _ENOUGH_STEPS:
+            continue
+        usual = alike.seconds.median()
+        deviation = (alike.seconds - usual).abs().median()
+        phases = pd.DataFrame(list(alike.get("phase_seconds", ())), columns=PHASES)
+        for row, (step, seconds) in enumerate(zip(alike.step, alike.seconds)):
+            if not seconds > usual + max(0.1 * usual, 5 * deviation):
+                continue
+            if step - 1 in evaluated:
+                because = "after a held-out measurement"
+            elif (step - 1) % every == 0:
+                because = "after a checkpoint"
+            elif len(phases) and (extra := phases.iloc[row] - phases.median()).max() > 0:
+                because = f"{extra.idxmax()} took longer"
+            else:
+                because = "it is not known why"
+            found.append((step, seconds, seconds - usual, because))
+    return pd.DataFrame(found, columns=["step", "seconds", "extra_seconds", "because"])
+
+
 def measure(run: Any) -> Measurements:
-    """All figures of a run, from what its folder holds (a `runs.Run`, complete or not, with one step at least)."""
+    """All figures of a run, from what its folder holds (a `RunFolder`, complete or not, with one step at least)."""
     config, environment, model = run.config, run.environment, run.model
     resumed = environment.get("resumed", [])
     steps = mark(run.steps, config, [one["after_step"] for one in resumed])

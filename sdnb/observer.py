@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from . import data, hub, models, runs
+from . import data, hub, models, run_folder
 from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .device import EnergyMeter, give_back_freed_memory
@@ -124,7 +124,8 @@ class Observer:
         up."""
         step = record["step"]
         if self.accelerator.is_main_process:
-            runs.append(self.folder / runs.STEPS, record)
+            peak_gib = _peak_bytes(self.accelerator.device)[0] / 2**30
+            run_folder.append(self.folder / run_folder.STEPS, {**record, "peak_memory_gib": round(peak_gib, 3)})
             if not math.isfinite(record["loss"]) and not self.diverged:
                 self.diverged = True
                 logger.warning("step %d: the loss is not finite; what comes after is of no use", step)
@@ -163,11 +164,11 @@ class Observer:
                 saving_seconds=time.perf_counter() - trained,
                 ended=time.time(),
             )
-            runs.write(self.folder / runs.SUMMARY, summary)
+            run_folder.write(self.folder / run_folder.SUMMARY, summary)
         self._draw(steps)
         if accelerator.is_main_process and self.repository:
             logger.info("uploading to %s", self.repository)
-            hub.publish(runs.Run(self.folder), self.config, self.repository)
+            hub.publish(run_folder.RunFolder(self.folder), self.config, self.repository)
         accelerator.wait_for_everyone()
         accelerator.end_training()
 
@@ -185,7 +186,7 @@ class Observer:
         """Draw with the weights that would be saved now, unless the run has these pictures already."""
         if not (self.config.validation_prompts and self.accelerator.is_main_process):
             return
-        drawn = runs.Run(self.folder).samples
+        drawn = run_folder.RunFolder(self.folder).drawn
         if len(drawn) and (drawn.step == step).any():
             return
         with self.ema.in_place_of(self.parts.unet) if self.ema is not None else nullcontext():
@@ -195,14 +196,11 @@ class Observer:
         if self.held_out_loss is not None:
             with self.accelerator.autocast():
                 measured = self.held_out_loss(self.accelerator.unwrap_model(self.unet))
-            runs.append(self.folder / runs.VALIDATION, dict(step=step, **measured))
+            run_folder.append(self.folder / run_folder.VALIDATION, dict(step=step, **measured))
 
     def _ranks(self) -> list[dict[str, Any]]:
         """Each rank's peak memory, and a checksum of its parameters (sum and sum of squares): all ranks must agree."""
-        if self.accelerator.device.type == "cuda":
-            memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
-        else:
-            memory = [_peak_resident_bytes()] * 2
+        memory = _peak_bytes(self.accelerator.device)
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for parameter in self.unet.parameters():  # one at a time: a copy of all of them may not fit
             values = parameter.detach().double()
@@ -222,7 +220,10 @@ class Observer:
         return ranks
 
 
-def _peak_resident_bytes() -> int:
+def _peak_bytes(device: torch.device) -> list[int]:
+    """A rank's peak memory so far: what was allocated, and what was reserved for that."""
+    if device.type == "cuda":
+        return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
     # ru_maxrss would not do: it begins with that of the process which started this one.
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    return [int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024] * 2

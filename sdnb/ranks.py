@@ -19,7 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
-from . import runs
+from . import run_folder
 from .config import TrainConfig
 from .errors import SdnbError
 from .watchdog import end_when, end_with_parent
@@ -59,7 +59,7 @@ def main() -> None:
         if exit_code < 0:  # a rank that was killed could not write its own
             killed = "SIGKILL, sent by hand or by the system for want of memory"
             how = killed if exit_code == -signal.SIGKILL else signal.Signals(-exit_code).name
-            runs.fail(folder, rank, f"it died of {how}", "")
+            run_folder.fail(folder, rank, f"it died of {how}", "")
         sys.exit(1)
 
 
@@ -79,7 +79,7 @@ def _rank(config: TrainConfig) -> None:
         print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         if config.num_processes > 1:
             time.sleep(1)  # a rank that lost its peer fails too: the launcher ends it before it files that
-        runs.fail(Path(config.output_dir), rank, type(error).__name__, lines)
+        run_folder.fail(Path(config.output_dir), rank, type(error).__name__, lines)
         sys.stderr.flush()
         os._exit(1)  # at once: interpreter shutdown would wait for ranks that wait for this one
 

@@ -30,7 +30,7 @@ from . import report
 from .config import TrainConfig
 from .environment import PROJECT
 from .errors import ConfigError, RunError
-from .runs import CONFIG, Run
+from .run_folder import CONFIG, RunFolder
 
 NOTEBOOK = PROJECT / "notebooks" / "train.ipynb"
 COMPARISON = PROJECT / "notebooks" / "compare.ipynb"
@@ -93,7 +93,7 @@ def run(
     failed: dict[str, str] = {}
     for number, (name, settings) in enumerate(sweep.trainings.items(), 1):
         where = target / name
-        if (where / CONFIG).exists() and Run(where).summary:
+        if (where / CONFIG).exists() and RunFolder(where).summary:
             say(f"{number} of {len(sweep.trainings)}: {name}: complete already")
             continue
         say(f"{number} of {len(sweep.trainings)}: {name}")
@@ -114,7 +114,8 @@ def run(
     reason = _execute(COMPARISON, notebook, {"runs": complete, "swept": list(sweep.swept)})
     if reason:
         raise RunError(f"{notebook}: {reason}")
-    page, _ = report.write(notebook)
+    title = f"{sweep.name}: {len(complete)} trainings over {', '.join(sweep.swept)}"
+    page, _ = report.write(notebook, target / f"{sweep.name}.html", title)
     return page, failed
 
 

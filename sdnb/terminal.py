@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import arguments, data, environment, memory, metrics, runs
+from . import arguments, data, environment, memory, metrics, run_folder
 from .checkpoints import find
 from .config import TrainConfig
 from .errors import ConfigError, SdnbError
@@ -32,7 +32,7 @@ def main() -> None:
         if rank == 0:
             splits = data.load(config)
             find(config, splits.train)  # what cannot be resumed is left as it is
-            runs.begin(config, environment.capture())
+            run_folder.begin(config, environment.capture())
         folder = Path(config.output_dir).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
@@ -46,7 +46,7 @@ def main() -> None:
             # A rank that lost its peer fails too, and wrong settings are every rank's: the launcher ends this one
             # before it says so.
             time.sleep(2)
-        first = runs.fail(folder, rank, type(error).__name__, details) if folder else rank == 0
+        first = run_folder.fail(folder, rank, type(error).__name__, details) if folder else rank == 0
         _end(f"error: {details}" if first else "", 1)
 
 
@@ -83,7 +83,7 @@ def _train_in_terminal(config: TrainConfig, rank: int, splits: data.Splits | Non
             bar.update()
 
         train(config, show, splits)
-    run = runs.Run(config.output_dir)
+    run = run_folder.RunFolder(config.output_dir)
     print(metrics.measure(run) if len(run.steps) else "no step was left to train", f"in {run.folder}", sep="\n")
 
 

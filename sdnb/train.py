@@ -29,7 +29,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
-from . import data, models, runs
+from . import data, models, run_folder
 from .batches import Batches
 from .checkpoints import Checkpoints, clean_up, find
 from .clock import StepClock
@@ -64,9 +64,9 @@ def train(
     gc.freeze()  # what is loaded by now stays
     gc.enable()
     accelerator = _accelerator(config)
-    _log_to(folder / runs.LOG, accelerator)
+    _log_to(folder / run_folder.LOG, accelerator)
     _check_ranks_joined(accelerator, config)
-    held = runs.lock(folder) if accelerator.is_main_process else None  # until this function ends, or its process
+    held = run_folder.lock(folder) if accelerator.is_main_process else None  # until this function ends, or its process
     if config.seed is not None:
         set_seed(config.seed)
 
@@ -79,7 +79,7 @@ def train(
     _set_up(parts, config)
     if accelerator.is_main_process:
         reached = reachable_tflops(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
-        runs.write(folder / runs.MODEL, {**models.describe(config, parts), "reachable_tflops": reached})
+        run_folder.write(folder / run_folder.MODEL, {**models.describe(config, parts), "reachable_tflops": reached})
     splits.train.tokenizer = parts.tokenizer
     loader = DataLoader(
         splits.train,
@@ -238,7 +238,7 @@ def _start_records(accelerator: Accelerator, config: TrainConfig, step: int) -> 
     """Begin the records after `step`: what an interrupted training recorded beyond it is recorded again."""
     if accelerator.is_main_process:
         clean_up(Path(config.output_dir))
-        runs.go_back(Path(config.output_dir), step)
+        run_folder.go_back(Path(config.output_dir), step)
     settings = config.model_dump(mode="json", exclude={"validation_prompts", "hub_token"})
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers(config.tracker_project_name, settings, init_kwargs=purge)

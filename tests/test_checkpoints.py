@@ -13,7 +13,7 @@ import psutil
 import pytest
 from training import train
 
-from sdnb import checkpoints, data, launch, runs
+from sdnb import checkpoints, data, launch, run_folder
 from sdnb.config import TrainConfig
 from sdnb.errors import RunError
 
@@ -33,8 +33,8 @@ def settings(settings, image_folder):
 
 def records(run):
     """What was recorded, times aside, and what was found encoded already."""
-    lines = [json.loads(line) for line in (run.folder / runs.STEPS).read_text().splitlines()]
-    aside = ("seconds", "phase_seconds", "encoded_images", "encoded_captions")
+    lines = [json.loads(line) for line in (run.folder / run_folder.STEPS).read_text().splitlines()]
+    aside = ("seconds", "phase_seconds", "peak_memory_gib", "encoded_images", "encoded_captions")
     return [{name: value for name, value in line.items() if name not in aside} for line in lines]
 
 
@@ -51,11 +51,11 @@ def assert_same(resumed, uninterrupted):
 def power_off_after(run, step, to):
     """The run folder as it is when the power goes a moment after a checkpoint: the latest, with records beyond it."""
     to.mkdir()
-    for name in (runs.CONFIG, runs.ENVIRONMENT):
+    for name in (run_folder.CONFIG, run_folder.ENVIRONMENT):
         shutil.copy(run.folder / name, to)
     shutil.copytree(run.folder / f"checkpoint-{step}", to / f"checkpoint-{step}")
-    lines = (run.folder / runs.STEPS).read_text().splitlines()[: step + 1]
-    (to / runs.STEPS).write_text("\n".join(lines) + '\n{"step": 7, "lo')
+    lines = (run.folder / run_folder.STEPS).read_text().splitlines()[: step + 1]
+    (to / run_folder.STEPS).write_text("\n".join(lines) + '\n{"step": 7, "lo')
     return to
 
 
@@ -113,19 +113,19 @@ def test_killed_again_and_again_with_eight_loading_processes(settings, tmp_path)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         assert process.returncode == (-signal.SIGKILL if moment else 0)
-    assert_same(runs.Run(folder), whole)
+    assert_same(run_folder.RunFolder(folder), whole)
     assert not list(folder.glob(".checkpoint-*"))
-    assert [one["step"] for one in records(runs.Run(folder))] == list(range(1, STEPS + 1))
+    assert [one["step"] for one in records(run_folder.RunFolder(folder))] == list(range(1, STEPS + 1))
 
 
 def test_two_ranks_one_of_them_killed(settings, tmp_path):
     settings = {**settings, "num_processes": 2, "validation_loss_steps": 0}
-    whole = launch.launch(launch.prepare(TrainConfig(**settings)), show=lambda line, log: None)
+    whole = launch.launch(launch.prepare(TrainConfig(**settings)), show=lambda *_: None)
     folder = tmp_path / "killed"
 
     killed_ranks = []
 
-    def kill_a_rank(line, log):
+    def kill_a_rank(line, *_):
         if any(f" step {step}/" in line for step in (4, 5, 6)) and not killed_ranks:
             (launcher,) = [
                 process for process in psutil.process_iter(["cmdline"])
@@ -140,7 +140,7 @@ def test_two_ranks_one_of_them_killed(settings, tmp_path):
     plan = launch.prepare(killed.updated(resume_from_checkpoint="latest"))
     assert plan.resumes_after >= 3
     assert plan.facts["resumes"] == f"after step {plan.resumes_after}"
-    resumed = launch.launch(plan, show=lambda line, log: None)
+    resumed = launch.launch(plan, show=lambda *_: None)
     assert_same(resumed, whole)
     assert resumed.summary["world_size"] == 2 and not resumed.failure
     assert len(resumed.environment["resumed"]) == 1
@@ -213,7 +213,7 @@ def test_no_whole_checkpoint_left_is_an_error_and_not_a_new_training(copy):
         cut_short(folder / f"checkpoint-{step}")
     with pytest.raises(RunError, match="nothing to resume from(.|\n)*checkpoint-2: incomplete(.|\n)*checkpoint-1"):
         found(settings)
-    assert len(runs.Run(folder).steps) == 2, "and the records are still there"
+    assert len(run_folder.RunFolder(folder).steps) == 2, "and the records are still there"
 
 
 def test_what_is_asked_for_and_not_there(copy, tmp_path):
@@ -330,7 +330,7 @@ def test_a_disk_that_takes_no_more(copy):
 
 def test_one_training_at_a_time(copy):
     folder, settings = copy
-    with runs.lock(folder), pytest.raises(RunError, match="another training is running in this folder"):
+    with run_folder.lock(folder), pytest.raises(RunError, match="another training is running in this folder"):
         train(settings)
     assert list(train(settings).steps.step) == [1, 2, 3]
 
@@ -346,6 +346,6 @@ def test_a_refusal_leaves_the_run_as_it_is(copy, change):
 
 def test_a_complete_run_has_nothing_left_to_train(copy):
     folder, settings = copy
-    before = records(runs.Run(folder))
+    before = records(run_folder.RunFolder(folder))
     run = train({**settings, "steps": 2})
     assert records(run) == before and run.summary["world_size"] == 1

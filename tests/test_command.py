@@ -11,7 +11,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from sdnb import runs
+from sdnb import run_folder
 from sdnb.ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ def test_the_reference_command(tmp_path):
     process = launch(*REFERENCE.split(), f"--output_dir={tmp_path / 'run'}")
     shown, said = process.communicate(timeout=250)
     assert process.returncode == 0, said
-    run = runs.Run(tmp_path / "run")
+    run = run_folder.RunFolder(tmp_path / "run")
     assert (run.summary["world_size"], run.summary["distributed_type"]) == (2, "MULTI_CPU")
     assert list(run.steps.images) == [64, 64]
     assert run.config.mixed_precision == "no" and run.config.num_processes == 2
@@ -89,7 +89,7 @@ def test_a_rank_that_fails_says_why(tmp_path, image_folder):
     errors = process.communicate(timeout=200)[1]
     assert process.returncode != 0
     assert errors.count("the picture cannot be used") == 1
-    assert runs.Run(tmp_path / "run").failure["what"] == "DataError"
+    assert run_folder.RunFolder(tmp_path / "run").failure["what"] == "DataError"
 
 
 def test_a_killed_launcher_leaves_no_rank(tmp_path):
@@ -98,7 +98,7 @@ def test_a_killed_launcher_leaves_no_rank(tmp_path):
                      "--gradient_accumulation_steps=1", f"--output_dir={folder}")  # fmt: skip
     try:
         end = time.time() + 200
-        while not (folder / runs.STEPS).exists() and time.time() < end:
+        while not (folder / run_folder.STEPS).exists() and time.time() < end:
             time.sleep(0.1)
         assert len(ranks_of(folder)) == 3, "the launcher and two ranks"
     finally:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from training import train
 
-from sdnb import hub, runs
+from sdnb import hub, run_folder
 from sdnb.config import TrainConfig
 
 TOKEN = "hf_thisisasecretofthetests0000"
@@ -105,7 +105,7 @@ def test_a_refusal_comes_before_the_training(server, tmp_path):
     assert done.returncode == 1
     assert "push_to_hub: the repository a-model cannot be made" in done.stderr and "HF_TOKEN" in done.stderr
     assert "Traceback" not in done.stderr
-    assert runs.Run(tmp_path / "run").steps.empty
+    assert run_folder.RunFolder(tmp_path / "run").steps.empty
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import random
 import pytest
 from tqdm import tqdm
 
-from sdnb import imported, metrics, runs
+from sdnb import imported, metrics, run_folder
 from sdnb.__main__ import main
 from sdnb.errors import RunError
 
@@ -156,13 +156,13 @@ def test_the_command(tmp_path, capsys):
     main(["import", str(path), "--output_dir", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert "17.88" in shown and str(tmp_path / "run") in shown
-    assert len(runs.Run(tmp_path / "run").steps) == 101
+    assert len(run_folder.RunFolder(tmp_path / "run").steps) == 101
     with pytest.raises(SystemExit, match="error: .*no such file"):
         main(["import", str(tmp_path / "missing")])
 
 
 def test_the_published_run_comes_with_the_package():
-    measured = metrics.measure(runs.Run(imported.PUBLISHED))
+    measured = metrics.measure(run_folder.RunFolder(imported.PUBLISHED))
     assert measured["nominal IPS"].text == "17.88"
     assert measured["images/s per GPU"].value == pytest.approx(14.35, abs=0.01)
     assert measured["final step_loss"].text == "0.0456"

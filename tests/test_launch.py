@@ -16,12 +16,12 @@ import psutil
 import pytest
 import torch
 
-from sdnb import launch, models, runs
+from sdnb import launch, models, run_folder
 from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError, DataError, ModelError, RunError
 from sdnb.ranks import free_port
 
-QUIET = {"show": lambda line, log: None}
+QUIET = {"show": lambda *_: None}
 
 
 def start(settings, **changes):
@@ -51,7 +51,7 @@ def at_step(step, act):
     """A `show` that acts once, when the progress line has reached a step; it may pass over any one of them."""
     done = []
 
-    def show(line, log):
+    def show(line, *_):
         reached = re.search(r"step (\d+)/", line)
         if reached and int(reached[1]) >= step and not done:
             done.append(line)
@@ -157,7 +157,7 @@ def test_a_killed_rank_ends_the_run_and_keeps_what_was_measured(settings, ranks)
         start(settings, num_processes=ranks, steps=2000, show=at_step(3, kill_the_last_rank))
     assert time.time() - began < 90
     assert "steps) and the log are in" in str(error.value)
-    assert len(runs.Run(folder).steps) >= 3
+    assert len(run_folder.RunFolder(folder).steps) >= 3
     assert none_left(folder)
 
 
@@ -173,20 +173,20 @@ def test_an_interrupt_ends_every_rank(settings):
         start(settings, num_processes=2, steps=2000, show=at_step(2, interrupt))
     assert time.time() - moment[0] < 8
     assert none_left(folder, within=2)
-    assert len(runs.Run(folder).steps) >= 2
+    assert len(run_folder.RunFolder(folder).steps) >= 2
 
 
 def test_the_death_of_the_one_who_launched_ends_every_rank(settings):
     folder = Path(settings["output_dir"])
     code = (
         "import sys, json; from sdnb import launch; from sdnb.config import TrainConfig\n"
-        "launch.launch(launch.prepare(TrainConfig(**json.loads(sys.argv[1]))), show=lambda line, log: None)"
+        "launch.launch(launch.prepare(TrainConfig(**json.loads(sys.argv[1]))), show=lambda *_: None)"
     )
     long = json.dumps({**settings, "num_processes": 2, "steps": 2000})
     launcher = subprocess.Popen([sys.executable, "-c", code, long])
     try:
         end = time.time() + 120
-        while not (folder / runs.STEPS).exists():
+        while not (folder / run_folder.STEPS).exists():
             assert launcher.poll() is None and time.time() < end
             time.sleep(0.2)
         assert len(processes_of(folder)) >= 2
@@ -239,14 +239,3 @@ def test_settings_are_data_in_the_plans_html(settings, image_folder):
     folder = image_folder(2, name="<script>alert(1)</script>".replace("/", ""))
     plan = launch.prepare(TrainConfig(**{**settings, "dataset_name": None, "train_data_dir": str(folder)}))
     assert "<script>" not in plan._repr_html_()
-
-
-def test_the_progress_line():
-    records = [dict(step=step, seconds=2.0, images=32, loss=0.25) for step in (49, 50)]
-    assert launch.progress([], 100) == "step 0/100 · starting"
-    assert launch.progress(records, 100) == "██████████░░░░░░░░░░ step 50/100 · 1:40 left · loss 0.2500 · 16.0 images/s"
-    assert "loss not finite" in launch.progress([{**records[0], "loss": None}], 100)
-
-
-def test_the_time_left():
-    assert [launch._clock(seconds) for seconds in (5, 65.4, 3725)] == ["0:05", "1:05", "1:02:05"]

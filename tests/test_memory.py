@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from sdnb import embedded, memory, models, runs
+from sdnb import embedded, memory, models, run_folder
 from sdnb.cache import cache_root
 from sdnb.config import TrainConfig
 from sdnb.environment import Devices
@@ -56,7 +56,7 @@ def measured_gib(tmp_path_factory):
     finally:
         for process in running:
             process.kill()
-    return [runs.Run(folder).summary["ranks"][0]["peak_memory_gib"] for folder in folders]
+    return [run_folder.RunFolder(folder).summary["ranks"][0]["peak_memory_gib"] for folder in folders]
 
 
 def test_activations_are_what_real_trainings_take(measured_gib):

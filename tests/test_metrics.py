@@ -105,8 +105,8 @@ def test_the_running_mean_weighs_pictures():
 class FakeRun:
     """Eight GPUs cannot be had here: what their run folder would say."""
 
-    def __init__(self, steps, target=0.0456, summary=None):
-        self.config = config(target_loss=target, mixed_precision="fp16")
+    def __init__(self, steps, target=0.0456, summary=None, **settings):
+        self.config = config(target_loss=target, mixed_precision="fp16", **settings)
         self.steps, self.validation = steps, pd.DataFrame()
         self.environment = {"started": 0, "devices": {"type": "cuda", "names": ["NVIDIA A100-SXM4-80GB"]}}
         self.model = {
@@ -187,3 +187,21 @@ def test_the_first_step_after_a_resume_is_no_steady_one():
     assert "10 of warm-up left out, and 1 that came first after a resume" in measured["images/s per GPU"].how
     assert measured["resumed"].text == "after step 50" and "on another machine" in measured["resumed"].how
     assert "from the last resume" in measured["total time"].how
+
+
+def test_slow_steps_and_why():
+    steps = records([4] * 60, 0.5)
+    steps["encoded_images"] = [256] * 20 + [0] * 40
+    steps.loc[:19, "seconds"] = 3.0  # encoding is slow, but no wonder
+    steps.loc[[30, 40, 50], "seconds"] = [4.0, 5.0, 2.3]
+    steps.at[50, "phase_seconds"] = {**dict.fromkeys(PHASES, 0.1), "backward": 0.4}
+    run = FakeRun(steps, checkpointing_steps=40)
+    run.validation = pd.DataFrame(dict(step=[0, 30], loss=0.1, standard_error=0.01, pictures=64))
+    slow = metrics.slow_steps(metrics.measure(run))
+    assert list(slow.step) == [31, 41, 51]
+    assert list(slow.extra_seconds) == pytest.approx([2.0, 3.0, 0.3])
+    assert list(slow.because) == ["after a held-out measurement", "after a checkpoint", "backward took longer"]
+
+
+def test_without_much_to_compare_no_step_is_slow():
+    assert metrics.slow_steps(metrics.measure(FakeRun(records([4] * 4, 0.5)))).empty

@@ -18,7 +18,7 @@ from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from test_launch import none_left, processes_of
 
-from sdnb import report, runs
+from sdnb import report, run_folder
 
 WITHOUT_GPU = pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="this machine has a GPU")
 SMALL = ["-p", "train_batch_size", "2", "-p", "gradient_accumulation_steps", "2", "-p", "validation_loss_steps", "0"]
@@ -39,9 +39,9 @@ def test_papermill_from_the_projects_root(tmp_path):
     out.parent.mkdir()
     done = papermill(out, *SMALL, "-p", "steps", "4", "-p", "output_dir", str(out.parent), "-p", "num_processes", "2")
     assert done.returncode == 0, done.stderr[-3000:]
-    run = runs.Run(out.parent)
+    run = run_folder.RunFolder(out.parent)
     assert len(run.steps) == 4 and run.summary["world_size"] == 2 and run.config.max_train_steps == 4
-    assert list(run.samples.step) == [0] * 4 + [4] * 4
+    assert list(run.drawn.step) == [0] * 4 + [4] * 4
 
     notebook = nbformat.read(out, 4)
     said = outputs(notebook, "text/plain")
@@ -76,14 +76,16 @@ def test_papermill_from_the_notebooks_folder_with_a_settings_file(tmp_path, runs
     assert done.returncode == 0, done.stderr[-3000:]
     (new,) = set((ROOT / "runs").glob("*")) - before
     try:
-        config = runs.Run(new).config
+        config = run_folder.RunFolder(new).config
         assert (config.mixed_precision, config.max_train_steps, config.learning_rate) == ("no", 2, 1e-4)
-        assert len(runs.Run(new).steps) == 2 and runs.Run(new).samples.empty
+        assert len(run_folder.RunFolder(new).steps) == 2 and run_folder.RunFolder(new).drawn.empty
         again = papermill(
             tmp_path / "again.ipynb", "-f", str(new / "config.yaml"), "-p", "output_dir", str(tmp_path / "2")
         )
         assert again.returncode == 0, again.stderr[-3000:]
-        assert list(runs.Run(tmp_path / "2").steps.loss) == list(runs.Run(new).steps.loss), "enough to run it again"
+        assert list(run_folder.RunFolder(tmp_path / "2").steps.loss) == list(run_folder.RunFolder(new).steps.loss), (
+            "enough to run it again"
+        )
     finally:
         shutil.rmtree(new)
 
@@ -143,7 +145,7 @@ def test_run_all_twice_in_a_kernel_that_has_computed(tmp_path):
     )
     once, again = small_cells(str(tmp_path / "once"), 2), small_cells(str(tmp_path / "again"), 3)
     executed([torch_first, *once, *again])
-    assert [len(runs.Run(tmp_path / name).steps) for name in ("once", "again")] == [2, 3]
+    assert [len(run_folder.RunFolder(tmp_path / name).steps) for name in ("once", "again")] == [2, 3]
 
 
 def test_a_rank_that_fails_shows_in_the_notebook(tmp_path, image_folder):
@@ -179,7 +181,7 @@ def test_interrupting_the_cell_ends_every_rank(tmp_path):
         for cell in cells[:launching]:
             client.execute_interactive(cell.source, timeout=120, output_hook=lambda message: None)
         client.execute(cells[launching].source)
-        wait_for((tmp_path / "run" / runs.STEPS).exists)
+        wait_for((tmp_path / "run" / run_folder.STEPS).exists)
         manager.interrupt_kernel()
         assert none_left(tmp_path / "run", within=8)
         reply = client.get_shell_msg(timeout=10)["content"]
@@ -191,7 +193,7 @@ def test_interrupting_the_cell_ends_every_rank(tmp_path):
             output_hook=lambda message: shown.append(message["content"].get("data", {}).get("text/plain")),
         )
         assert "2" in shown, "the kernel goes on"
-        assert len(runs.Run(tmp_path / "run").steps) >= 1
+        assert len(run_folder.RunFolder(tmp_path / "run").steps) >= 1
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
@@ -216,7 +218,7 @@ def test_killing_papermill_ends_every_rank(tmp_path, number):
         preexec_fn=end_with_the_tests,
     )
     try:
-        wait_for((folder / runs.STEPS).exists)
+        wait_for((folder / run_folder.STEPS).exists)
         assert len(processes_of(folder)) >= 3
         os.kill(process.pid, number)
         assert none_left(folder, within=15)

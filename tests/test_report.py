@@ -1,3 +1,6 @@
+import base64
+import getpass
+import hashlib
 import re
 import subprocess
 import sys
@@ -9,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from sdnb import report
 from sdnb.errors import RunError
-from sdnb.metrics import RESULTS_MIME
+from sdnb.metrics import PAGE_MIME, RESULTS_MIME
 
 ROWS = [
     dict(name="images/s per GPU", text="14.30 (14.20 to 14.40)", how="measured", value=14.3),
@@ -22,8 +25,6 @@ def executed(tmp_path):
     figure, _ = plt.subplots()
     figure.savefig(tmp_path / "figure.png")
     plt.close(figure)
-    import base64
-
     png = base64.b64encode((tmp_path / "figure.png").read_bytes()).decode()
     cells = [
         new_markdown_cell("# A title\n\nProse with <b>mark-up</b>."),
@@ -43,7 +44,12 @@ def test_the_page_is_one_file_that_loads_nothing(executed):
     assert [row["name"] for row in headline] == ["images/s per GPU"]
     assert "14.30 (14.20 to 14.40)" in html and "A title" in html
     assert 'src="data:image/png;base64,' in html
-    assert not re.search(r"<script|<link|@import|url\(|(src|href)=\"?(http|//)", html)
+    assert not re.search(r"<link|@import|url\((?!#)|(src|href)=\"?(http|//)", html)
+    assert html.count("<script") == 1 and "addEventListener" in html, "its own, that sorts tables"
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
+    script = re.search(r"<script>(.*?)</script>", html, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy
     assert "&lt;script&gt;alert(1)" in html, "what a run printed is text"
 
 
@@ -104,3 +110,52 @@ def test_a_token_does_not_reach_the_page(tmp_path):
     page = report.write(source)[0].read_text()
     assert "secret-of-mine" not in page and "hf_abc" not in page
     assert "logged in with …" in page and "hub_token" in page
+
+
+def page_of(tmp_path, *cells):
+    path = tmp_path / "out.ipynb"
+    nbformat.write(new_notebook(cells=list(cells)), path)
+    return report.write(path)[0]
+
+
+def printed(text):
+    return new_code_cell("1", outputs=[new_output("stream", text=text)])
+
+
+def test_no_home_folder_and_no_user_name_reaches_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: "li")
+    paths = "/home/li/data, /root/.cache/x, /Users/Ann/y, /scratch/li/z, /root, /rooted, /data/lively"
+    html = page_of(tmp_path, printed(paths)).read_text()
+    assert "~/data, ~/.cache/x, ~/y, /scratch/…/z, ~, /rooted, /data/lively" in html
+
+
+def test_pictures_are_left_as_they_are(tmp_path, monkeypatch):
+    """Letters that stand for a picture may spell a path by chance."""
+    monkeypatch.setattr(getpass, "getuser", lambda: "li")
+    picture = new_code_cell("1", outputs=[new_output("display_data", {"image/png": "AAA/li/BBB/root/CC=="})])
+    assert "AAA/li/BBB/root/CC==" in page_of(tmp_path, picture).read_text()
+
+
+@pytest.mark.parametrize(
+    "secret", ['WANDB_API_KEY="0123abcd"', "api_key: 'tell-no-one'", "sk-abcdefgh1234", "ghp_abcdefgh1234"]
+)
+def test_other_services_secrets_do_not_either(tmp_path, secret):
+    html = page_of(tmp_path, printed(f"before {secret} after")).read_text()
+    assert not re.search("0123abcd|tell-no-one|abcdefgh1234", html)
+    assert "before" in html and "after" in html
+
+
+def test_sections_go_where_their_tags_say(tmp_path):
+    tagged = {"appendix": ["appendix"], "hidden": ["not-in-report"]}
+    cells = [new_markdown_cell(f"## {name}\n\nprose", metadata={"tags": tagged.get(name, [])})
+             for name in ("appendix", "hidden", "one", "two")]  # fmt: skip
+    html = page_of(tmp_path, *cells, printed("x")).read_text()
+    assert re.findall(r"<h2[^>]*>(\w+)", html) == ["one", "two", "appendix"]
+
+
+def test_a_page_is_named_after_its_run(tmp_path):
+    about = {"kind": "run", "name": "2026 <b>/../x", "title": "a <i>title</i>", "settings": {"a": None}}
+    shown = new_code_cell("run", outputs=[new_output("execute_result", {PAGE_MIME: about, "text/plain": "run"})])
+    page = page_of(tmp_path, shown)
+    assert page == tmp_path / "2026-b-..-x.html"
+    assert "<title>a &lt;i&gt;title&lt;/i&gt; – sdnb</title>" in page.read_text()

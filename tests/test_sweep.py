@@ -4,7 +4,7 @@ import pytest
 import yaml
 from test_compare import make_run
 
-from sdnb import plots, runs, sweep
+from sdnb import run_folder, side_by_side, sweep
 from sdnb.compare import compare
 from sdnb.errors import ConfigError, RunError
 
@@ -31,12 +31,12 @@ def test_past_a_failure_and_taken_up_again(tmp_path):
     text = page.read_text()
     assert "Over train_batch_size" in text or "image/" in text
     first = tmp_path / "runs" / "train_batch_size=1,pretrained_model_name_or_path=tiny"
-    assert len(runs.Run(first).steps) == 3 and (first / "train.ipynb").exists()
-    before = (first / runs.SUMMARY).stat().st_mtime
+    assert len(run_folder.RunFolder(first).steps) == 3 and (first / "train.ipynb").exists()
+    before = (first / run_folder.SUMMARY).stat().st_mtime
     said.clear()
     sweep.run(sweep.load(path), tmp_path / "runs", said.append)
     assert sum("complete already" in line for line in said) == 2
-    assert (first / runs.SUMMARY).stat().st_mtime == before
+    assert (first / run_folder.SUMMARY).stat().st_mtime == before
 
 
 def test_a_training_that_did_not_reach_its_end_is_begun_again(tmp_path, monkeypatch):
@@ -46,14 +46,14 @@ def test_a_training_that_did_not_reach_its_end_is_begun_again(tmp_path, monkeypa
 
     def execute(notebook, out, parameters):
         executed.append(out.parent.name)
-        assert not (out.parent / runs.CONFIG).exists()
+        assert not (out.parent / run_folder.CONFIG).exists()
         return "it broke"
 
     monkeypatch.setattr(sweep, "_execute", execute)
     with pytest.raises(RunError, match="0 of 2 trainings succeeded"):
         sweep.run(sweep.load(path), tmp_path / "runs", lambda line: None)
     assert executed == ["train_batch_size=1", "train_batch_size=2"]
-    assert len(runs.Run(tmp_path / "runs" / "train_batch_size=1.incomplete-1").steps) == 40
+    assert len(run_folder.RunFolder(tmp_path / "runs" / "train_batch_size=1.incomplete-1").steps) == 40
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_the_figure_of_a_sweep(tmp_path):
                 tmp_path / f"{ranks}-{batch}", seconds * batch / 8, noise=0, num_processes=ranks, train_batch_size=batch
             )
     compared = compare(tmp_path)
-    figure = plots.swept(compared, ["num_processes", "train_batch_size"])
+    figure = side_by_side.swept(compared, ["num_processes", "train_batch_size"])
     said = figure.get_supxlabel().replace("\n", " ")
     assert "The most is 106.67 images/s with num_processes = 2" in said
     assert "From 1 to 2 ranks it scales with 83% train_batch_size = 4" in said

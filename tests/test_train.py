@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from training import train
 
-from sdnb import environment, metrics, models, runs
+from sdnb import environment, metrics, models, run_folder
 from sdnb.clock import PHASES, StepClock
 from sdnb.config import TrainConfig
 from sdnb.diffusion import draw_noise, dream, loss_of, target_of
@@ -60,7 +60,7 @@ def test_the_record_of_a_step(run):
     record = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert set(record) == {
         "step", "epoch", "micro_batches", "images", "loss", "train_loss", "step_loss", "grad_norm", "lr", "seconds",
-        "phase_seconds", "encoded_images", "encoded_captions",
+        "phase_seconds", "encoded_images", "encoded_captions", "peak_memory_gib",
     }  # fmt: skip
     assert record["lr"] == 1e-3
     assert record["grad_norm"] > 0
@@ -83,9 +83,9 @@ def test_no_held_out_pictures_is_said(run):
 
 
 def test_pictures_before_and_after(run):
-    assert list(run.samples.step) == [0, 10, 21], "before, after the first epoch of every five, at the end"
-    assert (run.samples.prompt == "red heart").all() and (run.samples.seed == 7).all()
-    files = [(run.folder / "samples" / file).read_bytes() for file in run.samples.file]
+    assert list(run.drawn.step) == [0, 10, 21], "before, after the first epoch of every five, at the end"
+    assert (run.drawn.prompt == "red heart").all() and (run.drawn.seed == 7).all()
+    files = [(run.folder / "samples" / file).read_bytes() for file in run.drawn.file]
     assert len(set(files)) == 3
 
 
@@ -224,7 +224,7 @@ def test_the_clock_adds_up():
 
 def test_the_records_make_a_table(run):
     assert isinstance(run.steps, pd.DataFrame)
-    assert runs.Run(run.folder).steps.equals(run.steps)
+    assert run_folder.RunFolder(run.folder).steps.equals(run.steps)
 
 
 def test_the_tracker_has_the_losses_and_the_pictures(run):
@@ -241,7 +241,7 @@ def test_the_pictures_are_drawn_with_the_average(settings, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     run = train(settings, use_ema=True, validation_prompts=["sun"], validation_epochs=50)
-    last = run.samples.iloc[-1]
+    last = run.drawn.iloc[-1]
     pipeline = StableDiffusionPipeline.from_pretrained(run.folder)
     drawn = pipeline(
         "sun", height=64, width=64, num_inference_steps=int(last.num_inference_steps),

@@ -2,7 +2,7 @@
 
 from accelerate.state import AcceleratorState
 
-from sdnb import launch, runs
+from sdnb import launch, run_folder
 from sdnb import train as training
 from sdnb.config import TrainConfig
 
@@ -11,6 +11,6 @@ def train(settings, **changes):
     """A training to its end; returns its run."""
     AcceleratorState._reset_state(reset_partial_state=True)
     plan = launch.prepare(TrainConfig(**{**settings, **changes}))
-    folder = runs.begin(plan.config, plan.environment)
+    folder = run_folder.begin(plan.config, plan.environment)
     training.train(plan.config.updated(output_dir=str(folder)))
-    return runs.Run(folder)
+    return run_folder.RunFolder(folder)

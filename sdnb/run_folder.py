@@ -186,7 +186,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-class Run:
+class RunFolder:
     """Reads a run folder. Each property reads the file as it is now, so that a run can be watched.
 
     Raises:
@@ -220,7 +220,8 @@ class Run:
         """The records of the optimizer steps, a line of metrics.jsonl each: `step` (from 1), `epoch` (from 0, as the
         reference's loop counts), `micro_batches` (a rank's), `images` (of all ranks), `loss` (mean over micro-batches
         and ranks), `train_loss` (as the reference logs it), `step_loss` (rank 0's last micro-batch), `grad_norm`
-        (before clipping), `lr` (that the step used), `seconds` (wall time), and `phase_seconds`, where they went."""
+        (before clipping), `lr` (that the step used), `seconds` (wall time), `phase_seconds`, where they went, and
+        `peak_memory_gib` (of rank 0, so far)."""
         return read_lines(self.folder / STEPS)
 
     @property
@@ -229,7 +230,7 @@ class Run:
         return read_lines(self.folder / VALIDATION)
 
     @property
-    def samples(self) -> pd.DataFrame:
+    def drawn(self) -> pd.DataFrame:
         """The pictures drawn: file (in samples/), step, prompt, seed and how they were drawn."""
         return read_lines(self.folder / SAMPLES_LIST)
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sdnb import runs
+from sdnb import run_folder
 from sdnb.config import TrainConfig
 from sdnb.environment import PROJECT
 from sdnb.errors import RunError
@@ -16,13 +16,13 @@ def config(**settings):
 
 @pytest.fixture
 def folder(tmp_path):
-    return runs.begin(config(output_dir=str(tmp_path / "run")), environment={})
+    return run_folder.begin(config(output_dir=str(tmp_path / "run")), environment={})
 
 
 def test_a_new_folder_each_time(monkeypatch, tmp_path):
     (tmp_path / "pyproject.toml").touch()
-    monkeypatch.setattr(runs, "PROJECT", tmp_path)
-    first, second = runs.create(config(output_dir=None)), runs.create(config(output_dir=None))
+    monkeypatch.setattr(run_folder, "PROJECT", tmp_path)
+    first, second = run_folder.create(config(output_dir=None)), run_folder.create(config(output_dir=None))
     assert first != second and first.is_dir() and second.is_dir()
     assert first.parent == tmp_path / "runs"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}-tiny-openmoji", first.name)
@@ -34,34 +34,34 @@ def test_the_project_is_found():
 
 def test_a_run_is_never_written_over(folder):
     with pytest.raises(RunError, match="there is a run in it already"):
-        runs.create(config(output_dir=str(folder)))
+        run_folder.create(config(output_dir=str(folder)))
 
 
 def test_a_folder_with_other_things_in_it_may_be_used(tmp_path):
     (tmp_path / "train.ipynb").touch()
-    assert runs.create(config(output_dir=str(tmp_path))) == tmp_path
+    assert run_folder.create(config(output_dir=str(tmp_path))) == tmp_path
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="no run can be written there"):
-        runs.create(config(output_dir=str(tmp_path / "file" / "run")))
+        run_folder.create(config(output_dir=str(tmp_path / "file" / "run")))
 
 
 def test_records_can_be_read_while_they_are_written(folder):
-    run = runs.Run(folder)
+    run = run_folder.RunFolder(folder)
     assert run.steps.empty and run.summary == {} and run.failure == {} and run.log == ""
-    runs.append(folder / runs.STEPS, dict(step=1, loss=0.5, grad_norm=float("inf")))
-    runs.append(folder / runs.STEPS, dict(step=2, loss=0.4, grad_norm=1.0))
-    with (folder / runs.STEPS).open("a") as file:
+    run_folder.append(folder / run_folder.STEPS, dict(step=1, loss=0.5, grad_norm=float("inf")))
+    run_folder.append(folder / run_folder.STEPS, dict(step=2, loss=0.4, grad_norm=1.0))
+    with (folder / run_folder.STEPS).open("a") as file:
         file.write('{"step": 3, "lo')  # as a crash leaves it
     assert list(run.steps.step) == [1, 2]
     assert math.isnan(run.steps.grad_norm[0]) and run.steps.grad_norm[1] == 1
-    assert json.loads((folder / runs.STEPS).read_text().splitlines()[0])["grad_norm"] is None
+    assert json.loads((folder / run_folder.STEPS).read_text().splitlines()[0])["grad_norm"] is None
 
 
 def test_the_lines_that_a_file_has_gained(tmp_path):
-    tail = runs.Tail(tmp_path / "log")
+    tail = run_folder.Tail(tmp_path / "log")
     assert tail.new() == []
     with (tmp_path / "log").open("w") as file:
         for text, gained in (("a\nb", ["a"]), ("c\n", ["bc"]), ("", []), ("\nd\ne\n", ["", "d", "e"])):
@@ -71,46 +71,46 @@ def test_the_lines_that_a_file_has_gained(tmp_path):
 
 
 def test_a_damaged_record_is_an_error_and_not_dropped(folder):
-    (folder / runs.STEPS).write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
+    (folder / run_folder.STEPS).write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl: a line is not JSON"):
-        _ = runs.Run(folder).steps
+        _ = run_folder.RunFolder(folder).steps
 
 
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(RunError, match="there is no run here"):
-        runs.Run(tmp_path)
+        run_folder.RunFolder(tmp_path)
 
 
 def test_going_back(tmp_path):
     """Records after the step are recorded again; a line that a loss of power tore, and what follows it, is gone."""
-    made = runs.begin(config(output_dir=str(tmp_path / "run")), {"host": "a"})
+    made = run_folder.begin(config(output_dir=str(tmp_path / "run")), {"host": "a"})
     for step in (1, 2, 3, 4):
-        runs.append(made / runs.STEPS, {"step": step, "loss": 0.5})
-        runs.append(made / runs.VALIDATION, {"step": step, "loss": 0.5})
-    with (made / runs.STEPS).open("a") as file:
+        run_folder.append(made / run_folder.STEPS, {"step": step, "loss": 0.5})
+        run_folder.append(made / run_folder.VALIDATION, {"step": step, "loss": 0.5})
+    with (made / run_folder.STEPS).open("a") as file:
         file.write('\0\0\0\n{"step": 6}\n{"st')
-    assert runs.last_step(made) == 4
-    runs.write(made / runs.FAILURE, {"rank": 0})
-    again = runs.begin(config(output_dir=str(made), resume_from_checkpoint="latest"), {"host": "b"})
-    runs.go_back(again, 2)
-    run = runs.Run(again)
+    assert run_folder.last_step(made) == 4
+    run_folder.write(made / run_folder.FAILURE, {"rank": 0})
+    again = run_folder.begin(config(output_dir=str(made), resume_from_checkpoint="latest"), {"host": "b"})
+    run_folder.go_back(again, 2)
+    run = run_folder.RunFolder(again)
     assert list(run.steps.step) == list(run.validation.step) == [1, 2]
     assert not run.failure and run.environment["host"] == "b"
     assert [(one["host"], one["after_step"]) for one in run.environment["resumed"]] == [("a", 2)]
-    runs.go_back(again, 0)
+    run_folder.go_back(again, 0)
     assert run.steps.empty and run.environment["resumed"] == []
 
 
 def test_a_watched_file_that_is_cut(tmp_path):
     path = tmp_path / "lines"
     path.write_text("1\n2\n3\n")
-    tail = runs.Tail(path)
+    tail = run_folder.Tail(path)
     assert tail.new() == ["1", "2", "3"]
     path.write_text("1\n")
     assert tail.new() == ["1"]
 
 
 def test_the_lock_is_one_trainings(tmp_path):
-    with runs.lock(tmp_path), pytest.raises(RunError, match="another training is running"):
-        runs.lock(tmp_path)
-    runs.lock(tmp_path).close()
+    with run_folder.lock(tmp_path), pytest.raises(RunError, match="another training is running"):
+        run_folder.lock(tmp_path)
+    run_folder.lock(tmp_path).close()

@@ -1,0 +1,89 @@
+"""What do the live display and the recording cost? Trains from a notebook's kernel as train.ipynb does, and takes
+
+- the processor time that the kernel uses from launch to end, all of it for following the run and showing it, as a share
+  of what the machine's cores could give in that time;
+- the phase `other` of the training's own records, in which it reads the losses, files the record of a step and tells
+  the trackers, as a share of the steps' time.
+
+    python benchmarks/overhead.py --steps 101 --rounds 3
+
+A browser that shows the notebook is not counted. The machine should do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+from nbclient import NotebookClient
+from speed import heading
+
+from sdnb import environment, run_folder
+
+SETTINGS = dict(
+    pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=64, center_crop=True, random_flip=True,
+    train_batch_size=8, gradient_accumulation_steps=4, use_ema=True, learning_rate=1e-5, lr_warmup_steps=0, seed=42,
+)  # fmt: skip
+CELL = """
+import json, resource, time
+from sdnb import launch
+from sdnb.config import TrainConfig
+
+plan = launch.prepare(TrainConfig(**settings))
+used, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+launch.launch(plan)
+now, seconds = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - began
+print(json.dumps({"cpu_seconds": now.ru_utime - used.ru_utime + now.ru_stime - used.ru_stime, "seconds": seconds}))
+"""
+
+
+def measure(steps: int, folder: Path) -> dict[str, float]:
+    """One training from a kernel: the shares of the display and of the recording."""
+    settings = {**SETTINGS, "steps": steps, "output_dir": str(folder)}
+    cell = nbformat.v4.new_code_cell(f"settings = {settings!r}\n{CELL}")
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=metadata)
+    NotebookClient(notebook, timeout=None).execute()
+    said = next(output.text for output in cell.outputs if output.output_type == "stream")
+    kernel = json.loads(said)
+    steps = run_folder.RunFolder(folder).steps
+    return {
+        "display": kernel["cpu_seconds"] / kernel["seconds"] / environment.capture()["cpu_cores"],
+        "recording": sum(phases["other"] for phases in steps.phase_seconds) / steps.seconds.sum(),
+        "steps_seconds": steps.seconds.sum(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=101)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="sdnb-overhead-") as work:
+        rounds = []
+        for number in range(options.rounds):
+            rounds.append(measure(options.steps, Path(work) / str(number)))
+            print(json.dumps(rounds[-1]), flush=True)
+    about = dict(
+        title="Live display and recording", date=time.strftime("%Y-%m-%d"), environment=environment.capture(),
+        steps=options.steps, settings=SETTINGS,
+    )  # fmt: skip
+    about["environment"].pop("host", None)
+    lines = ["| | share of the training, median (lowest to highest) |", "|---|---|"]
+    for name, what in (("display", "following and showing, processor time"), ("recording", "recording, wall time")):
+        shares = np.array([one[name] for one in rounds]) * 100
+        lines.append(f"| {what} | {np.median(shares):.2f} % ({shares.min():.2f} to {shares.max():.2f}) |")
+    text = "\n".join([heading(about), "", *lines, "", f"{options.rounds} trainings of {options.steps} steps.", ""])
+    (options.out / "overhead.md").write_text(text)
+    (options.out / "overhead.json").write_text(json.dumps({**about, "rounds": rounds}, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""How every figure looks: its colours, its title, and a caption with the number that matters.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
+PINK, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
+INK, SOFT = "#1c2430", "#5b6675"  # a page that shows a figure as SVG may put its own in their place
+RUN_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, INK, GREY)
+WIDTH = 9.0  # inches, as wide as a page
+_MOST_POINTS = 2000  # that a figure draws as shapes; more are an image in it
+
+
+class Chart(Figure):
+    """A figure that says in words what it shows, in `alt`. In a notebook it shows itself, as SVG and as PNG."""
+
+    def __init__(self, title: str, caption: str, height: float, width: float = WIDTH) -> None:
+        super().__init__(figsize=(width, height), layout="constrained", dpi=110)
+        self.alt = f"{title}. {caption}"
+        words = dict(x=0.01, ha="left", parse_math=False)
+        self.suptitle(title, fontweight="bold", color=INK, **words)
+        self.supxlabel(textwrap.fill(caption, round(13.1 * width)), fontsize=9, color=SOFT, **words)
+
+    def panels(self, rows: int = 1, columns: int = 1, **options: Any) -> np.ndarray:
+        """Axes [rows, columns]."""
+        grid = self.subplots(rows, columns, squeeze=False, **options)
+        for axes in grid.flat:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.spines[["left", "bottom"]].set_color(SOFT)
+            axes.tick_params(color=SOFT, labelcolor=INK)
+            for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
+                label.set_color(INK)
+        return grid
+
+    def panel(self) -> Axes:
+        return self.panels()[0, 0]
+
+    def svg(self) -> str:
+        """An SVG element that looks the same with any fonts, its ink by the CSS variables --ink and --soft."""
+        drawn = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": self.alt}):
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            self.savefig(drawn, format="svg", transparent=True, metadata=nothing)
+        element = drawn.getvalue()
+        element = element[element.index("<svg") :]
+        for name, colour in (("ink", INK), ("soft", SOFT)):
+            element = element.replace(colour, f"var(--{name}, {colour})")
+        return element
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        drawn = io.BytesIO()
+        self.savefig(drawn, format="png")
+        data = {
+            "text/plain": self.alt,
+            "image/svg+xml": self.svg(),
+            "image/png": base64.b64encode(drawn.getvalue()).decode(),
+        }
+        # JupyterLab puts what is transparent on a light ground then
+        about = {"alt": self.alt, "needs_background": "light"}
+        return data, {"image/svg+xml": about, "image/png": about}
+
+
+def legend(axes: Axes, **options: Any) -> None:
+    """The legend, without a frame."""
+    axes.legend(**{"frameon": False, "labelcolor": INK, "fontsize": 9, **options})
+
+
+def dots(axes: Axes, x: Any, y: Any, marker: str = "o", **options: Any) -> None:
+    """Points without a line. Thousands of them become an image, so that a page stays small."""
+    axes.plot(x, y, marker, rasterized=len(x) > _MOST_POINTS, **options)
+
+
+def grid_of(
+    images: Sequence[Sequence[Image.Image | None]],
+    title: str,
+    caption: str,
+    columns: Sequence[str],
+    rows: Sequence[str] = ("",),
+) -> Chart:
+    """Pictures in rows and columns with their names; long names are cut. None leaves its place empty."""
+    across, down = len(columns), len(rows)
+    side = min(2.2, WIDTH / across)
+    chart = Chart(title, caption, (side + 0.25) * down + 0.5, width=max(side * across, 5))
+    named = f" Rows: {', '.join(rows)}." if any(rows) else ""
+    chart.alt += f" Columns: {', '.join(columns)}.{named}"
+    grid = chart.panels(down, across)
+    for axes_row, images_row, label in zip(grid, images, rows):
+        axes_row[0].set_ylabel(label)
+        for axes, image in zip(axes_row, images_row):
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if image is not None:
+                axes.imshow(image, interpolation="nearest")
+    for axes, text in zip(grid[0], columns):
+        shown = textwrap.fill(textwrap.shorten(text, 48, placeholder=" …"), round(10 * side))
+        axes.set_title(shown, fontsize=9, parse_math=False)
+    return chart

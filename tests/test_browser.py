@@ -1,0 +1,299 @@
+"""In a real browser: the pages with the network cut off, and JupyterLab as a user works in it. Without a browser they
+are skipped. SDNB_SCREENSHOTS=folder keeps what they saw."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+from test_launch import free_port, none_left
+from test_notebook import end_with_the_tests, papermill
+
+from sdnb import report, run_folder
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+HOSTILE = "<script>document.title = 'taken over'</script> <img src=x onerror=alert(1)> & \"red\" heart"
+DESKTOP, PHONE = dict(width=1280, height=900), dict(width=390, height=844)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        names = ("chromium", "chromium-browser", "google-chrome")
+        own = Path(driver.chromium.executable_path)
+        found = next(filter(None, map(shutil.which, names)), own if own.exists() else None)
+        if found is None:
+            pytest.skip("no browser here: `apt-get install chromium`, or `playwright install chromium`")
+        launched = driver.chromium.launch(executable_path=str(found), args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+def screenshot(page, name):
+    folder = os.environ.get("SDNB_SCREENSHOTS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+
+
+@contextlib.contextmanager
+def opened(browser, path, size=DESKTOP, scheme="light"):
+    """A page opened from its file without any network; at the end it must have asked for nothing, and have had no
+    error."""
+    context = browser.new_context(offline=True, viewport=size, color_scheme=scheme)
+    page = context.new_page()
+    asked, said = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(path.resolve().as_uri())
+    yield page
+    context.close()
+    assert [url for url in asked if not url.startswith("data:")] == [path.resolve().as_uri()]
+    assert said == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run on pictures whose captions are mark-up, its notebook and its page, and a comparison with the published."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pages")
+    images = folder / "images"
+    images.mkdir()
+    lines = []
+    for index in range(12):
+        Image.new("RGB", (64, 64), (index * 20, 90, 128)).save(images / f"{index:02}.png")
+        lines.append(json.dumps({"file_name": f"{index:02}.png", "text": f"{HOSTILE} {index}"}))
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    settings = dict(
+        train_data_dir=str(images), train_batch_size=2, gradient_accumulation_steps=2, steps=12, resolution=64,
+        validation_prompts=[HOSTILE, "sun"], output_dir=str(folder / "a-run"), validation_loss_steps=0,
+    )  # fmt: skip
+    done = papermill(folder / "out.ipynb", "-y", json.dumps(settings))
+    assert done.returncode == 0, done.stderr[-3000:]
+    listed = json.dumps(["published", str(folder / "a-run")])
+    done = papermill(folder / "compared.ipynb", "-p", "runs", listed, notebook="notebooks/compare.ipynb")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(folder):
+    return {name: report.write(folder / f"{name}.ipynb")[0] for name in ("out", "compared")}
+
+
+def test_the_pages_say_what_they_are_of(pages, browser):
+    assert pages["out"].name == "a-run.html", "named after the run"
+    assert pages["compared"].name == "sd-v1-4-8-gpus-2024-beside-a-run.html"
+    with opened(browser, pages["out"]) as page:
+        assert page.title().startswith("tiny on images, 64×64, 12 steps, ")
+        text = page.inner_text("body")
+        assert "<script>document.title" in text, "what captions say is text"
+        for heading in ("Loss", "Time", "Results", "Settings", "Machine and versions", "How to reproduce", "Method"):
+            assert page.get_by_role("heading", name=heading, exact=True).count() == 1
+        assert page.locator(".tile").first.inner_text().startswith("images/s per CPU rank")
+        command = page.locator("pre.command").inner_text()
+        assert "papermill notebooks/train.ipynb" in command and '"max_train_steps": 12' in command
+    with opened(browser, pages["compared"]) as page:
+        assert page.title().startswith("sd-v1-4-8-gpus-2024 beside a-run")
+        assert "cannot be said" in page.inner_text("body")
+
+
+def test_pictures_have_words_and_code_is_a_click_away(pages, browser):
+    with opened(browser, pages["out"]) as page:
+        charts = page.locator("figure.chart[role=img]")
+        said = charts.evaluate_all("all => all.map(one => one.getAttribute('aria-label'))")
+        assert len(said) == 5 and all(len(one) > 40 for one in said)
+        assert any(one.startswith("Loss of each optimizer step. The running mean ends at") for one in said)
+        assert page.locator("img:not([alt])").count() == 0
+        code = page.locator("details.code").first
+        assert not code.locator("pre").is_visible()
+        code.locator("summary").click()
+        assert code.locator("pre").is_visible()
+
+
+def test_tables_sort(pages, browser):
+    with opened(browser, pages["out"]) as page:
+        page.get_by_text(re.compile(r"All \d+ settings")).click()
+        table = page.locator("details[open] table")
+        first = table.locator("tbody tr th").first
+        button = table.get_by_role("button", name="Setting")
+        button.click()
+        assert first.inner_text() == "adam_beta1"
+        assert table.locator("thead th").first.get_attribute("aria-sort") == "ascending"
+        button.click()
+        assert first.inner_text() == "whole_steps"
+        table.get_by_role("button", name="Value").click()
+        numbers = [text for text in table.locator("tbody td").all_inner_texts() if re.fullmatch(r"-?[\d.e-]+", text)]
+        assert [float(number) for number in numbers] == sorted(map(float, numbers)), "numbers by their size"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("name", ["out", "compared"])
+def test_it_can_be_read(pages, browser, name, size, scheme):
+    with opened(browser, pages[name], size, scheme) as page:
+        screenshot(page, f"{name}-{'phone' if size is PHONE else 'desktop'}-{scheme}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "nothing sticks out"
+        ground, ink, drawn = page.evaluate(
+            """() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,
+            getComputedStyle([...document.querySelectorAll("figure.chart svg *")]
+                .find(one => (one.getAttribute("style") || "").includes("--ink"))).fill]"""
+        )
+        light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ground, ink))
+        assert (light - dark) * (1 if scheme == "light" else -1) > 400, "ink stands out from the page"
+        assert drawn == ink, "in the figures, too"
+
+
+def test_it_prints(pages, browser):
+    with opened(browser, pages["out"]) as page:
+        pdf = page.pdf(format="A4")
+        count = len(re.findall(rb"/Type\s*/Page\b", pdf))
+        assert 2 <= count <= 9
+        if os.environ.get("SDNB_SCREENSHOTS"):
+            (Path(os.environ["SDNB_SCREENSHOTS"]) / "out.pdf").write_bytes(pdf)
+
+
+def test_a_page_runs_no_script_but_its_own(pages, browser, tmp_path):
+    """Where a notebook's own output is a script, or asks the network for something, the page's policy forbids it."""
+    notebook = nbformat.read(pages["out"].with_name("out.ipynb"), 4)
+    hostile = "<script>document.title = 'taken over'</script><img src='http://example.org/spy.png'>"
+    notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", {"text/html": hostile})]
+    del notebook.cells[-1].metadata["tags"]
+    nbformat.write(notebook, tmp_path / "out.ipynb")
+    page, _ = report.write(tmp_path / "out.ipynb", tmp_path / "page.html")
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
+    asked = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(page.as_uri())
+    assert "taken over" not in tab.title()
+    assert [url for url in asked if url.startswith("http")] == []
+    context.close()
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """JupyterLab on a free port, with train.ipynb set up for a small training; its address and its folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    settings = tmp_path / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # all cells are in the page
+    port = free_port()
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}",
+        "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.password=",
+        f"--ServerApp.root_dir={work}",
+    ]  # fmt: skip
+    places = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    places["JUPYTERLAB_SETTINGS_DIR"] = str(tmp_path / "settings")
+    with (tmp_path / "lab.log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, preexec_fn=end_with_the_tests,
+            env={**os.environ, **places, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: reached(address), within=60)
+        yield address, work
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def reached(address):
+    with contextlib.suppress(OSError):
+        return urllib.request.urlopen(f"{address}/api/status", timeout=2).status == 200
+
+
+def wait_for(condition, within):
+    end = time.time() + within
+    while not (found := condition()):
+        assert time.time() < end, "it did not come"
+        time.sleep(0.2)
+    return found
+
+
+def prepared(work, steps):
+    """train.ipynb with small settings, in JupyterLab's folder."""
+    notebook = nbformat.read(ROOT / "notebooks" / "train.ipynb", 4)
+    small = dict(steps=steps, train_batch_size=2, gradient_accumulation_steps=2, validation_loss_steps=0,
+                 validation_prompts=["sun"], output_dir=str(work / "a-run"))  # fmt: skip
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
+    nbformat.write(notebook, work / "train.ipynb")
+    return work / "a-run"
+
+
+def run_all(browser, address):
+    page = browser.new_context(viewport=DESKTOP).new_page()
+    page.goto(f"{address}/lab/tree/train.ipynb")
+    choose(page, "Run", "Run All Cells", ready=".jp-Notebook .jp-CodeCell")
+    return page
+
+
+def choose(page, menu, item, ready):
+    page.wait_for_selector(ready, timeout=60_000)
+    page.wait_for_function("document.querySelector('.jp-NotebookPanel-toolbar')?.innerText.includes('Python 3')")
+    page.locator(".lm-MenuBar-itemLabel").get_by_text(menu, exact=True).click()
+    page.locator(".lm-Menu-itemLabel").get_by_text(item, exact=True).first.click()
+
+
+def points(page):
+    """How many steps the live figure shows; 0 where there is none."""
+    return page.locator("svg[aria-label='seconds a step'] circle").count()
+
+
+def test_running_all_in_jupyterlab(lab, browser):
+    address, work = lab
+    folder = prepared(work, 60)
+    page = run_all(browser, address)
+    first = wait_for(lambda: points(page), within=120)
+    screenshot(page, "lab-live")
+    wait_for(lambda: points(page) > first, within=60)
+    line = page.get_by_text(re.compile(r"step \d+/60 · .* left · loss .* images/s · .* GiB"))
+    assert line.count() >= 1
+    wait_for(lambda: run_folder.RunFolder(folder).summary, within=200)
+    page.get_by_role("columnheader", name="How it is measured").wait_for(timeout=60_000)
+    wait_for(lambda: page.locator(".jp-InputPrompt", has_text="[*]").count() == 0, within=60)
+    screenshot(page, "lab-end")
+    assert points(page) == 0, "the figures of the whole run take its place"
+    assert page.locator(".jp-OutputArea img").count() >= 5
+    assert page.get_by_text("Traceback").count() == 0
+    page.keyboard.press("Control+s")
+    shown = wait_for(lambda: outputs_of(work / "train.ipynb"), within=30)
+    assert len([data for data in shown if "image/svg+xml" in data]) == 5
+    assert len([data for data in shown if "step 60/60" in data.get("text/plain", "")]) == 1, "one progress line"
+
+
+def outputs_of(path):
+    cells = json.loads(path.read_text())["cells"]
+    return [output["data"] for cell in cells for output in cell.get("outputs", ()) if "data" in output]
+
+
+def test_interrupting_in_jupyterlab(lab, browser):
+    address, work = lab
+    folder = prepared(work, 5000)
+    page = run_all(browser, address)
+    wait_for(lambda: points(page) > 3, within=120)
+    choose(page, "Kernel", "Interrupt Kernel", ready=".jp-Notebook")
+    page.get_by_text(re.compile(r"interrupted after \d+ steps; what was measured is in")).first.wait_for(timeout=20_000)
+    assert none_left(folder, within=10)
+    screenshot(page, "lab-interrupted")
+    assert points(page) > 3, "what was measured stays in sight"
+    assert len(run_folder.RunFolder(folder).steps) > 3
