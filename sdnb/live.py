@@ -77,9 +77,10 @@ def figures(records: Sequence[dict[str, Any]], total: int) -> str:
     full = max(record["images"] for record in records)
     seconds = [record["seconds"] for record in records]
     short = [record["images"] < full for record in records]
-    return _panel(
-        "loss, and its running mean", steps, losses, total, _line(BLUE, 0.35, 1), (means, _line(BLUE, 1, 2))
-    ) + _panel("seconds a step", steps, seconds, total, None, colours=[ORANGE if one else BLUE for one in short])
+    curves = [(losses, _line(BLUE, 0.35, 1)), (means, _line(BLUE, 1, 2))]
+    return _panel("loss, and its running mean", steps, losses, total, curves) + _panel(
+        "seconds a step", steps, seconds, total, colours=[ORANGE if one else BLUE for one in short]
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

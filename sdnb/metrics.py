@@ -123,7 +123,8 @@ def slow_steps(measured: Measurements) -> pd.DataFrame:
             else:
                 because = "it is not known why"
             found.append((step, seconds, seconds - usual, because))
-    return pd.DataFrame(found, columns=["step", "seconds", "extra_seconds", "because"])
+    kinds = {"step": int, "seconds": float, "extra_seconds": float, "because": str}
+    return pd.DataFrame(found, columns=list(kinds)).astype(kinds)
 
 
 def measure(run: Any) -> Measurements:

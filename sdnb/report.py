@@ -29,7 +29,7 @@ _TEMPLATE = "report_template"
 
 # A token of the hub or of another service, and what is assigned to a name that is one's.
 _SECRETS = re.compile(
-    r"""\b(?:hf_|sk-|gh[pousr]_)\w{8,}|(?<=hub_token|.api_key|.._token|password)(["']?\s*[=:]\s*)(\\?["'])(?:(?!\2).)+\2"""
+    r"""(?i)\b(?:hf_|sk-|gh[pousr]_)\w{8,}|((?:_token|api_key|password)["']?\s*[=:]\s*)(\\?["'])(?:(?!\2).)+\2"""
 )
 _HOMES = re.compile(r"(?:/home|/Users)/[^/\s\"'\\<>:]+|/root(?=[/\s\"'\\<>:]|$)")
 

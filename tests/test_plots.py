@@ -80,7 +80,7 @@ def test_samples_stand_under_their_prompt(tmp_path):
     figure = plots.samples(run)
     assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
     assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["before", "after step 5"]
-    assert "Seed 3" in figure.get_supxlabel() and "random weights" in figure.get_supxlabel()
+    assert "Seed 3" in figure.get_supxlabel() and "random weights" in figure.alt
 
 
 def test_a_figure_shows_itself_and_says_in_words_what_it_shows(measured):
