@@ -31,14 +31,14 @@ _TEMPLATE = "report_template"
 _SECRETS = re.compile(
     r"""(?i)\b(?:hf_|sk-|gh[pousr]_)\w{8,}|((?:_token|api_key|password)["']?\s*[=:]\s*)(\\?["'])(?:(?!\2).)+\2"""
 )
-_HOMES = re.compile(r"(?:/home|/Users)/[^/\s\"'\\<>:]+|/root(?=[/\s\"'\\<>:]|$)")
+_HOMES = re.compile(rf"(?:/home/[\w.-]+|/Users/[\w.-]+|/root|{re.escape(str(Path.home()))})(?![\w-])")
 
 
 def redacted(text: str) -> str:
     """A text without the tokens in it, a user's home folder written as ~, and their name taken out of other paths."""
     text = _SECRETS.sub(lambda found: f"{found[1]}{found[2]}…{found[2]}" if found[1] else "…", text)
-    text = _HOMES.sub("~", text.replace(str(Path.home()), "~"))
-    return re.sub(rf"(?<=/){re.escape(_user())}(?=[/\s\"'\\]|$)", "…", text)
+    text = _HOMES.sub("~", text)
+    return re.sub(rf"(?<=/){re.escape(_user())}(?![\w-])", "…", text)
 
 
 def _user() -> str:

@@ -67,7 +67,13 @@ class Run(RunFolder):
         return plots.step_times(self.results)
 
     def plot_phases(self) -> Chart:
-        """Where the time of a step goes."""
+        """Where the time of a step goes. Of a run that sdnb did not train, that is not known.
+
+        Raises:
+            RunError: if it is not known.
+        """
+        if not any(self.results.steps.get("phase_seconds", ())):
+            raise RunError(f"{self.folder}: where the time of its steps went was not recorded")
         return plots.where_time_goes(self.results)
 
     def samples(self) -> Chart | None:

@@ -13,6 +13,7 @@ from PIL import Image
 from test_metrics import config
 
 from sdnb import imported, report, run_folder, side_by_side
+from sdnb.clock import PHASES
 from sdnb.compare import compare
 from sdnb.errors import RunError
 from sdnb.throughput import Estimate, ratio_of
@@ -32,7 +33,7 @@ def make_run(folder, seconds=0.5, torch="2.13.0", noise=0.1, prompts=("sun",), s
     for step in range(1, 41):
         record = dict(
             step=step, epoch=0, micro_batches=4, images=made.global_batch, loss=1 / step, train_loss=1 / step,
-            step_loss=0.1, lr=1e-5, seconds=seconds * (1 + noise * draw.uniform(-1, 1)), phase_seconds={},
+            step_loss=0.1, lr=1e-5, seconds=seconds * (1 + noise * draw.uniform(-1, 1)), phase_seconds=dict.fromkeys(PHASES, seconds / 7),
         )  # fmt: skip
         run_folder.append(folder / run_folder.STEPS, record)
     (folder / run_folder.SAMPLES).mkdir()

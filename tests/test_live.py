@@ -27,12 +27,12 @@ def test_the_time_left():
 def test_the_figures_are_small_and_whole():
     assert live.figures(records(1), 100) == ""
     many = records(20_000)
-    many[70]["loss"] = None
+    many[66 * 70]["loss"] = None
     many[-1]["images"] = 8
     drawn = live.figures(many, 20_000)
     assert len(drawn) < 60_000
     loss, seconds = ElementTree.fromstring(f"<both>{drawn}</both>")
-    assert len(loss.findall("polyline")) == 2 + 1, "a gap in the mean where the loss was not finite"
+    assert len(loss.findall("polyline")) == 4, "two curves, with a gap where the loss was not finite"
     assert 200 < len(seconds.findall("circle")) < 400
 
 
