@@ -100,7 +100,8 @@ class Plan:
     def _repr_html_(self) -> str:
         settings = {name: value for name, value in self.config.model_dump().items() if value is not None}
         return (
-            _table(self.facts) + f"<details><summary>All {len(settings)} settings</summary>{_table(settings)}</details>"
+            _table(self.facts)
+            + f"<details class='plan-settings'><summary>All {len(settings)} settings</summary>{_table(settings)}</details>"
         )
 
     def __repr__(self) -> str:

@@ -33,7 +33,8 @@ def make_run(folder, seconds=0.5, torch="2.13.0", noise=0.1, prompts=("sun",), s
     for step in range(1, 41):
         record = dict(
             step=step, epoch=0, micro_batches=4, images=made.global_batch, loss=1 / step, train_loss=1 / step,
-            step_loss=0.1, lr=1e-5, seconds=seconds * (1 + noise * draw.uniform(-1, 1)), phase_seconds=dict.fromkeys(PHASES, seconds / 7),
+            step_loss=0.1, lr=1e-5, seconds=seconds * (1 + noise * draw.uniform(-1, 1)),
+            phase_seconds=dict.fromkeys(PHASES, seconds / 7),
         )  # fmt: skip
         run_folder.append(folder / run_folder.STEPS, record)
     (folder / run_folder.SAMPLES).mkdir()
