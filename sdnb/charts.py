@@ -32,7 +32,7 @@ class Chart(Figure):
         super().__init__(figsize=(width, height), layout="constrained", dpi=110)
         self.alt = f"{title}. {caption}"
         words = dict(x=0.01, ha="left", parse_math=False)
-        self.suptitle(title, fontweight="bold", color=INK, **words)
+        self.suptitle(textwrap.fill(title, round(9 * width)), fontweight="bold", color=INK, **words)
         self.supxlabel(textwrap.fill(caption, round(13.1 * width)), fontsize=9, color=SOFT, **words)
 
     def panels(self, rows: int = 1, columns: int = 1, **options: Any) -> np.ndarray:

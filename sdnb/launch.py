@@ -99,10 +99,8 @@ class Plan:
 
     def _repr_html_(self) -> str:
         settings = {name: value for name, value in self.config.model_dump().items() if value is not None}
-        return (
-            _table(self.facts)
-            + f"<details class='plan-settings'><summary>All {len(settings)} settings</summary>{_table(settings)}</details>"
-        )
+        folded = f"<summary>All {len(settings)} settings</summary>{_table(settings)}"
+        return f"{_table(self.facts)}<details class='plan-settings'>{folded}</details>"
 
     def __repr__(self) -> str:
         return "\n".join(f"{name + ':':<14}{value}" for name, value in self.facts.items())
