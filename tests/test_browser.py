@@ -292,8 +292,8 @@ def test_running_all_in_jupyterlab(lab, browser):
 
 
 def outputs_of(path):
-    cells = json.loads(path.read_text())["cells"]
-    return [output["data"] for cell in cells for output in cell.get("outputs", ()) if "data" in output]
+    cells = nbformat.read(path, 4).cells
+    return [output.data for cell in cells for output in cell.get("outputs", ()) if "data" in output]
 
 
 def test_interrupting_in_jupyterlab(lab, browser):
