@@ -274,6 +274,7 @@ def test_running_all_in_jupyterlab(lab, browser):
     folder = prepared(work, 60)
     page = run_all(browser, address)
     first = wait_for(lambda: points(page), within=120)
+    page.locator("svg[aria-label='seconds a step']").scroll_into_view_if_needed()
     screenshot(page, "lab-live")
     wait_for(lambda: points(page) > first, within=60)
     line = page.get_by_text(re.compile(r"step \d+/60 · .* left · loss .* images/s · .* GiB"))
