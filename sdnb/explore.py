@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline
+from pandas.io.formats.style import Styler
 from PIL import Image
 from torch import Tensor
 
@@ -61,6 +62,12 @@ def overview(surveyed: pd.DataFrame, resolution: int) -> pd.DataFrame:
         "words in a caption": f"median {surveyed.words.median():g}, {surveyed.words.min()} to {surveyed.words.max()}",
     }
     return pd.DataFrame({"": said})
+
+
+def troubles(surveyed: pd.DataFrame) -> Styler:
+    """The pictures that cannot be used and those that are there twice, and what `survey` says of them in full."""
+    chosen = surveyed[surveyed.problem.notna() | surveyed.same_as.notna()][["caption", "problem", "same_as"]]
+    return chosen.style.format(escape="html", na_rep="")
 
 
 def sizes(surveyed: pd.DataFrame, resolution: int) -> Chart:

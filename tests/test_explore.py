@@ -41,6 +41,8 @@ def test_a_survey_finds_what_is_wrong(broken):
     assert said["pictures"] == 6 and said["cannot be used"] == 1 and said["the same as an earlier one"] == 1
     assert said["smaller than 64, to be enlarged"] == 1 and said["sizes"] == "40×64 to 64×90"
     assert "20% of the pictures are smaller" in explore.sizes(surveyed, 64).alt
+    listed = explore.troubles(surveyed).to_html()
+    assert "Mend the file" in listed and "picture 4" in listed and "picture 2" not in listed
 
 
 def test_where_nothing_can_be_used(image_folder):
@@ -64,7 +66,7 @@ def test_what_the_vae_keeps_and_what_noise_does():
 
 
 def test_drawing_beside_the_untrained_model(settings):
-    run = train(settings, learning_rate=1.0)
+    run = train(settings, learning_rate=1e-2)
     chart = explore.draw(run.config, ["sun"], Run(run.folder), seed=3, num_inference_steps=2)
     before, after = (np.asarray(axes.get_images()[0].get_array()) for axes in chart.axes)
     assert (before != after).any() and "Seed 3, 2 steps" in chart.alt
