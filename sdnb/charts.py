@@ -21,7 +21,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8
 PINK, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
 INK, SOFT = "#1c2430", "#5b6675"  # a page that shows a figure as SVG may put its own in their place
 RUN_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, INK, GREY)
-WIDTH = 9.0  # inches, as wide as a page
+WIDTH = 8.7  # inches: as wide as a page, and as a cell of JupyterLab beside its file browser
 _MOST_POINTS = 2000  # that a figure draws as shapes; more are an image in it
 
 

@@ -16,7 +16,7 @@ from .metrics import RUNNING_MEAN_STEPS
 LATELY = 20  # steps that the pace is taken from
 SECONDS_BETWEEN = 1.0
 _MOST_POINTS = 300
-_WIDE, _HIGH, _LEFT, _TOP = 420, 130, 46, 18
+_WIDE, _HIGH, _LEFT, _TOP = 400, 130, 46, 18
 
 
 def progress(records: Sequence[dict[str, Any]], total: int) -> str:
