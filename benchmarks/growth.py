@@ -102,8 +102,8 @@ def plot(results: pd.DataFrame, title: str) -> charts.Chart:
         column[1].set_xticks(chosen.value, map(str, chosen.value), fontsize=8)
         column[1].minorticks_off()
         column[1].set_xlabel(LABELS[setting], fontsize=9)
-        for axes in column:
-            axes.set_ylim(0)
+    for axes in grid.flat:  # when all is drawn: a row has one scale
+        axes.set_ylim(0)
     grid[0, 0].set_ylabel("images/s, all ranks")
     grid[1, 0].set_ylabel("peak memory of a rank, GiB")
     return chart
