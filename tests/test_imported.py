@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+from conftest import ROOT
 from tqdm import tqdm
 
 from sdnb import imported, metrics, run_folder
@@ -167,3 +168,22 @@ def test_the_published_run_comes_with_the_package():
     assert measured["images/s per GPU"].value == pytest.approx(14.35, abs=0.01)
     assert measured["final step_loss"].text == "0.0456"
     assert measured.config.global_batch == 256 and measured.config.resolution == 512
+
+
+REFERENCE = ROOT / "tests" / "data" / "reference"
+
+
+@pytest.mark.parametrize("separator", ["\r", "\n"])
+def test_what_the_reference_printed_and_what_it_filed_agree(tmp_path, separator):
+    """One training, told by its console and by its TensorBoard events, which have the times to the microsecond."""
+    printed = tmp_path / "console.txt"
+    printed.write_text((REFERENCE / "console.txt").read_text().replace("\r", separator))
+    told = imported.write(imported.read(printed), tmp_path / "told", "console")
+    known = dict(examples=72, num_processes=2, train_batch_size=4, gradient_accumulation_steps=4)
+    filed = imported.write(imported.read(REFERENCE, **known), tmp_path / "filed", "events")
+    assert list(told.steps.images) == list(filed.steps.images) == ([32, 32, 8] * 5)[:14]
+    assert list(told.steps.seconds[1:]) == pytest.approx(list(filed.steps.seconds[1:]), abs=0.01)
+    assert list(told.steps.loss) == pytest.approx(list(filed.steps.loss), rel=5e-3), "of which three digits are shown"
+    assert math.isnan(filed.steps.seconds[0]), "the events do not say when the training began"
+    speeds = [metrics.measure(run).throughput.value for run in (told, filed)]
+    assert speeds[0] == pytest.approx(speeds[1], rel=2e-3)
