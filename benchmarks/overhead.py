@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -53,7 +54,7 @@ def measure(steps: int, folder: Path) -> dict[str, float]:
     kernel = json.loads(said)
     steps = run_folder.RunFolder(folder).steps
     return {
-        "display": kernel["cpu_seconds"] / kernel["seconds"] / environment.capture()["cpu_cores"],
+        "display": kernel["cpu_seconds"] / kernel["seconds"] / len(os.sched_getaffinity(0)),
         "recording": sum(phases["other"] for phases in steps.phase_seconds) / steps.seconds.sum(),
         "steps_seconds": steps.seconds.sum(),
     }

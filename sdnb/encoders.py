@@ -25,7 +25,7 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 # A change of one of these may change what is computed.
 _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow")
-_AT_ONCE = {"cpu": 4}  # pictures: more are not faster there, and take more memory
+_AT_ONCE = {"cpu": 4}  # pictures: eight were 0 to 5 % faster there, and took 0.1 GiB more
 
 
 class Encoders:

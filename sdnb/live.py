@@ -1,6 +1,6 @@
 """What a notebook shows while a training runs: one progress line, and under it the loss and the step times so far.
 
-It is drawn by hand, as SVG of a few kilobytes: a plotting library would take processor time from a training on the CPU.
+It is drawn by hand, as SVG of some kilobytes: a plotting library would take processor time from a training on the CPU.
 """
 
 from __future__ import annotations
@@ -71,21 +71,23 @@ def figures(records: Sequence[dict[str, Any]], total: int) -> str:
     """The loss and the time of each step, as two SVG elements; nothing before the second step."""
     if len(records) < 2:
         return ""
-    losses = [record["loss"] for record in records]
-    means = [_mean(losses[max(0, end - RUNNING_MEAN_STEPS) : end]) for end in range(1, len(losses) + 1)]
-    steps = [record["step"] for record in records]
-    full = max(record["images"] for record in records)
-    seconds = [record["seconds"] for record in records]
-    short = [record["images"] < full for record in records]
+    shown = range(0, len(records), max(1, len(records) // _MOST_POINTS))  # of a long run not all are gone through
+    steps = [records[row]["step"] for row in shown]
+    losses = [records[row]["loss"] for row in shown]
+    means = [_running_loss(records[max(0, row + 1 - RUNNING_MEAN_STEPS) : row + 1]) for row in shown]
+    full = max(records[row]["images"] for row in shown)
+    colours = [ORANGE if records[row]["images"] < full else BLUE for row in shown]
     curves = [(losses, _line(BLUE, 0.35, 1)), (means, _line(BLUE, 1, 2))]
     return _panel("loss, and its running mean", steps, losses, total, curves) + _panel(
-        "seconds a step", steps, seconds, total, colours=[ORANGE if one else BLUE for one in short]
+        "seconds a step", steps, [records[row]["seconds"] for row in shown], total, colours=colours
     )
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
+def _running_loss(records: Sequence[dict[str, Any]]) -> float | None:
+    """As `metrics.mark` has it."""
+    if any(record["loss"] is None for record in records):
+        return None
+    return sum(record["loss"] * record["images"] for record in records) / sum(record["images"] for record in records)
 
 
 def _line(colour: str, opacity: float, width: float) -> str:
@@ -102,16 +104,15 @@ def _panel(
 ) -> str:
     """Lines over the steps, each with its style, or a point of a colour for each value; from 0 to the largest value."""
     top = max((value for value in values if value is not None), default=1) or 1
-    every = max(1, len(steps) // _MOST_POINTS)
 
     def place(step: int, value: float | None) -> tuple[float, float] | None:
         return value if value is None else (_LEFT + (_WIDE - _LEFT) * step / total, _TOP + _HIGH * (1 - value / top))
 
     drawn = ""
     for series, style in lines:
-        for part in _unbroken([place(*one) for one in zip(steps, series)][::every]):
+        for part in _unbroken([place(*one) for one in zip(steps, series)]):
             drawn += f"<polyline points='{' '.join(f'{x:.1f},{y:.1f}' for x, y in part)}' {style}/>"
-    for step, value, colour in list(zip(steps, values, colours))[::every]:
+    for step, value, colour in zip(steps, values, colours):
         x, y = place(step, value)
         drawn += f"<circle cx='{x:.1f}' cy='{y:.1f}' r='1.8' fill='{colour}'/>"
     return (

@@ -111,6 +111,7 @@ def slow_steps(measured: Measurements) -> pd.DataFrame:
         usual = alike.seconds.median()
         deviation = (alike.seconds - usual).abs().median()
         phases = pd.DataFrame(list(alike.get("phase_seconds", ())), columns=PHASES)
+        extra = phases - phases.median()
         for row, (step, seconds) in enumerate(zip(alike.step, alike.seconds)):
             if not seconds > usual + max(0.1 * usual, 5 * deviation):
                 continue
@@ -118,8 +119,8 @@ def slow_steps(measured: Measurements) -> pd.DataFrame:
                 because = "after a held-out measurement"
             elif (step - 1) % every == 0:
                 because = "after a checkpoint"
-            elif len(phases) and (extra := phases.iloc[row] - phases.median()).max() > 0:
-                because = f"{extra.idxmax()} took longer"
+            elif len(extra) and extra.iloc[row].max() > 0:
+                because = f"{extra.iloc[row].idxmax()} took longer"
             else:
                 because = "it is not known why"
             found.append((step, seconds, seconds - usual, because))

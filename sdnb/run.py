@@ -19,7 +19,7 @@ from .charts import Chart
 from .clock import PHASES
 from .environment import PROJECT
 from .errors import RunError
-from .metrics import PAGE_MIME, Measurements, mark, measure
+from .metrics import PAGE_MIME, Measurements, measure
 from .run_folder import CONFIG, SAMPLES, RunFolder
 
 _ON_CARDS = ("images/s per", "nominal IPS", "final loss", "held-out loss", "peak memory")
@@ -44,17 +44,17 @@ class Run(RunFolder):
     @property
     def results(self) -> Measurements:
         """The results table: images/s, losses, memory and times; `run.results["final loss"].value` is a number."""
-        self._need_steps()
+        if self.steps.empty:
+            raise RunError(f"{self.folder}: no step has been recorded yet")
         return measure(self)
 
     @property
     def frame(self) -> pd.DataFrame:
         """The steps as a table of numbers only, a row an optimizer step: what `steps` has, whether it is `short` and
         `steady`, the `running_loss`, and for each phase its time, such as `forward_seconds`."""
-        steps = self.steps
-        if steps.empty:
-            return steps
-        marked = mark(steps, self.config, [one["after_step"] for one in self.environment.get("resumed", ())])
+        if self.steps.empty:
+            return self.steps
+        marked = self.results.steps
         phases = pd.DataFrame(list(marked.get("phase_seconds", ())), columns=PHASES).add_suffix("_seconds")
         return marked.drop(columns="phase_seconds", errors="ignore").join(phases).set_index("step")
 
@@ -72,9 +72,10 @@ class Run(RunFolder):
         Raises:
             RunError: if it is not known.
         """
-        if not any(self.results.steps.get("phase_seconds", ())):
+        measured = self.results
+        if not any(measured.steps.get("phase_seconds", ())):
             raise RunError(f"{self.folder}: where the time of its steps went was not recorded")
-        return plots.where_time_goes(self.results)
+        return plots.where_time_goes(measured)
 
     def samples(self) -> Chart | None:
         """The pictures that it drew from the same noise as it went on; None if it drew none. `drawn` lists them."""
@@ -94,10 +95,6 @@ class Run(RunFolder):
     def _started(self) -> str:
         began = self.environment.get("started")
         return time.strftime("%Y-%m-%d", time.localtime(began)) if began else "date not known"
-
-    def _need_steps(self) -> None:
-        if self.steps.empty:
-            raise RunError(f"{self.folder}: no step has been recorded yet")
 
     def reproduce(self) -> list[str]:
         """The commands that run the same again, in a clone of the project."""
@@ -183,20 +180,20 @@ def runs(folder: str | Path | None = None) -> pd.DataFrame:
         folder: left out, the project's `runs/`. Runs in folders within it, such as those of a sweep, are listed too.
     """
     root = Path(folder).expanduser() if folder else PROJECT / "runs"
+    found = [Run(path.parent) for path in root.glob(f"**/{CONFIG}")]
     rows = {}
-    for path in sorted(root.glob(f"**/{CONFIG}"), reverse=True):
-        run = Run(path.parent)
-        config, row = run.config, {}
-        if len(run.steps):
+    for run in sorted(found, key=lambda run: run.environment.get("started") or 0, reverse=True):
+        config, steps, row = run.config, len(run.steps), {}
+        if steps:
             results = run.results
             row = {"images/s per device": results.throughput.value, "final loss": results["final loss"].value}
-        rows[str(path.parent.relative_to(root))] = {
+        rows[str(run.folder.relative_to(root.absolute()))] = {
             "started": run._started(),
             "model": Path(config.pretrained_model_name_or_path).name,
             "data": Path(config.dataset_name or config.train_data_dir).name,
             "resolution": config.resolution,
             "global batch": config.global_batch if config.num_processes else None,
-            "steps": len(run.steps),
+            "steps": steps,
             "complete": bool(run.summary),
             **row,
         }
