@@ -53,7 +53,8 @@ def step_times(measured: Measurements) -> Chart:
     the slowest of the others with what made them so."""
     steps, slow = measured.steps, slow_steps(measured)
     full, short = steps[~steps.short], steps[steps.short]
-    encoding = full[(full.encoded_images > 0) & (full.encoded_images < full.images)]
+    keeps = (full.encoded_images < full.images).any()  # otherwise every step encodes, and it tells none from another
+    encoding = full[(full.encoded_images > 0) & keeps]
     plain = full[~full.step.isin(encoding.step)]
     steady = full[full.steady]
     warmup = int((~steps.steady).sum())
@@ -67,7 +68,9 @@ def step_times(measured: Measurements) -> Chart:
     axes = chart.panel()
     dots(axes, plain.step, plain.seconds, color=BLUE, ms=4, label="full step")
     if len(encoding):
-        dots(axes, encoding.step, encoding.seconds, color=BLUE, ms=4, mfc="none", label="full step that encodes, too")
+        dots(
+            axes, encoding.step, encoding.seconds, color=BLUE, ms=4, mfc="none", label="full step that encodes pictures"
+        )
     if len(short):
         dots(axes, short.step, short.seconds, "D", color=ORANGE, ms=5, label="short step")
     if warmup:
