@@ -21,7 +21,6 @@ from .config import TrainConfig
 from .errors import DataError
 from .transforms import centre, cut, draw_view, resize, resized, transform
 
-EMBEDDED = "openmoji"
 HELD_OUT_SPLITS = ("validation", "valid", "test")
 VANISHED = "lambdalabs/pokemon-blip-captions"
 
@@ -64,8 +63,8 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     name, folder = config.dataset_name, config.train_data_dir
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise DataError(f"train_data_dir {folder}: there is no such folder (seen from {Path.cwd()})")
-    if name == EMBEDDED:
-        name = str(openmoji.folder(config.resolution, config.cache_dir))
+    if name in openmoji.NAMES:
+        name = str(openmoji.folder(config.resolution, config.cache_dir, name))
     try:
         if name is not None:
             splits = datasets.load_dataset(
@@ -111,10 +110,10 @@ def _advice(config: TrainConfig) -> str:
     if config.dataset_name == VANISHED:
         return (
             f"{VANISHED} was taken down from the hub. Use lambdalabs/naruto-blip-captions, the embedded "
-            f"{EMBEDDED} (both as dataset_name), or a folder of images with a metadata.jsonl (as train_data_dir)."
+            f"{openmoji.PLAIN} (both as dataset_name), or a folder of images with a metadata.jsonl (as train_data_dir)."
         )
     if config.dataset_name is not None:
-        return f"Give a hub id, a folder that `datasets` can load, or the embedded {EMBEDDED}."
+        return f"Give a hub id, a folder that `datasets` can load, or one of the embedded: {', '.join(openmoji.NAMES)}."
     return (
         'The folder needs images, and a metadata.jsonl with a line {"file_name": "a.png", '
         f'"{config.caption_column}": "its caption"}} for each of them.'

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,3 +108,12 @@ class EnergyMeter:
 
     def _joules(self, handle: Any) -> float:
         return self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+
+
+def peak_bytes(device: torch.device) -> list[int]:
+    """A rank's peak memory so far: what was allocated, and what was reserved for that."""
+    if device.type == "cuda":
+        return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
+    # ru_maxrss would not do: it begins with that of the process which started this one.
+    status = Path("/proc/self/status").read_text()
+    return [int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024] * 2

@@ -1,5 +1,6 @@
-"""The embedded models, built in code from a fixed seed, without a download. Each becomes a folder in the cache that is
-read like any other model's: nothing else depends on how it was made."""
+"""The embedded models, without a download: a small one that `pretrain` has trained, and others with random weights from
+a fixed seed. Each becomes a folder in the cache that is read like any other model's: nothing else depends on how it was
+made."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ SD_V1_4 = dict(
     ),
 )  # fmt: skip
 
-ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {"tiny": TINY, "sd-v1-4-random": SD_V1_4}
+ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {"tiny": TINY, "tiny-random": TINY, "sd-v1-4-random": SD_V1_4}
+RANDOM = ("tiny", "tiny-random", "sd-v1-4-random")
 
 
 def folder(name: str, cache_dir: str | None = None) -> Path:

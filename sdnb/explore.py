@@ -4,7 +4,6 @@ what a model draws."""
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from .charts import BLUE, RED, Chart, grid_of, legend
 from .config import TrainConfig
 from .environment import PROJECT
 from .errors import DataError, RunError
+from .evaluate import psnr
 from .run import Run
 from .run_folder import SUMMARY
 
@@ -95,12 +95,10 @@ def kept_by_vae(parts: models.Parts, examples: data.ImageCaptions, rows: Sequenc
     training of the UNet can draw finer than that. With the peak signal-to-noise ratio of all, in dB."""
     pixels = torch.stack([examples.pixels(row) for row in rows])
     back = parts.vae.decode(parts.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
-    error = (pixels - back).square().mean().item()
-    psnr = 10 * math.log10(4 / error)  # values span 2
     return grid_of(
         [[_picture(one) for one in pixels], [_picture(one) for one in back],
          [_picture((one - other).abs() - 1) for one, other in zip(pixels, back)]],
-        "What the VAE keeps", f"Peak signal-to-noise ratio {psnr:.1f} dB; more is better, 25 dB look nearly the same.",
+        "What the VAE keeps", f"Peak signal-to-noise ratio {psnr(pixels, back):.1f} dB; more is better, 25 dB look nearly the same.",  # noqa
         columns=[data.first_caption(examples.captions[row]) for row in rows],
         rows=["as trained", "encoded, decoded", "difference"],
     )  # fmt: skip
@@ -124,6 +122,14 @@ def noised(parts: models.Parts, examples: data.ImageCaptions, row: int, timestep
         f"Noise on “{data.first_caption(examples.captions[row])}”", f"{caption}.",
         columns=[f"timestep {step}" for step in timesteps], rows=["decoded", "latents"],
     )  # fmt: skip
+
+
+def retrieved(share: float, drawn: Sequence[tuple[str, Image.Image, Image.Image]]) -> Chart:
+    """Some of what `evaluate.retrieval` has drawn, under the pictures that the captions are of."""
+    captions, pictures, drawings = zip(*drawn)
+    said = f"{share:.0%} of the drawings are nearer to their own picture than to nine others; chance is 10 %."
+    return grid_of([list(pictures), list(drawings)], "Captions drawn again", said, columns=captions,
+                   rows=["picture", "drawn"])  # fmt: skip
 
 
 def find_run(wanted: str | Path | None, config: TrainConfig) -> Run | None:

@@ -42,7 +42,7 @@ class Parts:
 
 def has_random_weights(config: TrainConfig) -> bool:
     """Whether the model starts from random weights, so that its pictures and its loss say nothing about quality."""
-    return config.pretrained_model_name_or_path in embedded.ARCHITECTURES
+    return config.pretrained_model_name_or_path in embedded.RANDOM
 
 
 def source(config: TrainConfig) -> str:

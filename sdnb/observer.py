@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import shutil
 import time
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from . import data, hub, models, run_folder
 from .checkpoints import Checkpoints
 from .config import TrainConfig
-from .device import EnergyMeter, give_back_freed_memory
+from .device import EnergyMeter, give_back_freed_memory, peak_bytes
 from .ema import Average
 from .encoders import Encoders
 from .errors import RunError
@@ -124,7 +123,7 @@ class Observer:
         up."""
         step = record["step"]
         if self.accelerator.is_main_process:
-            peak_gib = _peak_bytes(self.accelerator.device)[0] / 2**30
+            peak_gib = peak_bytes(self.accelerator.device)[0] / 2**30
             run_folder.append(self.folder / run_folder.STEPS, {**record, "peak_memory_gib": round(peak_gib, 3)})
             if not math.isfinite(record["loss"]) and not self.diverged:
                 self.diverged = True
@@ -200,7 +199,7 @@ class Observer:
 
     def _ranks(self) -> list[dict[str, Any]]:
         """Each rank's peak memory, and a checksum of its parameters (sum and sum of squares): all ranks must agree."""
-        memory = _peak_bytes(self.accelerator.device)
+        memory = peak_bytes(self.accelerator.device)
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for parameter in self.unet.parameters():  # one at a time: a copy of all of them may not fit
             values = parameter.detach().double()
@@ -218,12 +217,3 @@ class Observer:
         if any(rank["checksum"] != ranks[0]["checksum"] for rank in ranks):
             logger.error("the ranks' parameters differ at the end: %s", [rank["checksum"] for rank in ranks])
         return ranks
-
-
-def _peak_bytes(device: torch.device) -> list[int]:
-    """A rank's peak memory so far: what was allocated, and what was reserved for that."""
-    if device.type == "cuda":
-        return [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
-    # ru_maxrss would not do: it begins with that of the process which started this one.
-    status = Path("/proc/self/status").read_text()
-    return [int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024] * 2

@@ -21,8 +21,12 @@ MOST_ROWS = 6
 _MOST_NAMED = 5
 
 
-def loss(measured: Measurements) -> Chart:
-    """The loss of each step faintly, its running mean, the held-out loss with its 95 % interval, and the target."""
+def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
+    """The loss of each step faintly, its running mean, the held-out loss with its 95 % interval, and the target.
+
+    Args:
+        what: the loss is, for the axis.
+    """
     steps, validation = measured.steps, measured.validation
     last = steps.iloc[-1]
     caption = f"The running mean ends at {last.running_loss:.4f} (step 1: {steps.loss.iloc[0]:.4f})"
@@ -37,7 +41,7 @@ def loss(measured: Measurements) -> Chart:
         held_out(axes, validation, fmt="o-", color=RED, lw=1.2, label=label)
     if measured.config.target_loss is not None:
         axes.axhline(measured.config.target_loss, color=GREY, ls="--", label=f"target {measured.config.target_loss:g}")
-    axes.set(xlabel="optimizer step", ylabel="mean squared error", ylim=(0, None))
+    axes.set(xlabel="optimizer step", ylabel=what, ylim=(0, None))
     legend(axes)
     return chart
 

@@ -26,11 +26,11 @@ _ON_CARDS = ("images/s per", "nominal IPS", "final loss", "held-out loss", "peak
 _THUMBNAIL = 128  # pixels
 # Where a run is kept, and what it goes on from, do not make it another one.
 _NOT_REPEATED = {"output_dir", "cache_dir", "resume_from_checkpoint", "hub_token", "push_to_hub"}
-# The notebook's parameter cell sets these, so a command that repeats a run says them, even where they are defaults.
+# The notebooks' parameter cells set these, so a command that repeats a run says them, even where they are defaults.
 _IN_THE_NOTEBOOK = {
     "pretrained_model_name_or_path", "dataset_name", "resolution", "center_crop", "random_flip", "train_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_warmup_steps", "use_ema", "mixed_precision", "num_processes",
-    "seed", "validation_prompts", "validation_loss_steps",
+    "seed", "validation_prompts", "validation_loss_steps", "lr_scheduler", "checkpointing_steps",
 }  # fmt: skip
 
 
@@ -99,16 +99,18 @@ class Run(RunFolder):
     def reproduce(self) -> list[str]:
         """The commands that run the same again, in a clone of the project."""
         seen, config = self.environment, self.config.model_dump(mode="json", exclude=_NOT_REPEATED)
-        if "imported" in seen:
+        if "imported" in seen or "part_of" in seen:
             return []
         default = type(self.config).model_fields
+        notebook = "pretrain" if "pretraining" in seen else "train"
         named = {name: value for name, value in config.items()
                  if value != default[name].default or name in _IN_THE_NOTEBOOK}  # fmt: skip
+        named |= seen.get("pretraining", {})
         commit = seen.get("git_commit")
         return [
             *([f"git checkout {commit}"] if commit else []),
             "make .venv/.installed && . .venv/bin/activate",
-            f"papermill notebooks/train.ipynb out.ipynb -y {shlex.quote(json.dumps(named, ensure_ascii=False))}",
+            f"papermill notebooks/{notebook}.ipynb out.ipynb -y {shlex.quote(json.dumps(named, ensure_ascii=False))}",
             "python -m sdnb.report out.ipynb",
         ]
 
