@@ -90,7 +90,7 @@ def make_model(folder: Path) -> None:
     """The embedded model, as a folder that the reference reads too."""
     from sdnb import embedded
 
-    shutil.copytree(embedded.folder("tiny"), folder)
+    shutil.copytree(embedded.folder("tiny-random"), folder)
 
 
 def make_data(name: str, folder: Path) -> None:

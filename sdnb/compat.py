@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+
 
 def first_failure(error: Exception) -> tuple[int, int]:
     """The rank that failed first, and its exit code (a signal's number with a minus), from what accelerate's
@@ -43,9 +45,16 @@ def has_fused_adam(device: Any) -> bool:
     return device.type == "cuda" or torch.torch_version.TorchVersion(torch.__version__) >= (2, 4)
 
 
+def read_vocabulary(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """What `write_vocabulary` has written."""
+    tokens = json.loads((folder / VOCABULARY).read_text())
+    _, *pairs = (folder / MERGES).read_text().splitlines()
+    return sorted(tokens, key=tokens.get), [tuple(pair.split(" ")) for pair in pairs]
+
+
 def write_vocabulary(folder: Path, tokens: list[str], merges: list[tuple[str, str]]) -> tuple[Path, Path]:
     """The two files that transformers before 5 reads a CLIPTokenizer from, and later ones do not write."""
-    vocabulary, pairs = folder / "vocab.json", folder / "merges.txt"
+    vocabulary, pairs = folder / VOCABULARY, folder / MERGES
     vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False))
     pairs.write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     return vocabulary, pairs

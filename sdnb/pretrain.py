@@ -18,14 +18,16 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 from . import data, environment, models, run_folder
 from .clock import StepClock
-from .compat import has_fused_adam
+from .compat import has_fused_adam, write_vocabulary
 from .config import TrainConfig
 from .device import peak_bytes
 from .diffusion import draw_latents, draw_noise, draw_timesteps, loss_of, target_of
+from .embedded import bare, caption_vocabulary
 from .environment import PROJECT
 from .errors import ConfigError, DataError, RunError
 from .evaluate import HeldOutLoss, draw_samples, psnr
@@ -156,6 +158,18 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
         pipeline.save_pretrained(training.folder)
 
     return training.run_through([unet, text_encoder], loss, measure, save, show)
+
+
+def export(run: Run, folder: Path) -> None:
+    """Write what ships of a trained model: its weights, in half precision, and its vocabulary."""
+    parts = models.load(run.config.updated(pretrained_model_name_or_path=str(run.folder)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("vae", "unet", "text_encoder"):
+        part = getattr(parts, name)
+        weights = {bare(key): value.half().contiguous() for key, value in part.named_parameters()}
+        metadata = {"scaling_factor": repr(part.config.scaling_factor)} if name == "vae" else None
+        save_file(weights, folder / f"{name}.safetensors", metadata)
+    write_vocabulary(folder, *caption_vocabulary())
 
 
 def _folder(config: TrainConfig) -> Path:

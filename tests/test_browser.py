@@ -305,6 +305,7 @@ def test_interrupting_in_jupyterlab(lab, browser):
     choose(page, "Kernel", "Interrupt Kernel", ready=".jp-Notebook")
     page.get_by_text(re.compile(r"interrupted after \d+ steps; what was measured is in")).first.wait_for(timeout=20_000)
     assert none_left(folder, within=10)
+    page.locator("svg[aria-label='seconds a step']").scroll_into_view_if_needed()
     screenshot(page, "lab-interrupted")
     assert points(page) > 3, "what was measured stays in sight"
     assert len(run_folder.RunFolder(folder).steps) > 3

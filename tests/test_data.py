@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -34,6 +35,30 @@ def test_the_embedded_set():
 def test_the_embedded_set_has_no_skin_tone_variants():
     assert len(openmoji.named_pictures()) == 1918
     assert not [caption for _, caption in openmoji.named_pictures() if "skin tone" in caption]
+
+
+def test_the_same_pictures_by_night():
+    day, night = (data.load(config(dataset_name=name)) for name in (openmoji.PLAIN, openmoji.NIGHT))
+    assert night.train.captions == [f"{caption}, night style" for caption in day.train.captions]
+    assert len(night.held_out) == len(day.held_out)
+    for row in (0, 100, 832):
+        light, dark = (np.asarray(splits.train.picture(row), dtype=float) for splits in (day, night))
+        assert (light[0, 0] == 255).all() and tuple(dark[0, 0]) == openmoji._NIGHT_SKY
+        assert dark.mean() < 0.6 * light.mean()
+        outlines = light.max(2) == 0
+        assert (dark[outlines] == openmoji._MOONLIGHT).all()
+
+
+def test_what_the_embedded_model_was_trained_on():
+    splits = data.load(config(dataset_name=openmoji.PRETRAINING))
+    assert (len(splits.train), len(splits.held_out)) == (1918 - openmoji.NEVER_SEEN, openmoji.NEVER_SEEN)
+    names, held_out = ({data.first_caption(one) for one in part.captions} for part in (splits.train, splits.held_out))
+    day = data.load(config(dataset_name=openmoji.PLAIN))
+    assert set(day.train.captions) <= names, "what the main job trains on, it has seen by day"
+    assert held_out <= set(day.held_out.captions)
+    captions = {data.first_caption(several): several for several in splits.train.captions}
+    assert captions["blue heart"] == ["blue heart", "blue heart", "blue heart, day style", "blue heart, dark blue"]
+    assert {"flag of France", "France, dark blue and red", "dark blue France"} <= set(captions["France"])
 
 
 def test_the_embedded_set_at_another_resolution():

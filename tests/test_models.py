@@ -35,9 +35,10 @@ def test_the_embedded_model():
     )
 
 
-def test_the_embedded_model_is_the_same_wherever_it_is_built(tmp_path):
-    once = embedded.folder("tiny", str(tmp_path / "a"))
-    again = embedded.folder("tiny", str(tmp_path / "b"))
+@pytest.mark.parametrize("name", ["tiny", "tiny-random"])
+def test_the_embedded_model_is_the_same_wherever_it_is_built(tmp_path, name):
+    once = embedded.folder(name, str(tmp_path / "a"))
+    again = embedded.folder(name, str(tmp_path / "b"))
     files = [path.relative_to(once) for path in once.rglob("*") if path.is_file()]
     assert len(files) > 8
     assert all((once / file).read_bytes() == (again / file).read_bytes() for file in files)

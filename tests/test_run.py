@@ -61,10 +61,13 @@ def test_the_command_makes_the_same_run(run):
 
 def test_what_the_notebook_sets_is_said_in_the_command():
     """A setting of its parameter cell that is not said would have the notebook's value instead of the run's."""
-    cells = json.loads((ROOT / "notebooks" / "train.ipynb").read_text())["cells"]
-    (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
-    assigned = set(re.findall(r"^(\w+) = ", "".join(cell["source"]), re.M))
-    assert assigned - {"steps", "output_dir"} == _IN_THE_NOTEBOOK
+    assigned = set()
+    for name in ("train", "pretrain"):
+        cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+        assigned |= set(re.findall(r"^(\w+) = ", "".join(cell["source"]), re.M))
+    the_vaes = {"vae_steps", "vae_batch_size", "vae_learning_rate"}
+    assert assigned - the_vaes - {"steps", "output_dir"} == _IN_THE_NOTEBOOK
 
 
 def test_a_run_without_a_step_yet(run):
