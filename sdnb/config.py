@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from .errors import ConfigError
-from .settings import GROUPS
+from .settings import EMBEDDED_DATA, GROUPS
 
 # The first line of a notebook's parameter cells: of the tagged cell, and of the one that papermill injects after it.
 PARAMETERS_COMMENT = "# Parameters"
@@ -50,11 +50,13 @@ class TrainConfig(*reversed(GROUPS)):
     def _has_data(self) -> TrainConfig:
         if self.dataset_name is None and self.train_data_dir is None:
             raise ValueError(
-                "no data: give dataset_name (a hub id, a folder, or the embedded openmoji) "
+                "no data: give dataset_name (a hub id, a folder, or an embedded one, such as openmoji) "
                 "or train_data_dir (a folder of images with a metadata.jsonl)"
             )
-        if self.dataset_name == "openmoji" and self.train_data_dir is not None:
-            raise ValueError("dataset_name = openmoji and train_data_dir exclude each other: set one of them to None")
+        if self.dataset_name in EMBEDDED_DATA and self.train_data_dir is not None:
+            raise ValueError(
+                f"dataset_name = {self.dataset_name} and train_data_dir exclude each other: set one of them to None"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from PIL import Image
 from . import openmoji
 from .config import TrainConfig
 from .errors import DataError
+from .settings import EMBEDDED_DATA
 from .transforms import centre, cut, draw_view, resize, resized, transform
 
 HELD_OUT_SPLITS = ("validation", "valid", "test")
@@ -63,7 +64,7 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     name, folder = config.dataset_name, config.train_data_dir
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise DataError(f"train_data_dir {folder}: there is no such folder (seen from {Path.cwd()})")
-    if name in openmoji.NAMES:
+    if name in EMBEDDED_DATA:
         name = str(openmoji.folder(config.resolution, config.cache_dir, name))
     try:
         if name is not None:
@@ -113,7 +114,7 @@ def _advice(config: TrainConfig) -> str:
             f"{openmoji.PLAIN} (both as dataset_name), or a folder of images with a metadata.jsonl (as train_data_dir)."
         )
     if config.dataset_name is not None:
-        return f"Give a hub id, a folder that `datasets` can load, or one of the embedded: {', '.join(openmoji.NAMES)}."
+        return f"Give a hub id, a folder that `datasets` can load, or one of the embedded: {', '.join(EMBEDDED_DATA)}."
     return (
         'The folder needs images, and a metadata.jsonl with a line {"file_name": "a.png", '
         f'"{config.caption_column}": "its caption"}} for each of them.'

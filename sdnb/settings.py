@@ -7,6 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
+# OpenMoji as it is, by night, and with several captions a picture; the module of that name tells of them.
+EMBEDDED_DATA = ("openmoji", "openmoji-night", "openmoji-pretraining")
+
 
 def _number_from_text(value: Any) -> Any:
     # YAML 1.1 reads 1e-5 (no dot) as text.
@@ -57,7 +60,9 @@ class Group(BaseModel):
 class Model(Group):
     decides_trajectory = True
 
-    pretrained_model_name_or_path: str = setting(..., "hub id, folder, or an embedded model: tiny, sd-v1-4-random")
+    pretrained_model_name_or_path: str = setting(
+        ..., "hub id, folder, or an embedded model: tiny, tiny-random, sd-v1-4-random"
+    )
     revision: str | None = setting(None, "branch, tag or commit on the hub")
     variant: str | None = setting(None, "weights variant, such as fp16, of the VAE, the text encoder and the average")
     non_ema_revision: str | None = setting(None, "revision that the UNet to train comes from; left out, revision")
@@ -71,7 +76,9 @@ class Model(Group):
 class Data(Group):
     decides_trajectory = True
 
-    dataset_name: str | None = setting(None, "hub id or folder of a data set, or the embedded openmoji")
+    dataset_name: str | None = setting(
+        None, f"hub id or folder of a data set, or an embedded one: {', '.join(EMBEDDED_DATA)}"
+    )
     dataset_config_name: str | None = setting(None, "configuration of the data set")
     train_data_dir: str | None = setting(None, "folder of images with a metadata.jsonl")
     image_column: str = setting("image", "column that holds the image")

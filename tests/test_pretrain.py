@@ -119,7 +119,7 @@ def test_what_it_cannot_do_is_said(pictures, image_folder, tmp_path):
 def test_what_ships_is_what_was_trained(trained, tmp_path, monkeypatch):
     _, _, unet = trained
     monkeypatch.setattr(embedded, "PACKAGE", tmp_path)
-    monkeypatch.setattr(embedded, "RANDOM", ("tiny-random",))
+    monkeypatch.setattr(embedded, "TRAINED", ("tiny",))
     pretrain.export(unet, tmp_path / "tiny")
     assert sum(file.stat().st_size for file in (tmp_path / "tiny").iterdir()) < 30e6
     shipped, own = (
