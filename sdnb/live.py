@@ -76,10 +76,11 @@ def figures(records: Sequence[dict[str, Any]], total: int) -> str:
     losses = [records[row]["loss"] for row in shown]
     means = [_running_loss(records[max(0, row + 1 - RUNNING_MEAN_STEPS) : row + 1]) for row in shown]
     full = max(records[row]["images"] for row in shown)
+    end = _end_of_axis(records[-1]["step"], total)
     colours = [ORANGE if records[row]["images"] < full else BLUE for row in shown]
     curves = [(losses, _line(BLUE, 0.35, 1)), (means, _line(BLUE, 1, 2))]
-    return _panel("loss, and its running mean", steps, losses, total, curves) + _panel(
-        "seconds a step", steps, [records[row]["seconds"] for row in shown], total, colours=colours
+    return _panel("loss, and its running mean", steps, losses, end, curves) + _panel(
+        "seconds a step", steps, [records[row]["seconds"] for row in shown], end, colours=colours
     )
 
 
@@ -94,11 +95,19 @@ def _line(colour: str, opacity: float, width: float) -> str:
     return f"fill='none' stroke='{colour}' stroke-opacity='{opacity}' stroke-width='{width}'"
 
 
+def _end_of_axis(step: int, total: int) -> int:
+    """The last step of the axis: further than the run is, but not so far that what it has done is not seen."""
+    end = 25
+    while end < step:
+        end *= 2
+    return min(end, total)
+
+
 def _panel(
     title: str,
     steps: Sequence[int],
     values: Sequence[float | None],
-    total: int,
+    end: int,
     lines: Sequence[tuple[Sequence[float | None], str]] = (),
     colours: Sequence[str] = (),
 ) -> str:
@@ -106,7 +115,7 @@ def _panel(
     top = max((value for value in values if value is not None), default=1) or 1
 
     def place(step: int, value: float | None) -> tuple[float, float] | None:
-        return value if value is None else (_LEFT + (_WIDE - _LEFT) * step / total, _TOP + _HIGH * (1 - value / top))
+        return value if value is None else (_LEFT + (_WIDE - _LEFT) * step / end, _TOP + _HIGH * (1 - value / top))
 
     drawn = ""
     for series, style in lines:
@@ -121,7 +130,7 @@ def _panel(
         f"<g fill='currentColor'><text x='{_LEFT}' y='11'>{title}</text>"
         f"<text x='{_LEFT - 4}' y='{_TOP + 8}' text-anchor='end'>{top:.3g}</text>"
         f"<text x='{_LEFT - 4}' y='{_TOP + _HIGH}' text-anchor='end'>0</text>"
-        f"<text x='{_WIDE}' y='{_TOP + _HIGH + 14}' text-anchor='end'>step {total}</text></g>"
+        f"<text x='{_WIDE}' y='{_TOP + _HIGH + 14}' text-anchor='end'>step {end}</text></g>"
         f"<path d='M{_LEFT} {_TOP}V{_TOP + _HIGH}H{_WIDE}' fill='none' stroke='currentColor' stroke-opacity='.5'/>"
         f"{drawn}</svg>"
     )

@@ -138,22 +138,22 @@ def _arranged(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookN
         sections[-1].append(cell)
     later = [section for section in sections if section and "appendix" in _tags(section[0])]
     first = [section for section in sections if section not in later]
-    return [cell for section in (*first, *later) for cell in _folded(section)]
+    return _folded([cell for section in (*first, *later) for cell in section if "not-in-report" not in _tags(cell)])
 
 
-def _folded(section: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """The cells that a page has; the code of one that shows nothing is with the code of the next, so that it takes no
-    place of its own."""
+def _folded(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The code of a cell that shows nothing is with the code of the next that does, so that it takes no place."""
     folded: list[nbformat.NotebookNode] = []
-    for cell in section:
-        if "not-in-report" in _tags(cell):
-            continue
-        before = folded[-1] if folded else None
-        if before and cell.cell_type == before.cell_type == "code" and not before.outputs:
-            cell.source = f"{before.source}\n\n{cell.source}"
-            folded.pop()
-        folded.append(cell)
-    return folded
+    silent: list[nbformat.NotebookNode] = []
+    for cell in cells:
+        if cell.cell_type != "code" or cell.outputs:
+            if cell.cell_type == "code":
+                cell.source = "\n\n".join(one.source for one in (*silent, cell))
+                silent = []
+            folded.append(cell)
+        else:
+            silent.append(cell)
+    return [*folded, *silent]
 
 
 def _tags(cell: nbformat.NotebookNode) -> Sequence[str]:

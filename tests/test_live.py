@@ -36,6 +36,13 @@ def test_the_figures_are_small_and_whole():
     assert 200 < len(seconds.findall("circle")) < 400
 
 
+def test_the_axis_shows_what_is_done():
+    """Of a long training, the first steps are not all in one line."""
+    ends = [live._end_of_axis(step, 5000) for step in (2, 25, 26, 1500, 5000)]
+    assert ends == [25, 25, 50, 1600, 5000]
+    assert "step 25<" in live.figures(records(12), 5000)
+
+
 def test_a_loss_that_is_never_finite_can_be_drawn():
     drawn = live.figures([{**one, "loss": None} for one in records(5)], 10)
     assert "polyline" not in drawn and "nan" not in drawn

@@ -64,13 +64,17 @@ def test_code_that_shows_nothing_is_with_the_next(tmp_path):
     shown = new_output("stream", text="shown")
     cells = [
         new_code_cell("first = 1"), new_code_cell("second = 2"), new_code_cell("third = 3", outputs=[shown]),
-        new_markdown_cell("## Next"), new_code_cell("fourth = 4"),
+        new_code_cell("fourth = 4"), new_markdown_cell("## Next"), new_code_cell("fifth = 5", outputs=[shown]),
     ]  # fmt: skip
     path = tmp_path / "out.ipynb"
     nbformat.write(new_notebook(cells=cells), path)
     html = re.sub(r"<[^>]*span[^>]*>", "", report.write(path)[0].read_text())
     folded = re.findall(r"<details class=\"code\">.*?</details>", html, re.S)
-    assert len(folded) == 2 and "first = 1\n\nsecond = 2\n\nthird = 3" in folded[0] and "fourth = 4" in folded[1]
+    assert (
+        len(folded) == 2
+        and "first = 1\n\nsecond = 2\n\nthird = 3" in folded[0]
+        and "fourth = 4\n\nfifth = 5" in folded[1]
+    )
 
 
 def test_from_the_command_line(executed, tmp_path):
