@@ -78,7 +78,8 @@ def folder(name: str, cache_dir: str | None = None) -> Path:
 def _digest(weights: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(weights.iterdir()):
-        digest.update(file.read_bytes())
+        if file.suffix != ".md":
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
@@ -107,7 +108,7 @@ def _build(architecture: dict[str, dict[str, Any]], weights: Path | None, target
             else:
                 torch.nn.init.constant_(parameter, float(name.endswith("weight")))
         if weights:
-            _take_up(weights, dict(vae=vae, unet=unet, text_encoder=text_encoder))
+            _load_weights(weights, dict(vae=vae, unet=unet, text_encoder=text_encoder))
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,
@@ -122,21 +123,21 @@ def _build(architecture: dict[str, dict[str, Any]], weights: Path | None, target
     write_vocabulary(target / "tokenizer", *vocabulary)
 
 
-def _take_up(weights: Path, parts: dict[str, Any]) -> None:
+def _load_weights(weights: Path, parts: dict[str, Any]) -> None:
     import torch
     from safetensors import safe_open
 
     for name, part in parts.items():
         with safe_open(weights / f"{name}.safetensors", "pt") as file:
-            stored = {bare(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            stored = {portable(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if name == "vae":
                 part.register_to_config(scaling_factor=float(file.metadata()["scaling_factor"]))
         with torch.no_grad():
             for key, parameter in part.named_parameters():
-                parameter.copy_(stored[bare(key)])
+                parameter.copy_(stored[portable(key)])
 
 
-def bare(key: str) -> str:
+def portable(key: str) -> str:
     """The name of a weight without what only some versions of transformers put before it."""
     return key.removeprefix("text_model.")
 

@@ -88,13 +88,15 @@ def retrieval(
     Near is what the cosine says of the pictures shrunk to 16×16, the mean of all of them taken away.
 
     Args:
-        count: captions, taken from all over the examples at random.
+        count: captions at the most, taken from all over the examples at random; ten are needed.
 
     Returns:
         The share, and each caption with its picture and its drawing.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(examples), generator=generator)[:count].tolist()
+    count = len(rows)
+    pipeline.set_progress_bar_config(disable=True)
     captions = [first_caption(examples.captions[row]) for row in rows]
     own, side = torch.stack([examples.pixels(row) for row in rows]), examples.config.resolution
     drawn: list[Image.Image] = []

@@ -302,10 +302,11 @@ def _loss_results(
     if imported:
         rows = [row for row in rows if not math.isnan(row.value)]
     if len(validation):
+        measured = model.get("held_out_loss_of", "the UNet as trained (not its average)")
         begin, end = validation.iloc[0], validation.iloc[-1]
         rows.append(
             Result("held-out loss", f"{begin.loss:.4f} → {end.loss:.4f}",
-                   f"{int(end.pictures)} pictures not trained on, the UNet as trained (not its average), fixed noise; "
+                   f"{int(end.pictures)} pictures held out from this training, of {measured}, fixed noise; "
                    f"step {int(begin.step)} → {int(end.step)}", end.loss)
         )  # fmt: skip
     if config.target_loss is not None:

@@ -188,6 +188,14 @@ def _flop(function: Callable[[], Any]) -> tuple[float, Any]:
     return float(counter.get_total_flops()), result
 
 
+def parameter_counts(parts: Parts) -> dict[str, int]:
+    """The parameters of the UNet, the VAE and the text encoder."""
+    return {
+        part: sum(parameter.numel() for parameter in getattr(parts, part).parameters())
+        for part in ("unet", "vae", "text_encoder")
+    }
+
+
 def describe(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     """What the figures of a run need to know about its model: parameters, FLOP per picture, and whether its weights
     were random to begin with."""
@@ -195,10 +203,7 @@ def describe(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     architecture = [configurations, parts.tokenizer.model_max_length, torch.__version__, diffusers.__version__]
     return {
         "random_weights": has_random_weights(config),
-        "parameters": {
-            part: sum(parameter.numel() for parameter in getattr(parts, part).parameters())
-            for part in ("unet", "vae", "text_encoder")
-        },
+        "parameters": parameter_counts(parts),
         "flop_per_image": computed_once(
             "flop",
             [architecture, config.resolution],

@@ -23,6 +23,8 @@ from .metrics import PAGE_MIME, Measurements, measure
 from .run_folder import CONFIG, SAMPLES, RunFolder
 
 _ON_CARDS = ("images/s per", "nominal IPS", "final loss", "held-out loss", "peak memory")
+# In the environment of a run that is a part of another, and of that other, with the part's settings.
+PART_OF, PRETRAINING = "part_of", "pretraining"
 _THUMBNAIL = 128  # pixels
 # Where a run is kept, and what it goes on from, do not make it another one.
 _NOT_REPEATED = {"output_dir", "cache_dir", "resume_from_checkpoint", "hub_token", "push_to_hub"}
@@ -99,13 +101,13 @@ class Run(RunFolder):
     def reproduce(self) -> list[str]:
         """The commands that run the same again, in a clone of the project."""
         seen, config = self.environment, self.config.model_dump(mode="json", exclude=_NOT_REPEATED)
-        if "imported" in seen or "part_of" in seen:
+        if "imported" in seen or PART_OF in seen:
             return []
         default = type(self.config).model_fields
-        notebook = "pretrain" if "pretraining" in seen else "train"
+        notebook = "pretrain" if PRETRAINING in seen else "train"
         named = {name: value for name, value in config.items()
                  if value != default[name].default or name in _IN_THE_NOTEBOOK}  # fmt: skip
-        named |= seen.get("pretraining", {})
+        named |= seen.get(PRETRAINING, {})
         commit = seen.get("git_commit")
         return [
             *([f"git checkout {commit}"] if commit else []),

@@ -245,11 +245,11 @@ def _start_records(accelerator: Accelerator, config: TrainConfig, step: int) -> 
 
 
 def _say_what_begins(accelerator: Accelerator, config: TrainConfig, examples: int, step: int) -> None:
-    steps, laid_out = config.total_steps(examples), config.schedule_steps(examples)
+    steps, laid_out, ranks = config.total_steps(examples), config.schedule_steps(examples), accelerator.num_processes
     logger.info(
-        "%s: %d pictures, %d optimizer steps of %d%s, %d ranks, %s", accelerator.distributed_type.value, examples,
-        steps, config.global_batch, f", {step} of them done" if step else "", accelerator.num_processes,
-        accelerator.device,
+        "%d pictures, %d optimizer steps of %d%s, on %s%s", examples, steps, config.global_batch,
+        f", {step} of them done" if step else "", accelerator.device,
+        f" and {ranks - 1} more, by {accelerator.distributed_type.value}" if ranks > 1 else "",
     )  # fmt: skip
     if laid_out != steps and not config.lr_scheduler.startswith("constant") and accelerator.is_main_process:
         logger.warning(

@@ -10,6 +10,7 @@ from PIL import Image
 from sdnb import embedded, pretrain
 from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError, DataError, RunError
+from sdnb.run import Run
 
 VAE = dict(vae_steps=6, vae_batch_size=4, vae_learning_rate=1e-3)
 
@@ -106,11 +107,43 @@ def test_other_settings_need_another_folder(trained):
     asked, vae, _ = trained
     with pytest.raises(RunError, match=r"learning_rate was 0.001, now 0.01\. Give another output_dir"):
         pretrain.train_unet(asked.updated(learning_rate=1e-2), vae, quiet)
+    with pytest.raises(RunError, match="steps was 6, now 9"):
+        pretrain.train_unet(asked.updated(max_train_steps=9), vae, quiet)
+
+
+def test_interrupted_before_anything_was_kept_it_begins_again(pictures, tmp_path):
+    asked = config(pictures, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train_vae(asked, **VAE, show=interrupted_after(1))
+    assert pretrain.train_vae(asked, **VAE, show=quiet).steps.step.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_at_once_do_not_write_into_one_folder(pictures, tmp_path):
+    asked = config(pictures, tmp_path)
+
+    def another(*_):
+        pretrain.train_vae(asked, **VAE, show=quiet)
+
+    with pytest.raises(RunError, match="another training is running in this folder"):
+        pretrain.train_vae(asked, **VAE, show=another)
+
+
+def test_a_loss_that_is_not_finite_ends_it(pictures, tmp_path):
+    with pytest.raises(RunError, match=r"the loss of step \d is not finite"):
+        pretrain.train_vae(config(pictures, tmp_path), 6, 4, 1e20, quiet)
+    assert len(Run(tmp_path / "vae").steps) < 6
 
 
 def test_what_it_cannot_do_is_said(pictures, image_folder, tmp_path):
     with pytest.raises(ConfigError, match="fp16 needs a GPU|does not scale its loss"):
         pretrain.train_vae(config(pictures, tmp_path, mixed_precision="fp16"), **VAE, show=quiet)
+    with pytest.raises(ConfigError, match="needs steps, validation_loss_steps and a seed"):
+        pretrain.train_vae(config(pictures, tmp_path, seed=None), **VAE, show=quiet)
+    with pytest.raises(
+        ConfigError, match="gradient_accumulation_steps, dream_training: this training does not heed them"
+    ):
+        both = config(pictures, tmp_path, gradient_accumulation_steps=2, dream_training=True)
+        pretrain.train_vae(both, **VAE, show=quiet)
     one_split = config(pictures, tmp_path, dataset_name=None, train_data_dir=str(image_folder(3)))
     with pytest.raises(DataError, match="no held-out pictures"):
         pretrain.train_vae(one_split, **VAE, show=quiet)
