@@ -2,8 +2,8 @@
 
 The way data flows is the order to read the modules in:
 settings → config → models, data, run_folder → throughput → metrics → imported, compare → charts → plots, side_by_side
-→ run → memory, encoders, batches, checkpoints, observer → train → terminal, ranks → live → launch → pretrain,
-explore, report → sweep.
+→ run → memory, encoders, batches, checkpoints, observer → train → terminal, ranks → live → launch →
+resumable → pretrain, explore, report → sweep.
 
 `sdnb.Run(folder)` is a run, `sdnb.runs()` the table of all.
 """

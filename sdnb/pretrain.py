@@ -6,46 +6,27 @@ on one device, and goes on where it was interrupted.
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import data, environment, models, run_folder
-from .clock import StepClock
-from .compat import has_fused_adam, read_vocabulary, write_vocabulary
+from . import data, models, run_folder
+from .compat import read_vocabulary, write_vocabulary
 from .config import TrainConfig
-from .device import peak_bytes
 from .diffusion import draw_latents, draw_noise, draw_timesteps, loss_of, target_of
 from .embedded import portable
 from .environment import PROJECT
-from .errors import ConfigError, DataError, RunError
 from .evaluate import HeldOutLoss, draw_samples, psnr
 from .launch import Show
-from .live import Live, progress
+from .resumable import Training, check_heeded
 from .run import PART_OF, PRETRAINING, Run
 
-STATE = "state.pt"  # in the run folder, until the run is complete
-EMA_DECAY = 0.999
 KL_WEIGHT = 1e-6  # of a picture's whole divergence, against the mean error of its pixels
 UNCAPTIONED = 0.1  # the share of pictures that are shown without a caption, for guidance (arXiv 2207.12598)
-# Settings that only the main training heeds.
-_NOT_HEEDED = (
-    "prediction_type", "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "use_8bit_adam",
-    "gradient_accumulation_steps", "scale_lr", "whole_steps", "dream_training", "resume_from_checkpoint", "push_to_hub",
-)  # fmt: skip
 
 
 def train_vae(
@@ -63,12 +44,12 @@ def train_vae(
     Raises:
         SdnbError: if the settings, the data or the run folder cannot be used.
     """
-    _check_heeded(config)  # before hours are spent on the VAE
+    check_heeded(config)  # before hours are spent on the VAE
     config = config.updated(
         max_train_steps=vae_steps, train_batch_size=vae_batch_size, learning_rate=vae_learning_rate,
         validation_prompts=None, output_dir=str(_folder(config) / "vae"),
     )  # fmt: skip
-    training = _Training(config, {PART_OF: "a pretraining"})
+    training = Training(config, {PART_OF: "a pretraining"})
     vae, device = training.parts.vae.requires_grad_(True).train(), training.device
     pixels, held_out = _pixels(training.splits.train), _pixels(training.splits.held_out).to(device)
 
@@ -124,7 +105,7 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
     """
     config = config.updated(output_dir=str(_folder(config) / "unet"))
     before = trained_vae.config
-    training = _Training(config, {PRETRAINING: {
+    training = Training(config, {PRETRAINING: {
         "vae_steps": before.max_train_steps, "vae_batch_size": before.train_batch_size,
         "vae_learning_rate": before.learning_rate,
     }})  # fmt: skip
@@ -192,189 +173,3 @@ def _pixels(examples: data.ImageCaptions) -> Tensor:
 @torch.no_grad()
 def _moments(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     return vae.encode(pixels).latent_dist.parameters
-
-
-class _Training:
-    """What the two have in common: the parts on their device, the steps, the records, and the way back into them."""
-
-    def __init__(self, config: TrainConfig, besides: dict[str, Any]) -> None:
-        """Args:
-        besides: what the run's environment has besides the machine.
-        """
-        seen = environment.capture()
-        config = config.resolved(seen["devices"]["type"], 1, seen["devices"]["bf16"]).updated(num_processes=1)
-        _check_heeded(config)
-        self.config = config
-        self.folder = Path(config.output_dir)
-        self.parts, self.splits = models.load(config), data.load(config)
-        if self.splits.held_out is None:
-            raise DataError(f"data set {config.dataset_name}: has no held-out pictures (a split named validation)")
-        self.environment = {**seen, **besides, "data": self.splits.train.digest()}
-        AcceleratorState._reset_state()  # of a training before this one, which may have had another precision
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        self.device = self.accelerator.device
-        for part in (self.parts.vae, self.parts.unet, self.parts.text_encoder):
-            part.to(self.device)
-
-    def run_through(
-        self,
-        modules: Sequence[torch.nn.Module],
-        loss: Callable[[], Tensor],
-        measure: Callable[[int], None],
-        save: Callable[[], None],
-        show: Show | None,
-    ) -> Run:
-        """Train to the saved result, from the beginning or from where it was interrupted.
-
-        Args:
-            modules: what is trained.
-            loss: of a new batch, a scalar.
-            measure: files what the modules are worth after a step.
-            save: files the modules.
-        """
-        if (self.folder / run_folder.SUMMARY).exists():
-            self._check_same()
-            return Run(self.folder)
-        config = self.config
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-            fused=has_fused_adam(self.device),
-        )
-        schedule = get_scheduler(
-            config.lr_scheduler,
-            optimizer=optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
-        average = EMAModel(parameters, decay=EMA_DECAY)
-        stateful = [*modules, optimizer, schedule, average]
-        set_seed(config.seed)
-        step = self._begin(stateful)
-        held = run_folder.lock(self.folder)
-
-        @contextmanager
-        def averaged() -> Iterator[None]:
-            average.store(parameters)
-            average.copy_to(parameters)
-            try:
-                with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast():
-                    yield
-            finally:
-                average.restore(parameters)
-
-        show = show or Live(config.max_train_steps)
-        run = Run(self.folder)
-        records = run.steps.to_dict("records")
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        clock = StepClock(self.device)
-        while step < config.max_train_steps:
-            with self.accelerator.autocast():
-                batch_loss = loss()
-            clock.lap("forward")
-            batch_loss.backward()
-            clock.lap("backward")
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            learning_rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            clock.lap("optimizer")
-            average.step(parameters)
-            clock.lap("ema")
-            step += 1
-            records.append(self._record(step, batch_loss.item(), grad_norm.item(), learning_rate, clock))
-            last = step == config.max_train_steps
-            if measured := step % config.validation_loss_steps == 0 or last:
-                with averaged():
-                    measure(step)
-            if kept := step % config.checkpointing_steps == 0:
-                self._keep(step, stateful)
-            show(progress(records, config.max_train_steps), "", records, last)
-            if measured or kept:
-                clock.restart()
-            else:
-                clock.lap("other")
-        average.copy_to(parameters)
-        with torch.no_grad():
-            save()
-        peak_gib = peak_bytes(self.device)[0] / 2**30
-        summary = dict(world_size=1, ranks=[dict(rank=0, peak_memory_gib=peak_gib)], ended=time.time())
-        run_folder.write(self.folder / run_folder.SUMMARY, summary)
-        for state in self.folder.glob(f"*{STATE}"):
-            state.unlink()
-        held.close()
-        return run
-
-    def _record(self, step: int, loss: float, grad_norm: float, lr: float, clock: StepClock) -> dict[str, Any]:
-        if not math.isfinite(loss):
-            raise RunError(
-                f"{self.folder}: the loss of step {step} is not finite; what was measured is there. A smaller "
-                "learning rate may help, or mixed_precision = no, in another output_dir."
-            )
-        images = self.config.train_batch_size
-        record = dict(step=step, epoch=(step - 1) * images // len(self.splits.train), micro_batches=1, images=images,
-                      loss=loss, train_loss=loss, step_loss=loss, grad_norm=grad_norm, lr=lr)  # fmt: skip
-        record["seconds"], record["phase_seconds"] = clock.read()
-        record["peak_memory_gib"] = round(peak_bytes(self.device)[0] / 2**30, 3)
-        run_folder.append(self.folder / run_folder.STEPS, record)
-        return record
-
-    def _begin(self, stateful: Sequence[Any]) -> int:
-        """Begin the run folder, or take up what is kept in it. Returns the step that is done."""
-        there, kept = (self.folder / run_folder.ENVIRONMENT).exists(), self.folder / STATE
-        if there:
-            self._check_same()
-        config = self.config.updated(resume_from_checkpoint="latest") if there else self.config
-        run_folder.begin(config, self.environment)
-        counts = models.parameter_counts(self.parts)
-        described = dict(random_weights=False, parameters=counts, held_out_loss_of="the average of the weights")
-        run_folder.write(self.folder / run_folder.MODEL, described)
-        if not kept.exists():  # also where it was interrupted before there was one
-            run_folder.go_back(self.folder, 0)
-            return 0
-        state = torch.load(kept, map_location=self.device, weights_only=True)
-        for one, its_state in zip(stateful, state["states"]):
-            one.load_state_dict(its_state)
-        torch.random.set_rng_state(state["random"].cpu())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_on_gpu"].cpu())
-        run_folder.go_back(self.folder, state["step"])
-        return state["step"]
-
-    def _keep(self, step: int, stateful: Sequence[Any]) -> None:
-        state = dict(step=step, states=[one.state_dict() for one in stateful], random=torch.random.get_rng_state())
-        if self.device.type == "cuda":
-            state["random_on_gpu"] = torch.cuda.get_rng_state()
-        aside = self.folder / f".{STATE}"
-        torch.save(state, aside)
-        aside.replace(self.folder / STATE)
-
-    def _check_same(self) -> None:
-        """Raises:
-        RunError: if what is in the run folder is another training.
-        """
-        run = Run(self.folder)
-        there, asked = (
-            {**config.trajectory(), "steps": config.max_train_steps, "device": seen["devices"]["type"],
-             **{name: seen.get(name) for name in (PRETRAINING, "data")}}
-            for config, seen in ((run.config, run.environment), (self.config, self.environment))
-        )  # fmt: skip
-        if differ := [name for name in asked if asked[name] != there.get(name)]:
-            listed = ", ".join(f"{name} was {there.get(name)}, now {asked[name]}" for name in differ)
-            raise RunError(f"{self.folder}: there is another training: {listed}. Give another output_dir.")
-
-
-def _check_heeded(config: TrainConfig) -> None:
-    if config.mixed_precision == "fp16":
-        raise ConfigError("mixed_precision = fp16: this training does not scale its loss: use bf16, or no")
-    if not (config.max_train_steps and config.validation_loss_steps and config.seed is not None):
-        raise ConfigError("this training needs steps, validation_loss_steps and a seed: set each to a number")
-    defaults = type(config).model_fields
-    if ignored := [name for name in _NOT_HEEDED if getattr(config, name) != defaults[name].default]:
-        raise ConfigError(f"{', '.join(ignored)}: this training does not heed them: leave them out")

@@ -45,7 +45,7 @@ def image_folder(tmp_path):
 def settings(tmp_path):
     """Settings of a training that takes seconds."""
     return dict(
-        pretrained_model_name_or_path="tiny",
+        pretrained_model_name_or_path="tiny-random",
         dataset_name="openmoji",
         resolution=64,
         center_crop=True,

@@ -149,9 +149,7 @@ def test_it_can_be_read(pages, browser, name, size, scheme):
         screenshot(page, f"{name}-{'phone' if size is PHONE else 'desktop'}-{scheme}")
         assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "nothing sticks out"
         whole = "tables => tables.every(one => one.scrollWidth <= one.clientWidth)"
-        assert name == "compared" or page.eval_on_selector_all("table.results", whole), (
-            "no scrolling"
-        )
+        assert name == "compared" or page.eval_on_selector_all("table.results", whole), "no scrolling"
         ground, ink, drawn = page.evaluate(
             """() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,
             getComputedStyle([...document.querySelectorAll("figure.chart svg *")]

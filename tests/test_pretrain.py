@@ -10,6 +10,7 @@ from PIL import Image
 from sdnb import embedded, pretrain
 from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError, DataError, RunError
+from sdnb.resumable import STATE
 from sdnb.run import Run
 
 VAE = dict(vae_steps=6, vae_batch_size=4, vae_learning_rate=1e-3)
@@ -71,7 +72,7 @@ def test_both_learn_and_leave_runs_like_any_other(trained):
         assert run.steps.step.tolist() == [1, 2, 3, 4, 5, 6] and run.validation.step.tolist() == [3, 6]
         assert run.steps.loss.iloc[-1] < run.steps.loss.iloc[0] and run.summary
         assert run.results.throughput.value > 0
-        assert not (run.folder / pretrain.STATE).exists()
+        assert not (run.folder / STATE).exists()
     assert (vae.validation.psnr > 5).all() and vae.validation.psnr.nunique() == 2
     assert unet.drawn.step.tolist() == [3, 6]
     pipeline = StableDiffusionPipeline.from_pretrained(unet.folder, safety_checker=None)

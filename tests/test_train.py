@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return train(
         dict(
-            pretrained_model_name_or_path="tiny", train_data_dir=str(folder), resolution=64, random_flip=True,
+            pretrained_model_name_or_path="tiny-random", train_data_dir=str(folder), resolution=64, random_flip=True,
             train_batch_size=2, gradient_accumulation_steps=2, steps=21, learning_rate=1e-3, lr_warmup_steps=0,
             use_ema=True, seed=7, validation_prompts=["red heart"], validation_loss_steps=5,
             output_dir=str(folder / "run"),

@@ -1,0 +1,71 @@
+"""The embedded model draws: what its card says of it is measured here, on less."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training import train
+
+from sdnb import data, embedded, evaluate, models, openmoji
+from sdnb.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def config():
+    return TrainConfig(
+        pretrained_model_name_or_path="tiny", dataset_name=openmoji.PRETRAINING, resolution=64, center_crop=True
+    )
+
+
+@pytest.fixture(scope="module")
+def parts(config):
+    return models.load(config)
+
+
+def test_the_weights_that_ship():
+    files = list((embedded.PACKAGE / "tiny").iterdir())
+    assert {file.name for file in files} == {
+        "README.md", "unet.safetensors", "vae.safetensors", "text_encoder.safetensors", "vocab.json", "merges.txt",
+    }  # fmt: skip
+    assert sum(file.stat().st_size for file in files) < 30e6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dataset_name", [openmoji.PRETRAINING, openmoji.NIGHT])
+def test_its_vae_keeps_pictures_that_it_has_not_seen(config, parts, dataset_name):
+    held_out = data.load(config.updated(dataset_name=dataset_name)).held_out
+    pixels = torch.stack([held_out.pixels(row) for row in range(0, len(held_out), len(held_out) // 64)])
+    back = parts.vae.decode(parts.vae.encode(pixels).latent_dist.mode()).sample
+    assert evaluate.psnr(pixels, back) > 25
+
+
+def test_its_latents_have_unit_variance(config, parts):
+    examples = data.load(config).train
+    pixels = torch.stack([examples.pixels(row) for row in range(0, len(examples), 40)])
+    with torch.no_grad():
+        latents = parts.vae.encode(pixels).latent_dist.mode() * parts.vae.config.scaling_factor
+    assert 0.9 < latents.std() < 1.1
+
+
+def test_it_draws_what_a_caption_names(config, parts):
+    share, drawn = evaluate.retrieval(models.pipeline(config, parts), data.load(config).train, count=40)
+    assert share > 0.6 and len(drawn) == 40
+
+
+def test_random_weights_do_not(config):
+    random = config.updated(pretrained_model_name_or_path="tiny-random")
+    share, _ = evaluate.retrieval(models.pipeline(random, models.load(random)), data.load(config).train, count=20)
+    assert share < 0.5
+
+
+def test_a_short_training_changes_the_style(settings):
+    run = train(
+        settings, pretrained_model_name_or_path="tiny", dataset_name=openmoji.NIGHT, steps=40, train_batch_size=8,
+        gradient_accumulation_steps=1, random_flip=True, use_ema=True, validation_loss_steps=40,
+        validation_prompts=["red heart, night style"], validation_epochs=50,
+    )  # fmt: skip
+    before, after = run.validation.loss.iloc[[0, -1]]
+    assert after < 2 / 3 * before, "on pictures that are not trained on"
+    ground = [np.asarray(Image.open(run.folder / "samples" / file))[:4].mean() for file in run.drawn.file.iloc[[0, -1]]]
+    assert ground[0] > 200 and ground[1] < 120, "white paper before, a night sky after"
+    assert not run.model["random_weights"]
