@@ -60,7 +60,7 @@ SD_V1_4 = dict(
 )  # fmt: skip
 
 ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {"tiny": TINY, "tiny-random": TINY, "sd-v1-4-random": SD_V1_4}
-TRAINED = ()  # the others have random weights
+TRAINED = ("tiny",)  # the others have random weights
 
 
 def folder(name: str, cache_dir: str | None = None) -> Path:
