@@ -25,7 +25,6 @@ from .transforms import to_tensor
 
 HELD_OUT_PICTURES = 64
 INFERENCE_STEPS = 20
-GUIDANCE_SCALE = 7.5
 _DRAWN_TOGETHER = 25
 
 
@@ -137,14 +136,14 @@ def draw_samples(
                 height=config.resolution,
                 width=config.resolution,
                 num_inference_steps=INFERENCE_STEPS,
-                guidance_scale=GUIDANCE_SCALE,
+                guidance_scale=config.validation_guidance_scale,
                 generator=torch.Generator().manual_seed(seed),
             ).images[0]
         name = f"step-{step:06d}-{index}.png"
         picture.save(folder / run_folder.SAMPLES / name)
         record = dict(
             file=name, step=step, prompt=prompt, seed=seed,
-            num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE,
+            num_inference_steps=INFERENCE_STEPS, guidance_scale=config.validation_guidance_scale,
         )  # fmt: skip
         records.append(record)
         pictures.append(picture)

@@ -174,6 +174,7 @@ class Checkpoints(Group):
 class Validation(Group):
     validation_prompts: Texts | None = setting(None, "prompts that are drawn before, during and after the training")
     validation_epochs: Count = setting(5, "draw them at the end of every so many epochs")
+    validation_guidance_scale: Real = setting(7.5, "how strongly prompts guide these (not in the reference)", ge=0)
     validation_loss_steps: int = setting(
         0, "measure the loss on held-out pictures every so many steps; 0: never (not in the reference)", ge=0
     )
