@@ -249,7 +249,7 @@ def _say_what_begins(accelerator: Accelerator, config: TrainConfig, examples: in
     logger.info(
         "%d pictures, %d optimizer steps of %d%s, on %s%s", examples, steps, config.global_batch,
         f", {step} of them done" if step else "", accelerator.device,
-        f" and {ranks - 1} more, by {accelerator.distributed_type.value}" if ranks > 1 else "",
+        f", {ranks} ranks, {accelerator.distributed_type.value}" if ranks > 1 else "",
     )  # fmt: skip
     if laid_out != steps and not config.lr_scheduler.startswith("constant") and accelerator.is_main_process:
         logger.warning(
