@@ -1,6 +1,7 @@
 """`accelerate launch … -m sdnb.train` in place of the reference's script, on two CPU ranks, as real processes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_the_reference_command(tmp_path):
     assert run.config.mixed_precision == "no" and run.config.num_processes == 2
     assert (run.folder / "model_index.json").exists() and list((run.folder / "logs").rglob("events*"))
     assert "Steps: 100%" in said and "step_loss=" in said, "the reference's progress bar, and once"
-    assert said.count("2 optimizer steps of 64, on cpu, 2 ranks") == 1
+    assert len(re.findall(r"2 optimizer steps of 64, on cpu.*, 2 ranks", said)) == 1
     assert "images/s per CPU rank" in shown and str(run.folder) in shown
 
 
