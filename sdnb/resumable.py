@@ -97,8 +97,9 @@ class Training:
         average = EMAModel(parameters, decay=EMA_DECAY)
         stateful = [*modules, optimizer, schedule, average]
         set_seed(config.seed)
-        step = self._begin(stateful)
+        self._open()
         held = run_folder.lock(self.folder)
+        step = self._resume(stateful)
 
         @contextmanager
         def averaged() -> Iterator[None]:
@@ -168,9 +169,9 @@ class Training:
         run_folder.append(self.folder / run_folder.STEPS, record)
         return record
 
-    def _begin(self, stateful: Sequence[Any]) -> int:
-        """Begin the run folder, or take up what is kept in it. Returns the step that is done."""
-        there, kept = (self.folder / run_folder.ENVIRONMENT).exists(), self.folder / STATE
+    def _open(self) -> None:
+        """Begin the run folder, or go on with what is in it."""
+        there = (self.folder / run_folder.ENVIRONMENT).exists()
         if there:
             self._check_same()
         config = self.config.updated(resume_from_checkpoint="latest") if there else self.config
@@ -178,6 +179,10 @@ class Training:
         counts = models.parameter_counts(self.parts)
         described = dict(random_weights=False, parameters=counts, held_out_loss_of="the average of the weights")
         run_folder.write(self.folder / run_folder.MODEL, described)
+
+    def _resume(self, stateful: Sequence[Any]) -> int:
+        """Take up what is kept, and drop the records beyond it. Returns the step that is done."""
+        kept = self.folder / STATE
         if not kept.exists():  # also where it was interrupted before there was one
             run_folder.go_back(self.folder, 0)
             return 0
