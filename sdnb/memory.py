@@ -33,6 +33,8 @@ logger = logging.getLogger("sdnb")
 # What a process takes besides tensors. On a CPU, measured: 0.50 to 0.61 GiB are resident when all is imported, the
 # embedded data included (torch 2.13 and 2.1). On a GPU, an estimate: context, kernels, NCCL's buffers.
 _PROCESS_GIB = {"cpu": 0.55, "cuda": 0.8}
+# What a torch that is built for CUDA, as PyPI's is, has resident on a CPU besides (measured: torch 2.13, CUDA 13).
+_CUDA_BUILD_GIB = 0.36
 # What the allocator takes beyond the tensors. On a CPU, measured (glibc, torch 2.13): the heap loses 0.4 of what comes
 # and goes, and with gradient checkpointing as much as without; blocks from 32 MiB are not of the heap, so this is too
 # much for large models. On a GPU, an estimate: fragments, and the workspaces of cuDNN and cuBLAS.
@@ -135,6 +137,7 @@ def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Predictio
     else:
         whole = _trace_of(config, on_gpu, gradient_checkpointing=False)
         slack_gib = _CPU_SLACK_OF_ACTIVATIONS * whole.peak(*batches) / 2**30
+        slack_gib += _CUDA_BUILD_GIB if torch.version.cuda else 0.0
     return Prediction(**tensors, overhead_gib=_PROCESS_GIB[device_type] + slack_gib)
 
 

@@ -151,7 +151,7 @@ def stopped(tmp_path_factory):
     """A run of two steps with a checkpoint after each, and its settings."""
     folder = tmp_path_factory.mktemp("stopped")
     settings = dict(
-        pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=64, center_crop=True,
+        pretrained_model_name_or_path="tiny-random", dataset_name="openmoji", resolution=64, center_crop=True,
         train_batch_size=2, steps=2, seed=7, report_to="none", lr_warmup_steps=0, use_ema=True, checkpointing_steps=1,
         output_dir=str(folder / "run"),
     )  # fmt: skip
