@@ -151,10 +151,12 @@ def said_gib(text, remedy):
 def test_what_does_not_fit_says_what_would_help():
     settings = config(train_batch_size=64, use_ema=True)
     memory.require_fit(settings, "cpu", predict(settings).total_gib + 1e-6)
+    free_gib = predict(settings).total_gib - 0.2  # torch's build decides how much that is
     with pytest.raises(ConfigError) as error:
-        memory.require_fit(settings, "cpu", 1.2)
+        memory.require_fit(settings, "cpu", free_gib)
     text = str(error.value)
-    assert text.startswith(f"predicted peak {predict(settings).total_gib:.1f} GiB per rank, and 1.2 GiB are free")
+    said = f"predicted peak {predict(settings).total_gib:.1f} GiB per rank, and {free_gib:.1f} GiB are free"
+    assert text.startswith(said)
     for remedy, changes, enough in (
         ("gradient_checkpointing = True", {"gradient_checkpointing": True}, ", enough"),
         ("train_batch_size = 32 with gradient_accumulation_steps = 2", {"train_batch_size": 32}, ", enough"),
