@@ -159,9 +159,10 @@ def test_what_does_not_fit_says_what_would_help():
     assert text.startswith(said)
     for remedy, changes, enough in (
         ("gradient_checkpointing = True", {"gradient_checkpointing": True}, ", enough"),
-        ("train_batch_size = 32 with gradient_accumulation_steps = 2", {"train_batch_size": 32}, ", enough"),
+        ("train_batch_size = 32 with gradient_accumulation_steps = 2",
+         {"train_batch_size": 32, "gradient_accumulation_steps": 2}, ", enough"),
         ("mixed_precision = bf16", {"mixed_precision": "bf16"}, ", enough"),
-    ):
+    ):  # fmt: skip
         assert said_gib(text, remedy) == (f"{predict(settings.updated(**changes)).total_gib:.1f}", enough)
     assert not re.search("8bit|offload|fused|fold", text), "those help on a GPU, or where micro-batches are folded"
 
