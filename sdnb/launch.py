@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from PIL import Image
 from . import data, environment, memory, models, run_folder
 from .checkpoints import find
 from .config import TrainConfig
-from .errors import RunError
+from .errors import ConfigError, RunError
 from .live import Live, progress
 from .run import Run
 
@@ -131,11 +132,29 @@ def prepare(config: TrainConfig) -> Plan:
     devices = seen["devices"]
     config = config.resolved(devices["type"], len(devices["names"]), devices["bf16"])
     environment.require(config)
+    _require_port(config)
     models.source(config)
     config, predicted = memory.settle(config, environment.Devices(**devices))
     examples = data.load(config)
     checkpoints = find(config, examples.train).usable
     return Plan(config, seen, examples, predicted, checkpoints[0].step if checkpoints else 0)
+
+
+def _require_port(config: TrainConfig) -> None:
+    """Raises:
+    ConfigError: if something else listens where the ranks are to meet: it might keep them waiting for ever.
+    """
+    port = config.main_process_port
+    if port and config.machine_rank == 0 and config.num_processes > 1:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended is no hindrance
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                raise ConfigError(
+                    f"main_process_port = {port}: the ranks cannot meet there: {error.strerror}. Set it to another, "
+                    "the same on every machine; one machine alone finds one by itself"
+                ) from None
 
 
 def launch(plan: Plan, show: Show | None = None) -> Run:

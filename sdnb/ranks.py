@@ -12,6 +12,7 @@ import gc
 import io
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -85,9 +86,14 @@ def _rank(config: TrainConfig) -> None:
 
 
 def free_port() -> int:
+    """A TCP port that nothing listens on, of those that no system gives out by itself: what another process is given
+    between now and when the ranks meet is never this one."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise OSError("no port is free between 20000 and 30000")
 
 
 if __name__ == "__main__":

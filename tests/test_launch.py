@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -45,6 +46,18 @@ def none_left(folder, within=10):
             return False
         time.sleep(0.1)
     return True
+
+
+def together(plans):
+    """Launched at once. Where one of them fails, or the test's time is over, none is waited for."""
+    with ThreadPoolExecutor() as pool:
+        try:
+            return list(pool.map(lambda plan: launch.launch(plan, **QUIET), plans))
+        except BaseException:
+            for plan in plans:
+                for process in processes_of(plan.config.output_dir):
+                    process.kill()
+            raise
 
 
 def at_step(step, act):
@@ -90,8 +103,7 @@ def test_two_machines_train_as_one(settings, tmp_path, ranks):
         )
         for port in [free_port()] for rank in (0, 1)
     ]  # fmt: skip
-    with ThreadPoolExecutor() as pool:
-        first, second = pool.map(lambda plan: launch.launch(plan, **QUIET), machines)
+    first, second = together(machines)
     assert first.folder == second.folder
     assert first.summary["world_size"] == ranks
     assert list(first.steps.images) == [4 * ranks] * 2
@@ -111,8 +123,7 @@ def test_a_run_after_a_run_and_two_at_once(settings, tmp_path):
         launch.prepare(TrainConfig(**{**settings, "num_processes": 2, "output_dir": str(tmp_path / name)}))
         for name in ("a", "b")
     ]
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda plan: launch.launch(plan, **QUIET), plans))
+    both = together(plans)
     assert list(both[0].steps.loss) == list(both[1].steps.loss)
     again = start(settings, num_processes=2, output_dir=str(tmp_path / "c"))
     assert list(again.steps.loss) == list(both[0].steps.loss)
@@ -205,6 +216,18 @@ def test_ranks_that_do_not_join_are_an_error(settings, monkeypatch):
         return
     with pytest.raises(RunError, match="2 ranks were asked for and 1 joined"):
         start(settings, num_processes=2)
+
+
+def test_ports(settings):
+    """Not from those that a system gives to whoever asks, and one that is taken is named before anything waits."""
+    assert 20_000 <= free_port() < 30_000
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"main_process_port = {port}: the ranks cannot meet there: .*in use"):
+            start(settings, num_processes=2, main_process_port=port)
+    assert not Path(settings["output_dir"]).exists()
 
 
 def test_what_is_wrong_is_found_before_anything_is_launched(settings, tmp_path):
