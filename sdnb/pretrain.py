@@ -6,6 +6,7 @@ on one device, and goes on where it was interrupted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,16 @@ from .run import PART_OF, PRETRAINING, Run
 
 KL_WEIGHT = 1e-6  # of a picture's whole divergence, against the mean error of its pixels
 UNCAPTIONED = 0.1  # the share of pictures that are shown without a caption, for guidance (arXiv 2207.12598)
+STYLED = 0.2  # the share of pictures that are shown in one of these styles
+# How much of its colours a picture keeps, and what black and white become. Paper stays lighter than what is drawn on
+# it: by night it does not, which is what the main training has to learn.
+STYLES = {
+    "grey": (0.0, (0, 0, 0), (255, 255, 255)),
+    "sepia": (0.0, (70, 45, 20), (255, 243, 214)),
+    "pastel": (1.0, (128, 128, 128), (255, 255, 255)),
+    "rose": (0.6, (64, 0, 32), (255, 214, 222)),
+    "mint": (0.6, (0, 48, 48), (214, 245, 228)),
+}
 
 
 def train_vae(
@@ -65,7 +76,7 @@ def train_vae(
         run_folder.append(training.folder / run_folder.VALIDATION, {**record, "psnr": psnr(held_out, back)})
 
     def save() -> None:
-        latents = draw_latents(torch.cat([_moments(vae, batch.to(device)) for batch in pixels.split(64)]), 1.0)
+        latents = draw_latents(_all_moments(vae, pixels), 1.0)
         vae.register_to_config(scaling_factor=1 / latents.std().item())
         vae.save_pretrained(training.folder / "vae")
 
@@ -93,8 +104,9 @@ def _in_other_colours(pixels: Tensor) -> Tensor:
 
 def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) -> Run:
     """Train the UNet and the text encoder of the model that the settings name, in the latents of a trained VAE, on the
-    noise as in the main training; one caption in ten is left out. The run folder gets the pipeline, with the average of
-    the weights.
+    noise as in the main training. One caption in ten is left out. One picture in five is shown in another style, «sun,
+    sepia style», so that a style is learnt to leave the subject as it is. The run folder gets the pipeline, with the
+    average of the weights.
 
     Args:
         trained_vae: what `train_vae` gives.
@@ -113,20 +125,28 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
     parts.vae = AutoencoderKL.from_pretrained(trained_vae.folder / "vae").to(device).requires_grad_(False)
     unet, text_encoder = parts.unet, parts.text_encoder.requires_grad_(True).train()
     scheduler, scaling_factor = parts.noise_scheduler, parts.vae.config.scaling_factor
-    moments = torch.cat([_moments(parts.vae, batch.to(device)) for batch in _pixels(examples).split(64)])
-    captions_of = [caption if isinstance(caption, list) else [caption] for caption in examples.captions]
-    ids_of = dict(zip(examples.distinct_captions, data.tokenize(parts.tokenizer, examples.distinct_captions)))
-    none = data.tokenize(parts.tokenizer, [""])[0]
+    pixels = _pixels(examples)
+    in_styles = itertools.chain([pixels], (in_style(style, pixels) for style in STYLES))
+    moments = torch.stack([_all_moments(parts.vae, each) for each in in_styles])  # [styles, views, …], plain first
+    named = [data.first_caption(caption) for caption in examples.captions]
+    captions_of = [
+        [caption if isinstance(caption, list) else [caption] for caption in examples.captions],
+        *([[f"{name}, {style} style"] for name in named] for style in STYLES),
+    ]
+    distinct = sorted({caption for of_style in captions_of for captions in of_style for caption in captions} | {""})
+    ids_of = dict(zip(distinct, data.tokenize(parts.tokenizer, distinct)))
 
     def one_of(captions: Sequence[str]) -> Tensor:
         left_out = torch.rand(()) < UNCAPTIONED
-        chosen = captions[torch.randint(len(captions), ())]
-        return none if left_out else ids_of[chosen]
+        return ids_of["" if left_out else captions[torch.randint(len(captions), ())]]
 
     def loss() -> Tensor:
-        views = torch.randint(len(moments), (config.train_batch_size,))
-        input_ids = torch.stack([one_of(captions_of[view % len(captions_of)]) for view in views.tolist()])
-        latents = draw_latents(moments[views.to(device)], scaling_factor)
+        batch = (config.train_batch_size,)
+        views, styles = torch.randint(moments.shape[1], batch), torch.randint(1, moments.shape[0], batch)
+        styles[torch.rand(batch) >= STYLED] = 0
+        shown = list(zip(styles.tolist(), (views % len(named)).tolist()))
+        input_ids = torch.stack([one_of(captions_of[style][row]) for style, row in shown])
+        latents = draw_latents(moments[styles.to(device), views.to(device)], scaling_factor)
         noise, added_noise = draw_noise(latents, config)
         timesteps = draw_timesteps(scheduler, latents)
         noisy_latents = scheduler.add_noise(latents, added_noise, timesteps)
@@ -147,6 +167,14 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
         pipeline.save_pretrained(training.folder)
 
     return training.run_through([unet, text_encoder], loss, measure, save, show)
+
+
+def in_style(style: str, pixels: Tensor) -> Tensor:
+    """Pictures, [batch, 3, h, w], in one of `STYLES`."""
+    kept, black, white = STYLES[style]
+    dark, light = (torch.tensor(colour).view(3, 1, 1) / 127.5 - 1 for colour in (black, white))
+    grey = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)  # luma, ITU-R BT.601
+    return torch.lerp(dark, light, (torch.lerp(grey, pixels, kept) + 1) / 2)
 
 
 def export(run: Run, folder: Path) -> None:
@@ -171,5 +199,5 @@ def _pixels(examples: data.ImageCaptions) -> Tensor:
 
 
 @torch.no_grad()
-def _moments(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    return vae.encode(pixels).latent_dist.parameters
+def _all_moments(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    return torch.cat([vae.encode(batch.to(vae.device)).latent_dist.parameters for batch in pixels.split(64)])

@@ -150,6 +150,15 @@ def test_what_it_cannot_do_is_said(pictures, image_folder, tmp_path):
         pretrain.train_vae(one_split, **VAE, show=quiet)
 
 
+def test_a_style_changes_the_colours_and_nothing_else():
+    pixels = torch.rand(2, 3, 8, 8) * 2 - 1
+    grey = pretrain.in_style("grey", pixels)
+    assert torch.allclose(grey[:, 0], grey[:, 1]) and grey.std() > 0
+    for style in pretrain.STYLES:
+        outline, paper = (pretrain.in_style(style, torch.full((1, 3, 1, 1), value)) for value in (-1.0, 1.0))
+        assert outline.min() >= -1 and paper.max() <= 1 and (paper > outline).all(), "never by night"
+
+
 def test_what_ships_is_what_was_trained(trained, tmp_path, monkeypatch):
     _, _, unet = trained
     monkeypatch.setattr(embedded, "PACKAGE", tmp_path)
