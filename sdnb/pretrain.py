@@ -58,7 +58,7 @@ def train_vae(
     check_heeded(config)  # before hours are spent on the VAE
     config = config.updated(
         max_train_steps=vae_steps, train_batch_size=vae_batch_size, learning_rate=vae_learning_rate,
-        validation_prompts=None, output_dir=str(_folder(config) / "vae"),
+        snr_gamma=None, validation_prompts=None, output_dir=str(_folder(config) / "vae"),
     )  # fmt: skip
     training = Training(config, {PART_OF: "a pretraining"})
     vae, device = training.parts.vae.requires_grad_(True).train(), training.device
