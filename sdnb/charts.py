@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
@@ -82,6 +83,29 @@ def legend(axes: Axes, **options: Any) -> None:
 def dots(axes: Axes, x: Any, y: Any, marker: str = "o", **options: Any) -> None:
     """Points without a line. Thousands of them become an image, so that a page stays small."""
     axes.plot(x, y, marker, rasterized=len(x) > _MOST_POINTS, **options)
+
+
+def name_points(axes: Axes, x: Iterable[float], y: Iterable[float], names: Iterable[str]) -> None:
+    """A name beside each point, a line higher or lower where it would cover one before it, or left out.
+
+    The axes must have the limits that they are to have.
+    """
+    axes.figure.draw_without_rendering()  # which sets them out, so that the names' places are known
+    before: list[Bbox] = []
+    for one_x, one_y, name in zip(x, y, names):
+        left = one_x > np.quantile(axes.get_xlim(), 0.7)
+        text = axes.annotate(
+            name, (one_x, one_y), (0, 0), textcoords="offset points", ha="right" if left else "left", va="center",
+            fontsize=8, color=RED,
+        )  # fmt: skip
+        for lines in (0, 1, -1, 2, -2):
+            text.set_position((-6 if left else 6, 10 * lines))
+            place = text.get_window_extent()
+            if not any(place.overlaps(other) for other in before):
+                before.append(place)
+                break
+        else:
+            text.remove()
 
 
 def grid_of(

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from PIL import Image
 
-from .charts import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW, Chart, dots, grid_of, legend
+from .charts import BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, YELLOW, Chart, dots, grid_of, legend, name_points
 from .metrics import RUNNING_MEAN_STEPS, Measurements, slow_steps, time_by_phase
 from .run_folder import SAMPLES, RunFolder
 
@@ -81,14 +81,10 @@ def step_times(measured: Measurements) -> Chart:
         axes.axvspan(0.5, warmup + 0.5, color=GREY, alpha=0.2, lw=0, label="warm-up, left out")
     if len(steady):
         axes.axhline(steady.seconds.median(), color=BLUE, lw=1, alpha=0.6, label="median")
-    for row in slow.nlargest(_MOST_NAMED, "extra_seconds").itertuples():
-        left = row.step > 0.7 * len(steps)
-        axes.annotate(
-            f"{row.step}: {row.because}", (row.step, row.seconds), textcoords="offset points",
-            xytext=(-6 if left else 6, 0), ha="right" if left else "left", va="center", fontsize=8, color=RED,
-        )  # fmt: skip
     axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None), xlim=(0.5, len(steps) + 0.5))
     legend(axes, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), columnspacing=1, handletextpad=0.5)
+    slowest = slow.nlargest(_MOST_NAMED, "extra_seconds")
+    name_points(axes, slowest.step, slowest.seconds, [f"{row.step}: {row.because}" for row in slowest.itertuples()])
     return chart
 
 

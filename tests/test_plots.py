@@ -1,4 +1,5 @@
 import base64
+import itertools
 import re
 
 import numpy as np
@@ -109,3 +110,14 @@ def test_a_slow_step_is_named(measured):
     chart = plots.step_times(metrics.measure(run))
     assert [text.get_text() for text in chart.axes[0].texts] == ["49: data took longer"]
     assert "1 took much longer than the others" in chart.alt
+
+
+def test_names_of_slow_steps_do_not_cover_each_other(measured):
+    run = FakeRun(published_run())
+    for row in (40, 41, 44, 45, 80):
+        run.steps.loc[row, "seconds"] = 9.0 + row / 1000
+        run.steps.at[row, "phase_seconds"] = {**run.steps.phase_seconds[row], "data": 7.0}
+    chart = plots.step_times(metrics.measure(run))
+    places = [text.get_window_extent() for text in chart.axes[0].texts]
+    assert len(places) == 5
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
