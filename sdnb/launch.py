@@ -89,7 +89,8 @@ class Plan:
         free_gib = memory.per_rank(
             self.config, self.environment["devices"]["type"], self.environment["devices"]["free_gib"]
         )
-        return {**folded, "memory": f"{self.predicted.total_gib:.1f} GiB a rank predicted, {free_gib:.1f} GiB free"}
+        what = "free" if self.config.memory_gib is None else "allowed by memory_gib"
+        return {**folded, "memory": f"{self.predicted.total_gib:.1f} GiB a rank predicted, {free_gib:.1f} GiB {what}"}
 
     def look(self, count: int) -> tuple[list[Image.Image], list[str], int]:
         """Some pictures to train on, from all over the data set, with their captions; and how many there are in all."""

@@ -95,7 +95,10 @@ def settle(config: TrainConfig, devices: Devices) -> tuple[TrainConfig, Predicti
 
 
 def per_rank(config: TrainConfig, device_type: str, gib: tuple[float, ...]) -> float:
-    """A rank's part of the memory of the devices here: a GPU's own, the least of them; on a CPU the ranks share."""
+    """A rank's part of the memory of the devices here: a GPU's own, the least of them; on a CPU the ranks share. What
+    the settings say it may count on goes before that."""
+    if config.memory_gib is not None:
+        return config.memory_gib
     return min(gib) if device_type != "cpu" else gib[0] / (config.num_processes // config.num_machines)
 
 
@@ -170,9 +173,10 @@ def require_fit(config: TrainConfig, device_type: str, free_gib: float, folded: 
     if len(said) > 1:
         said.append(f"all of these: {verdict(together)}")
     raise ConfigError(
-        f"predicted peak {total_gib({}):.1f} GiB per rank, and {free_gib:.1f} GiB are free. "
+        f"predicted peak {total_gib({}):.1f} GiB per rank, and {free_gib:.1f} GiB are "
+        f"{'free' if config.memory_gib is None else 'what memory_gib allows'}. "
         f"What would help: {'; '.join(said) or 'a smaller model, or a smaller resolution'}. "
-        f"The prediction is {predict(config, device_type, folded)}"
+        f"The prediction is {predict(config, device_type, folded)}. If you know better, set memory_gib"
     )
 
 

@@ -139,6 +139,9 @@ class Speed(Group):
     fold_micro_batches: Count | None = setting(
         None, "run so many micro-batches of a step as one larger batch; left out, as many as fit in memory; 1: none"
     )
+    memory_gib: Real | None = setting(
+        None, "memory that a rank may count on, in GiB, before it is refused; left out, what its device has free", gt=0
+    )
     fused_optimizer: Flag = setting(True, "AdamW, and the average, each in one pass over the weights")
     keep_freed_memory: Flag = setting(
         True, "on a CPU, memory that tensors leave stays with the process, and need not be had anew in every step"

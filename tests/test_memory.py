@@ -196,8 +196,17 @@ def test_a_machine_settles_how_much_is_folded():
         assert settled.fold_micro_batches == count and predicted.total_gib == total_gib
     settled, _ = memory.settle(settings.updated(fold_micro_batches=3), machine(100, 100))
     assert settled.fold_micro_batches == 3, "what is asked for goes first"
-    with pytest.raises(ConfigError, match="0.4 GiB are free"):
+    with pytest.raises(ConfigError, match=r"0.4 GiB are free(.|\n)*If you know better, set memory_gib"):
         memory.settle(settings, machine(100, 0.8))
+
+
+def test_what_a_rank_may_count_on_can_be_said():
+    settings = config(gradient_accumulation_steps=4, train_batch_size=32)
+    lowest = predict(settings).total_gib
+    settled, predicted = memory.settle(settings.updated(memory_gib=lowest), machine(100, 0.4))
+    assert settled.fold_micro_batches == 1 and predicted.total_gib == lowest, "though less is free"
+    with pytest.raises(ConfigError, match=r"0\.3 GiB are what memory_gib allows"):
+        memory.settle(settings.updated(memory_gib=0.3), machine(100, 100))
 
 
 def test_a_model_that_cannot_be_predicted_is_trained_all_the_same(monkeypatch, caplog):
