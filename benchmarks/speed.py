@@ -44,6 +44,7 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {
     "kept encodings": ("--encoder_cache_gib=0",),
     "folded micro-batches": ("--fold_micro_batches=1",),
     "fused AdamW and average": ("--no-fused_optimizer",),
+    "linear layers by oneDNN": ("--no-onednn_linear",),
     "kept memory": ("--no-keep_freed_memory",),
 }
 BATCH, ACCUMULATION = 8, 4

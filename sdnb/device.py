@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from . import linear
+
 # Peak matrix-product TFLOP/s without sparsity, by precision of the products ("no": float32), from data sheets:
 # A100, H100, H200, L40S, L4, T4, V100, A10, RTX 4090 from NVIDIA's; MI250X (one of its two dies) and MI300X from AMD's.
 _PEAK_TFLOPS = {
@@ -43,15 +45,18 @@ def peak_tflops(device: str, precision: str) -> float | None:
 
 
 def reachable_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of products of two square matrices on the device, in TFLOP/s: the fastest of a few rounds."""
+    """The rate of products of two square matrices on the device, in TFLOP/s: the fastest of a few rounds, by the
+    library that trainings have there."""
     side = _SIDES.get(device.type, _SIDES["cuda"])
     one, other = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    convolved = device.type == "cpu" and dtype == torch.float32 and linear.pays()
+    multiply = linear.as_convolution if convolved else torch.matmul
     seconds = []
     for _ in range(1 + _ROUNDS):  # the first is a warm-up
         _wait_for(device)
         began = time.perf_counter()
         for _ in range(_PRODUCTS):
-            one @ other
+            multiply(one, other)
         _wait_for(device)
         seconds.append(time.perf_counter() - began)
     return 2 * side**3 * _PRODUCTS / min(seconds[1:]) / 1e12

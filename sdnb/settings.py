@@ -143,6 +143,9 @@ class Speed(Group):
         None, "memory that a rank may count on, in GiB, before it is refused; left out, what its device has free", gt=0
     )
     fused_optimizer: Flag = setting(True, "AdamW, and the average, each in one pass over the weights")
+    onednn_linear: Flag = setting(
+        True, "in float32 on an AVX-512 processor that is not Intel's, the UNet's linear layers by oneDNN, not by MKL"
+    )
     keep_freed_memory: Flag = setting(
         True, "on a CPU, memory that tensors leave stays with the process, and need not be had anew in every step"
     )

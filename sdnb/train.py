@@ -29,7 +29,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
-from . import data, models, run_folder
+from . import data, linear, models, run_folder
 from .batches import Batches
 from .checkpoints import Checkpoints, clean_up, find
 from .clock import StepClock
@@ -76,7 +76,7 @@ def train(
         encoders = Encoders(parts, splits.train, config, accelerator.device)
         ema = Average(models.start_of_average(config, parts), config) if config.use_ema else None
     found = find(config, splits.train)
-    _set_up(parts, config)
+    _set_up(parts, config, accelerator.device)
     if accelerator.is_main_process:
         reached = reachable_tflops(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
         run_folder.write(folder / run_folder.MODEL, {**models.describe(config, parts), "reachable_tflops": reached})
@@ -199,7 +199,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def _set_up(parts: models.Parts, config: TrainConfig) -> None:
+def _set_up(parts: models.Parts, config: TrainConfig, device: torch.device) -> None:
     if config.prediction_type is not None:
         parts.noise_scheduler.register_to_config(prediction_type=config.prediction_type)
     if config.dream_training and parts.noise_scheduler.config.prediction_type != "epsilon":
@@ -211,6 +211,8 @@ def _set_up(parts: models.Parts, config: TrainConfig) -> None:
             parts.unet.enable_xformers_memory_efficient_attention()
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ConfigError(f"enable_xformers_memory_efficient_attention: {error}") from error
+    if config.onednn_linear and config.mixed_precision == "no" and device.type == "cpu" and linear.pays():
+        linear.convolve(parts.unet)
     if config.channels_last:
         parts.unet.to(memory_format=torch.channels_last)
         parts.vae.to(memory_format=torch.channels_last)
