@@ -26,6 +26,7 @@ BASELINE = "published"
 _NOT_COMPARED = {"output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "hub_token"}
 # The work of a picture: where it differs, a ratio of speeds is not one of machines alone.
 _WORK = ("pretrained_model_name_or_path", "resolution")
+MANY = 4  # more runs than that, and the statements about each two are folded
 _HAVE_RATIOS = ("images", "nominal", "seconds", "peak memory", "total time", "final loss", "held-out loss")
 
 
@@ -98,20 +99,22 @@ class Comparison:
         return "\n".join([self.results.to_string(), "", *self.statements])
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        said = "".join(f"<li>{html.escape(statement)}</li>" for statement in self.statements)
-        labels = list(self.runs)
+        statements, labels = self.statements, list(self.runs)
+        said = f"<ul>{''.join(f'<li>{html.escape(statement)}</li>' for statement in statements)}</ul>"
+        if many := len(labels) > MANY:
+            said = f"<details><summary>All {len(statements)} statements, of each two runs</summary>{said}</details>"
         others = f" and {len(labels) - 2} more" if len(labels) > 2 else ""
         folders = json.dumps([BASELINE if run.folder == PUBLISHED else str(run.folder) for run in self.runs.values()])
         return {
             "text/plain": repr(self),
-            "text/html": f"<ul>{said}</ul>{self.results.to_html()}",
+            "text/html": f"{self.results.to_html()}{said}" if many else f"{said}{self.results.to_html()}",
             PAGE_MIME: {
                 "kind": "comparison",
                 "name": " beside ".join(label.replace("/", "-") for label in labels[:2]) + others,
                 "title": f"{labels[0]} beside {', '.join(labels[1:])}",
                 "headline": [
-                    {"name": label, "text": f"{measured.throughput} images/s per device"}
-                    for label, measured in self.measured.items()
+                    {"name": name, "text": f"{self.measured[label].throughput} images/s per device"}
+                    for name, label in self._headlined(many)
                 ],
                 "reproduce": [
                     f"papermill notebooks/compare.ipynb comparison.ipynb -p runs {shlex.quote(folders)}",
@@ -119,6 +122,13 @@ class Comparison:
                 ],
             },
         }
+
+    def _headlined(self, many: bool) -> list[tuple[str, str]]:
+        """What is said at the top of a page, and the run that it is of: all of them, or of many the ends."""
+        if not many:
+            return [(label, label) for label in self.runs]
+        by_rate = sorted(self.runs, key=lambda label: self.measured[label].throughput.value)
+        return [(f"{what}: {label}", label) for what, label in (("fastest", by_rate[-1]), ("slowest", by_rate[0]))]
 
 
 def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison:

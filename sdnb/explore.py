@@ -61,7 +61,7 @@ def overview(surveyed: pd.DataFrame, resolution: int) -> pd.DataFrame:
         "empty captions": int((surveyed.words == 0).sum()),
         "words in a caption": f"median {surveyed.words.median():g}, {surveyed.words.min()} to {surveyed.words.max()}",
     }
-    return pd.DataFrame({"": said})
+    return pd.DataFrame({"found": said})
 
 
 def troubles(surveyed: pd.DataFrame) -> Styler:

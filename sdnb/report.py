@@ -70,13 +70,13 @@ def results(notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
 
 
 def write(
-    notebook_path: str | Path, page_path: str | Path | None = None, title: str | None = None
+    notebook_path: str | Path, page_path: str | Path | None = None, besides: dict[str, Any] | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Write the page of an executed notebook.
 
     Args:
         page_path: left out, it is beside the notebook, named after the run that the notebook shows, if it shows one.
-        title: left out, it is what the notebook shows.
+        besides: goes before what the notebook shows of its page: its `title`, the commands that `reproduce` it.
 
     Returns:
         Where the page is, and the headline results.
@@ -93,7 +93,7 @@ def write(
         raise RunError(f"{source}: is no notebook: {str(error).partition(chr(10))[0]}") from None
     if not any(cell.get("outputs") for cell in notebook.cells):
         raise RunError(f"{source}: has not been executed: run it first, for example with papermill")
-    about = shown(notebook, PAGE_MIME) or {}
+    about = {**(shown(notebook, PAGE_MIME) or {}), **(besides or {})}
     target = Path(page_path) if page_path else source.with_name(f"{_file_name(about.get('name')) or source.stem}.html")
     if target.resolve() == source.resolve():
         raise RunError(f"{target}: is the notebook itself; give the page another name")
@@ -111,7 +111,7 @@ def write(
         notebook,
         resources={
             "about": about,
-            "title": title or about.get("title") or f"{source.resolve().parent.name}/{source.name}",
+            "title": about.get("title") or _title(notebook, source),
             "headline": headline,
             "version": __version__,
             "source": source.name,
@@ -126,6 +126,14 @@ def write(
     return target, headline
 
 
+def _title(notebook: nbformat.NotebookNode, source: Path) -> str:
+    """Of a page that shows no run: the notebook's own heading, and its file."""
+    texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    heading = next((text.partition("\n")[0][2:].strip() for text in texts if text.startswith("# ")), None)
+    name = f"{source.resolve().parent.name}/{source.name}"
+    return f"{heading}: {source.stem}" if heading else name
+
+
 def _file_name(name: str | None) -> str:
     return re.sub(r"[^\w.,=+-]+", "-", name or "").strip("-.")
 
@@ -137,8 +145,15 @@ def _arranged(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookN
             sections.append([])
         sections[-1].append(cell)
     later = [section for section in sections if section and "appendix" in _tags(section[0])]
-    first = [section for section in sections if section not in later]
+    first = [section for section in sections if section not in later and not _is_empty(section)]
     return _folded([cell for section in (*first, *later) for cell in section if "not-in-report" not in _tags(cell)])
+
+
+def _is_empty(section: Sequence[nbformat.NotebookNode]) -> bool:
+    """Whether a section is about what there is nothing of, such as pictures that no run has drawn."""
+    code = [cell for cell in section if cell.cell_type == "code"]
+    headed = section and section[0].cell_type == "markdown"
+    return bool(headed and code and not any(cell.outputs for cell in code))
 
 
 def _folded(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
@@ -153,7 +168,9 @@ def _folded(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNod
             folded.append(cell)
         else:
             silent.append(cell)
-    return [*folded, *silent]
+    if silent:
+        silent[-1].source = "\n\n".join(one.source for one in silent)
+    return [*folded, *silent[-1:]]
 
 
 def _tags(cell: nbformat.NotebookNode) -> Sequence[str]:

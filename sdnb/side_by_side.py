@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from PIL import Image
 
 from .charts import INK, RUN_COLOURS, Chart, dots, grid_of, legend
-from .compare import Comparison
+from .compare import MANY, Comparison
 from .metrics import RUNNING_MEAN_STEPS, Measurements
 from .plots import held_out
 from .run_folder import SAMPLES
@@ -93,7 +94,7 @@ def losses(comparison: Comparison) -> Chart:
         if len(validation):
             held_out(axes, validation, fmt="o", color=colour)
     axes.set(xlabel="optimizer step", ylabel="mean squared error", ylim=(0, None))
-    legend(axes)
+    _name_runs(axes, comparison)
     return chart
 
 
@@ -112,8 +113,13 @@ def step_times(comparison: Comparison) -> Chart:
         dots(axes, plain.step, plain.seconds, color=colour, ms=3, label=label)
         dots(axes, short.step, short.seconds, "D", color=colour, ms=3)
     axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None))
-    legend(axes)
+    _name_runs(axes, comparison)
     return chart
+
+
+def _name_runs(axes: Axes, comparison: Comparison) -> None:
+    """The legend; of many runs beside the axes, where it covers none of them."""
+    legend(axes, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(comparison.runs) > MANY else {}))
 
 
 def samples(comparison: Comparison) -> Chart | None:

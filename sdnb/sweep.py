@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import glob
 import itertools
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,9 +39,10 @@ COMPARISON = PROJECT / "notebooks" / "compare.ipynb"
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trainings of a sweep: by the name of their folders, the settings of each."""
+    """The trainings of a sweep: by the name of their folders, the settings of each; and the file that says so."""
 
     name: str
+    file: str
     swept: tuple[str, ...]
     trainings: dict[str, dict[str, Any]]
 
@@ -72,7 +74,7 @@ def load(path: str | Path) -> Sweep:
             raise ConfigError(f"{path}, {chosen}: {error}") from None
         name = ",".join(f"{setting}={str(value).replace('/', '_')}" for setting, value in chosen.items())
         trainings[name] = {**read, **chosen}
-    return Sweep(source.stem, tuple(grid), trainings)
+    return Sweep(source.stem, str(path), tuple(grid), trainings)
 
 
 def run(
@@ -115,7 +117,8 @@ def run(
     if reason:
         raise RunError(f"{notebook}: {reason}")
     title = f"{sweep.name}: {len(complete)} trainings over {', '.join(sweep.swept)}"
-    page, _ = report.write(notebook, target / f"{sweep.name}.html", title)
+    besides = {"title": title, "reproduce": [f"python -m sdnb sweep {shlex.quote(sweep.file)}"]}
+    page, _ = report.write(notebook, target / f"{sweep.name}.html", besides)
     return page, failed
 
 

@@ -111,6 +111,22 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
     assert list(compared.runs) == ["one/run", "two/run"]
 
 
+def test_many_runs_leave_the_page_readable(tmp_path):
+    """The ends at the top, the statements about each two folded, and no legend over the curves."""
+    compared = compare(
+        [make_run(tmp_path / name, seconds) for name, seconds in zip("abcde", (0.5, 0.4, 0.6, 0.3, 0.5))]
+    )
+    shown = compared._repr_mimebundle_()
+    about, text = shown[report.PAGE_MIME], shown["text/html"]
+    assert [one["name"] for one in about["headline"]] == ["fastest: d", "slowest: c"]
+    assert "<details><summary>All 10 statements" in text and text.index("<table") < text.index("<details>")
+    for draw in (side_by_side.losses, side_by_side.step_times):
+        chart = draw(compared)
+        chart.draw_without_rendering()
+        (axes,) = chart.axes
+        assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1
+
+
 def test_mistakes(three, tmp_path):
     with pytest.raises(RunError, match="takes two runs, and there is only"):
         compare([three[0]])

@@ -60,6 +60,24 @@ def test_code_is_folded_away(executed):
     assert "secret_code" not in re.sub(r"<details.*?</details>", "", html, flags=re.S)
 
 
+def test_a_section_about_nothing_is_left_out(tmp_path):
+    shown = new_output("stream", text="shown")
+    cells = [
+        new_markdown_cell("# Look here"), new_markdown_cell("## Pictures"), new_code_cell("draw()"),
+        new_markdown_cell("## Loss"), new_code_cell("loss()", outputs=[shown]),
+        new_markdown_cell("## Settings", metadata={"tags": ["appendix"]}), new_code_cell("a = 1"),
+        new_code_cell("b = 2"),
+    ]  # fmt: skip
+    path = tmp_path / "out.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    html = re.sub(r"<[^>]*span[^>]*>", "", report.write(path)[0].read_text())
+    assert "Pictures" not in html and "Loss" in html and "Settings" in html
+    assert "a = 1\n\nb = 2" in html
+    assert "<title>Look here: out" in html
+    html = report.write(path, besides={"title": "Mine", "reproduce": ["do it"]})[0].read_text()
+    assert "<title>Mine" in html and '<pre class="command">do it' in html
+
+
 def test_code_that_shows_nothing_is_with_the_next(tmp_path):
     shown = new_output("stream", text="shown")
     cells = [

@@ -30,6 +30,7 @@ def test_past_a_failure_and_taken_up_again(tmp_path):
     assert all("no such folder" in reason for reason in failed.values())
     text = page.read_text()
     assert "Over train_batch_size" in text or "image/" in text
+    assert f'<pre class="command">python -m sdnb sweep {path}' in text
     first = tmp_path / "runs" / "train_batch_size=1,pretrained_model_name_or_path=tiny"
     assert len(run_folder.RunFolder(first).steps) == 3 and (first / "train.ipynb").exists()
     before = (first / run_folder.SUMMARY).stat().st_mtime
