@@ -93,7 +93,7 @@ def write(
         raise RunError(f"{source}: is no notebook: {str(error).partition(chr(10))[0]}") from None
     if not any(cell.get("outputs") for cell in notebook.cells):
         raise RunError(f"{source}: has not been executed: run it first, for example with papermill")
-    about = {**(shown(notebook, PAGE_MIME) or {}), **(besides or {})}
+    about = {**(shown(notebook, PAGE_MIME) or {}), **_redacted(besides or {})}
     target = Path(page_path) if page_path else source.with_name(f"{_file_name(about.get('name')) or source.stem}.html")
     if target.resolve() == source.resolve():
         raise RunError(f"{target}: is the notebook itself; give the page another name")
