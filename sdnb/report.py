@@ -98,6 +98,7 @@ def write(
     if target.resolve() == source.resolve():
         raise RunError(f"{target}: is the notebook itself; give the page another name")
     headline = about.get("headline") or [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
+    title = about.get("title") or _title(notebook, source)
     notebook.cells = _arranged(notebook.cells)
     # nbconvert's own templates load scripts from the network; ours loads nothing.
     exporter = HTMLExporter(
@@ -111,7 +112,7 @@ def write(
         notebook,
         resources={
             "about": about,
-            "title": about.get("title") or _title(notebook, source),
+            "title": title,
             "headline": headline,
             "version": __version__,
             "source": source.name,

@@ -63,7 +63,8 @@ def test_code_is_folded_away(executed):
 def test_a_section_about_nothing_is_left_out(tmp_path):
     shown = new_output("stream", text="shown")
     cells = [
-        new_markdown_cell("# Look here"), new_markdown_cell("## Pictures"), new_code_cell("draw()"),
+        new_markdown_cell("# Look here", metadata={"tags": ["not-in-report"]}),
+        new_markdown_cell("## Pictures"), new_code_cell("draw()"),
         new_markdown_cell("## Loss"), new_code_cell("loss()", outputs=[shown]),
         new_markdown_cell("## Settings", metadata={"tags": ["appendix"]}), new_code_cell("a = 1"),
         new_code_cell("b = 2"),
