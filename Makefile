@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch 2.1.0 and its contemporaries, for Python 3.10 or 3.11
 VENV_2024 ?= .venv-2024
-TESTS_2024 = arguments cache checkpoints config hub launch metrics parity plots report runs train
+TESTS_2024 = arguments cache checkpoints config hub launch linear metrics parity plots pretrain report run_folder tiny train
 BIN := $(VENV)/bin
 STEPS ?= 101
 RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)-demo

@@ -33,7 +33,7 @@ _IN_THE_NOTEBOOK = {
     "pretrained_model_name_or_path", "dataset_name", "resolution", "center_crop", "random_flip", "train_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_warmup_steps", "use_ema", "mixed_precision", "num_processes",
     "seed", "validation_prompts", "validation_loss_steps", "lr_scheduler", "checkpointing_steps",
-    "target_loss", "validation_guidance_scale",
+    "target_loss", "validation_guidance_scale", "snr_gamma",
 }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def test_random_weights_do_not(config):
 def test_a_short_training_changes_the_style(settings):
     run = train(
         settings, pretrained_model_name_or_path="tiny", dataset_name=openmoji.NIGHT, steps=27, train_batch_size=32,
-        gradient_accumulation_steps=1, random_flip=True, use_ema=True, validation_loss_steps=27,
+        gradient_accumulation_steps=1, learning_rate=3e-4, random_flip=True, use_ema=True, validation_loss_steps=27,
         validation_prompts=["cat face, night style"], validation_epochs=50, validation_guidance_scale=2.0,
     )  # fmt: skip
     before, after = run.validation.loss.iloc[[0, -1]]

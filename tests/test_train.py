@@ -268,7 +268,7 @@ def test_dream_needs_a_model_that_predicts_noise(settings, tmp_path):
     parts = models.load(TrainConfig(**settings))
     parts.noise_scheduler.register_to_config(prediction_type="v_prediction")
     with pytest.raises(ConfigError, match="this one predicts a velocity"):
-        _set_up(parts, TrainConfig(**settings, dream_training=True))
+        _set_up(parts, TrainConfig(**settings, dream_training=True), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("setting", ["offload_ema", "foreach_ema"])
