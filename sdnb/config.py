@@ -156,6 +156,11 @@ class TrainConfig(*reversed(GROUPS)):
         return self.updated(mixed_precision=precision, num_processes=ranks)
 
     @property
+    def meeting_port(self) -> int | None:
+        """The port that the ranks meet at; None where a machine alone may choose any."""
+        return self.main_process_port or (29500 if self.num_machines > 1 else None)
+
+    @property
     def global_batch(self) -> int:
         """Pictures in a full optimizer step, all ranks together. Needs `num_processes` to be resolved."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes

@@ -46,11 +46,10 @@ def peak_tflops(device: str, precision: str) -> float | None:
 
 def reachable_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """The rate of products of two square matrices on the device, in TFLOP/s: the fastest of a few rounds, by the
-    library that trainings have there."""
+    faster library."""
     side = _SIDES.get(device.type, _SIDES["cuda"])
     one, other = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    convolved = device.type == "cpu" and dtype == torch.float32 and linear.pays()
-    multiply = linear.as_convolution if convolved else torch.matmul
+    multiply = linear.as_convolution if linear.pays(device, dtype) else torch.matmul
     seconds = []
     for _ in range(1 + _ROUNDS):  # the first is a warm-up
         _wait_for(device)

@@ -145,7 +145,7 @@ def _require_port(config: TrainConfig) -> None:
     """Raises:
     ConfigError: if something else listens where the ranks are to meet: it might keep them waiting for ever.
     """
-    port = config.main_process_port
+    port = config.meeting_port
     if port and config.machine_rank == 0 and config.num_processes > 1:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended is no hindrance

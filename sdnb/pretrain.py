@@ -6,7 +6,6 @@ on one device, and goes on where it was interrupted.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,9 +124,7 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
     parts.vae = AutoencoderKL.from_pretrained(trained_vae.folder / "vae").to(device).requires_grad_(False)
     unet, text_encoder = parts.unet, parts.text_encoder.requires_grad_(True).train()
     scheduler, scaling_factor = parts.noise_scheduler, parts.vae.config.scaling_factor
-    pixels = _pixels(examples)
-    in_styles = itertools.chain([pixels], (in_style(style, pixels) for style in STYLES))
-    moments = torch.stack([_all_moments(parts.vae, each) for each in in_styles])  # [styles, views, …], plain first
+    moments = _moments_in_styles(parts.vae, examples)
     named = [data.first_caption(caption) for caption in examples.captions]
     captions_of = [
         [caption if isinstance(caption, list) else [caption] for caption in examples.captions],
@@ -196,6 +193,12 @@ def _folder(config: TrainConfig) -> Path:
 def _pixels(examples: data.ImageCaptions) -> Tensor:
     """All views of a data set, [views, 3, resolution, resolution]."""
     return torch.stack([examples.pixels(view) for view in range(examples.views)])
+
+
+def _moments_in_styles(vae: AutoencoderKL, examples: data.ImageCaptions) -> Tensor:
+    """Of all views, plain first, then in each of the styles: [1 + styles, views, …]."""
+    pixels = _pixels(examples)
+    return torch.stack([_all_moments(vae, pixels), *(_all_moments(vae, in_style(style, pixels)) for style in STYLES)])
 
 
 @torch.no_grad()

@@ -38,8 +38,7 @@ def main() -> None:
     from .compat import first_failure
 
     here = config.num_processes // config.num_machines
-    address, port = config.main_process_ip or "127.0.0.1", config.main_process_port
-    port = str(port or (29500 if config.num_machines > 1 else free_port()))
+    address, port = config.main_process_ip or "127.0.0.1", str(config.meeting_port or free_port())
     if here == 1 and config.num_machines > 1:  # which the launcher would take for a training on its own
         os.environ.update(RANK=str(config.machine_rank), LOCAL_RANK="0", WORLD_SIZE=str(config.num_machines),
                           MASTER_ADDR=address, MASTER_PORT=port)  # fmt: skip

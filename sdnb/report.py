@@ -131,8 +131,7 @@ def _title(notebook: nbformat.NotebookNode, source: Path) -> str:
     """Of a page that shows no run: the notebook's own heading, and its file."""
     texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     heading = next((text.partition("\n")[0][2:].strip() for text in texts if text.startswith("# ")), None)
-    name = f"{source.resolve().parent.name}/{source.name}"
-    return f"{heading}: {source.stem}" if heading else name
+    return f"{heading}: {source.stem}" if heading else f"{source.resolve().parent.name}/{source.name}"
 
 
 def _file_name(name: str | None) -> str:

@@ -211,7 +211,7 @@ def _set_up(parts: models.Parts, config: TrainConfig, device: torch.device) -> N
             parts.unet.enable_xformers_memory_efficient_attention()
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise ConfigError(f"enable_xformers_memory_efficient_attention: {error}") from error
-    if config.onednn_linear and config.mixed_precision == "no" and device.type == "cpu" and linear.pays():
+    if config.onednn_linear and linear.pays(device, WEIGHT_DTYPES[config.mixed_precision]):
         linear.convolve(parts.unet)
     if config.channels_last:
         parts.unet.to(memory_format=torch.channels_last)

@@ -45,7 +45,7 @@ def test_a_training_is_the_same_either_way(settings, monkeypatch, tmp_path):
     seen = []
     convolve = linear.convolve
     monkeypatch.setattr(linear, "convolve", lambda module: (seen.append(module), convolve(module)))
-    monkeypatch.setattr(linear, "pays", lambda: True)
+    monkeypatch.setattr(linear, "_mkl_falls_behind", lambda: True)
     losses = []
     for asked in (True, False):
         run = train(settings, steps=4, onednn_linear=asked, output_dir=str(tmp_path / str(asked)))
@@ -53,6 +53,6 @@ def test_a_training_is_the_same_either_way(settings, monkeypatch, tmp_path):
         assert len(seen) == 1, "where it is asked for, and only there"
     assert torch.allclose(*losses, rtol=1e-4)
     train(settings, mixed_precision="bf16", output_dir=str(tmp_path / "bf16"))
-    monkeypatch.setattr(linear, "pays", lambda: False)
+    monkeypatch.setattr(linear, "_mkl_falls_behind", lambda: False)
     train(settings, output_dir=str(tmp_path / "elsewhere"))
     assert len(seen) == 1
