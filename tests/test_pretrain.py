@@ -13,7 +13,7 @@ from sdnb.errors import ConfigError, DataError, RunError
 from sdnb.resumable import STATE
 from sdnb.run import Run
 
-VAE = dict(vae_steps=6, vae_batch_size=4, vae_learning_rate=1e-3)
+VAE = dict(vae_steps=6, vae_batch_size=4, vae_learning_rate=1e-3, vae_random_flip=True)
 
 
 def quiet(*_):
@@ -131,7 +131,7 @@ def test_two_at_once_do_not_write_into_one_folder(pictures, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_it(pictures, tmp_path):
     with pytest.raises(RunError, match=r"the loss of step \d is not finite"):
-        pretrain.train_vae(config(pictures, tmp_path), 6, 4, 1e20, quiet)
+        pretrain.train_vae(config(pictures, tmp_path), 6, 4, 1e20, False, quiet)
     assert len(Run(tmp_path / "vae").steps) < 6
 
 
