@@ -44,13 +44,15 @@ def _clock(seconds: float) -> str:
 
 class Live:
     """Shows a run under its cell, each state in the place of the one before, about once a second, so that the saved
-    notebook has one output. What the ranks log is under it, too; at the end, what they warn of."""
+    notebook has one output. What the ranks log is under it, too; at the end, what they warn of. A plain script has the
+    line alone."""
 
     def __init__(self, total_steps: int) -> None:
+        from IPython import get_ipython
         from IPython.display import display
 
         self.total_steps = total_steps
-        self.handle = display({"text/plain": "starting"}, raw=True, display_id=True)
+        self.handle = display({"text/plain": "starting"}, raw=True, display_id=True) if get_ipython() else None
         self.shown: Any = None
         self.shown_at = 0.0
 
@@ -63,7 +65,10 @@ class Live:
         figure = "" if complete else figures(records, self.total_steps)
         below = f"<pre style='font-size:smaller'>{html.escape(log)}</pre>" if log else ""
         content = {"text/plain": line, "text/html": f"<div>{html.escape(line)}</div>{figure}{below}"}
-        self.handle.update(content, raw=True)
+        if self.handle:
+            self.handle.update(content, raw=True)
+        else:
+            print(f"\r{line:<100}", end="\n" if ended else "", flush=True)
         self.shown, self.shown_at = state, time.monotonic()
 
 

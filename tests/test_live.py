@@ -57,6 +57,7 @@ def display(monkeypatch):
         def update(self, content, raw):
             sent.append(content)
 
+    monkeypatch.setattr(IPython, "get_ipython", lambda: "a notebook")
     monkeypatch.setattr(IPython.display, "display", lambda *_, **__: Handle())
     return sent
 
@@ -84,3 +85,10 @@ def test_what_was_interrupted_stays_in_sight(display):
     show("line", "", records(4))
     show("interrupted", "", records(5), True)
     assert "<svg" in display[-1]["text/html"] and display[-1]["text/plain"] == "interrupted"
+
+
+def test_a_plain_script_has_the_line_alone(capsys):
+    show = live.Live(total_steps=10)
+    show("line 1", "", records(1))
+    show("line 10", "", records(10), True)
+    assert capsys.readouterr().out.split("\r") == ["", f"{'line 1':<100}", f"{'line 10':<100}\n"]
