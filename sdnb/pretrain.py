@@ -28,26 +28,19 @@ from .run import PART_OF, PRETRAINING, Run
 KL_WEIGHT = 1e-6  # of a picture's whole divergence, against the mean error of its pixels
 UNCAPTIONED = 0.1  # the share of pictures that are shown without a caption, for guidance (arXiv 2207.12598)
 STYLED = 0.2  # the share of pictures that are shown in one of these styles
-# Whether light and dark change places, how much of its colours a picture keeps, and what black and white become then.
-# In the last two, lines are light on a dark page, as by night; the colours of the night are left to the main training.
+# How much of its colours a picture keeps, and what black and white become. Paper stays lighter than what is drawn on
+# it: by night it does not, which is what the main training has to learn.
 STYLES = {
-    "grey": (False, 0.0, (0, 0, 0), (255, 255, 255)),
-    "sepia": (False, 0.0, (70, 45, 20), (255, 243, 214)),
-    "pastel": (False, 1.0, (128, 128, 128), (255, 255, 255)),
-    "rose": (False, 0.6, (64, 0, 32), (255, 214, 222)),
-    "mint": (False, 0.6, (0, 48, 48), (214, 245, 228)),
-    "blackboard": (True, 0.6, (24, 56, 40), (244, 244, 230)),
-    "neon": (True, 1.0, (24, 8, 16), (255, 240, 250)),
+    "grey": (0.0, (0, 0, 0), (255, 255, 255)),
+    "sepia": (0.0, (70, 45, 20), (255, 243, 214)),
+    "pastel": (1.0, (128, 128, 128), (255, 255, 255)),
+    "rose": (0.6, (64, 0, 32), (255, 214, 222)),
+    "mint": (0.6, (0, 48, 48), (214, 245, 228)),
 }
 
 
 def train_vae(
-    config: TrainConfig,
-    vae_steps: int,
-    vae_batch_size: int,
-    vae_learning_rate: float,
-    vae_random_flip: bool,
-    show: Show | None = None,
+    config: TrainConfig, vae_steps: int, vae_batch_size: int, vae_learning_rate: float, show: Show | None = None
 ) -> Run:
     """Train the VAE of the model that the settings name: L1 + 0.5 MSE + 1e-6 KL, half of the pictures in other colours.
 
@@ -64,7 +57,7 @@ def train_vae(
     check_heeded(config)  # before hours are spent on the VAE
     config = config.updated(
         max_train_steps=vae_steps, train_batch_size=vae_batch_size, learning_rate=vae_learning_rate,
-        random_flip=vae_random_flip, snr_gamma=None, validation_prompts=None, output_dir=str(_folder(config) / "vae"),
+        snr_gamma=None, validation_prompts=None, output_dir=str(_folder(config) / "vae"),
     )  # fmt: skip
     training = Training(config, {PART_OF: "a pretraining"})
     vae, device = training.parts.vae.requires_grad_(True).train(), training.device
@@ -125,7 +118,7 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
     before = trained_vae.config
     training = Training(config, {PRETRAINING: {
         "vae_steps": before.max_train_steps, "vae_batch_size": before.train_batch_size,
-        "vae_learning_rate": before.learning_rate, "vae_random_flip": before.random_flip,
+        "vae_learning_rate": before.learning_rate,
     }})  # fmt: skip
     parts, device, examples = training.parts, training.device, training.splits.train
     parts.vae = AutoencoderKL.from_pretrained(trained_vae.folder / "vae").to(device).requires_grad_(False)
@@ -175,11 +168,9 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
 
 def in_style(style: str, pixels: Tensor) -> Tensor:
     """Pictures, [batch, 3, h, w], in one of `STYLES`."""
-    exchanged, kept, black, white = STYLES[style]
+    kept, black, white = STYLES[style]
     dark, light = (torch.tensor(colour).view(3, 1, 1) / 127.5 - 1 for colour in (black, white))
     grey = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)  # luma, ITU-R BT.601
-    if exchanged:  # the hue stays
-        pixels, grey = (pixels - 2 * grey).clamp(-1, 1), -grey
     return torch.lerp(dark, light, (torch.lerp(grey, pixels, kept) + 1) / 2)
 
 

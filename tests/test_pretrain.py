@@ -7,14 +7,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from sdnb import embedded, openmoji, pretrain
+from sdnb import embedded, pretrain
 from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError, DataError, RunError
 from sdnb.resumable import STATE
 from sdnb.run import Run
-from sdnb.transforms import to_tensor
 
-VAE = dict(vae_steps=6, vae_batch_size=4, vae_learning_rate=1e-3, vae_random_flip=True)
+VAE = dict(vae_steps=6, vae_batch_size=4, vae_learning_rate=1e-3)
 
 
 def quiet(*_):
@@ -132,7 +131,7 @@ def test_two_at_once_do_not_write_into_one_folder(pictures, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_it(pictures, tmp_path):
     with pytest.raises(RunError, match=r"the loss of step \d is not finite"):
-        pretrain.train_vae(config(pictures, tmp_path), 6, 4, 1e20, False, quiet)
+        pretrain.train_vae(config(pictures, tmp_path), 6, 4, 1e20, quiet)
     assert len(Run(tmp_path / "vae").steps) < 6
 
 
@@ -155,18 +154,9 @@ def test_a_style_changes_the_colours_and_nothing_else():
     pixels = torch.rand(2, 3, 8, 8) * 2 - 1
     grey = pretrain.in_style("grey", pixels)
     assert torch.allclose(grey[:, 0], grey[:, 1]) and grey.std() > 0
-    night = to_tensor(openmoji.draw("<svg xmlns='http://www.w3.org/2000/svg'/>", 1, openmoji._NIGHT_SKY))
-    for style, (exchanged, *_) in pretrain.STYLES.items():
+    for style in pretrain.STYLES:
         outline, paper = (pretrain.in_style(style, torch.full((1, 3, 1, 1), value)) for value in (-1.0, 1.0))
-        assert min(outline.min(), paper.min()) >= -1 and max(outline.max(), paper.max()) <= 1
-        assert ((paper < outline) == exchanged).all()
-        assert (paper - night).abs().max() > 0.2, "the night is left to the main training"
-
-
-def test_where_light_and_dark_change_places_the_hue_stays():
-    red = torch.tensor([0.65, -0.63, -0.69]).view(1, 3, 1, 1)
-    neon = pretrain.in_style("neon", red).flatten()
-    assert neon.argmax() == 0 and neon[0] - neon[1] > 0.8
+        assert outline.min() >= -1 and paper.max() <= 1 and (paper > outline).all(), "never by night"
 
 
 def test_what_ships_is_what_was_trained(trained, tmp_path, monkeypatch):

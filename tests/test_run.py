@@ -66,7 +66,7 @@ def test_what_the_notebook_sets_is_said_in_the_command():
         cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
         (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
         assigned |= set(re.findall(r"^(\w+) = ", "".join(cell["source"]), re.M))
-    the_vaes = {"vae_steps", "vae_batch_size", "vae_learning_rate", "vae_random_flip"}
+    the_vaes = {"vae_steps", "vae_batch_size", "vae_learning_rate"}
     assert assigned - the_vaes - {"steps", "output_dir"} == _IN_THE_NOTEBOOK
 
 
