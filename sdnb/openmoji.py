@@ -25,7 +25,7 @@ ATTRIBUTION = "Pictures: OpenMoji, the open-source emoji and icon project. Licen
 
 # By night is a style that the embedded model has not seen; the last is what it was trained on.
 PLAIN, NIGHT, PRETRAINING = EMBEDDED_DATA
-FORMAT = 1  # of the recoloured pictures and of the captions: counted up when they change
+FORMAT = 2  # of the recoloured pictures and of the captions: counted up when they change
 
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _VARIATION_SELECTOR = 0xFE0F
@@ -41,7 +41,7 @@ _COLOUR_WORDS = {
 _MUCH = 0.05  # the share of a picture that a colour needs to be named
 _ANY_COLOUR = {"black", "white", *" ".join(_COLOUR_WORDS.values()).split()}
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
-_NIGHT_SKY, _MOONLIGHT = (18, 24, 66), (222, 230, 255)
+_SKY, _OUTLINE = (70, 90, 160), (24, 30, 70)  # by night
 
 
 def named_pictures() -> list[tuple[Path, str]]:
@@ -87,7 +87,7 @@ def _render(target: Path, resolution: int, name: str) -> None:
         for svg, caption in sorted(chosen):
             drawing, page, text = svg.read_text(), "white", caption
             if name == NIGHT:
-                drawing, page, text = by_night(drawing), _NIGHT_SKY, f"{caption}, night style"
+                drawing, page, text = by_night(drawing), _SKY, f"{caption}, night style"
             elif name == PRETRAINING:
                 text = captions(caption, svg)
             draw(drawing, resolution, page).save(target / split / f"{svg.stem}.png")
@@ -106,16 +106,20 @@ def draw(svg: str, resolution: int, page: str | tuple[int, int, int] = "white") 
 
 
 def by_night(svg: str) -> str:
-    """The drawing in the colours of a moonlit night: outlines in light, everything else darker and bluer."""
+    """The drawing in the colours of a moonlit night, everything darker and bluer.
+
+    Outlines stay darker than the page: a model that draws by day keeps the subject then. With light outlines on a dark
+    page, which is a drawing's negative, it learnt the page in 101 steps and lost the subject.
+    """
     recoloured = re.sub(r"#(?:[0-9a-f]{6}|[0-9a-f]{3})\b", lambda match: _nocturnal(match[0]), svg, flags=re.IGNORECASE)
-    return recoloured.replace("<svg ", f'<svg fill="{_hex(_MOONLIGHT)}" ', 1)  # what has no colour of its own is black
+    return recoloured.replace("<svg ", f'<svg fill="{_hex(_OUTLINE)}" ', 1)  # what has no colour of its own is black
 
 
 def _nocturnal(colour: str) -> str:
     digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
     channels = bytes.fromhex(digits)
     if max(channels) == 0:
-        return _hex(_MOONLIGHT)
+        return _hex(_OUTLINE)
     return _hex([round(0.62 * channel + 0.38 * dark) for channel, dark in zip(channels, (0, 10, 120))])
 
 

@@ -43,10 +43,10 @@ def test_the_same_pictures_by_night():
     assert len(night.held_out) == len(day.held_out)
     for row in (0, 100, 832):
         light, dark = (np.asarray(splits.train.picture(row), dtype=float) for splits in (day, night))
-        assert (light[0, 0] == 255).all() and tuple(dark[0, 0]) == openmoji._NIGHT_SKY
+        assert (light[0, 0] == 255).all() and tuple(dark[0, 0]) == openmoji._SKY
         assert dark.mean() < 0.6 * light.mean()
         outlines = light.max(2) == 0
-        assert (dark[outlines] == openmoji._MOONLIGHT).all()
+        assert (dark[outlines] == openmoji._OUTLINE).all()
 
 
 def test_what_the_embedded_model_was_trained_on():
