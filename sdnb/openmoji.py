@@ -106,10 +106,10 @@ def draw(svg: str, resolution: int, page: str | tuple[int, int, int] = "white") 
 
 
 def by_night(svg: str) -> str:
-    """The drawing in the colours of a moonlit night, everything darker and bluer.
+    """The drawing in the colours of a moonlit night: outlines in dark blue, everything else darker and bluer.
 
     Outlines stay darker than the page: a model that draws by day keeps the subject then. With light outlines on a dark
-    page, which is a drawing's negative, it learnt the page in 101 steps and lost the subject.
+    page, which is a drawing's negative, it learnt the page in 101 steps, and hearts and circles were bent.
     """
     recoloured = re.sub(r"#(?:[0-9a-f]{6}|[0-9a-f]{3})\b", lambda match: _nocturnal(match[0]), svg, flags=re.IGNORECASE)
     return recoloured.replace("<svg ", f'<svg fill="{_hex(_OUTLINE)}" ', 1)  # what has no colour of its own is black

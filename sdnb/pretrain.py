@@ -28,8 +28,8 @@ from .run import PART_OF, PRETRAINING, Run
 KL_WEIGHT = 1e-6  # of a picture's whole divergence, against the mean error of its pixels
 UNCAPTIONED = 0.1  # the share of pictures that are shown without a caption, for guidance (arXiv 2207.12598)
 STYLED = 0.2  # the share of pictures that are shown in one of these styles
-# How much of its colours a picture keeps, and what black and white become. Paper stays lighter than what is drawn on
-# it: by night it does not, which is what the main training has to learn.
+# How much of its colours a picture keeps, and what black and white become. Paper stays light: by night
+# it is dark, which is what the main training has to learn.
 STYLES = {
     "grey": (0.0, (0, 0, 0), (255, 255, 255)),
     "sepia": (0.0, (70, 45, 20), (255, 243, 214)),

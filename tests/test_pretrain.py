@@ -156,7 +156,7 @@ def test_a_style_changes_the_colours_and_nothing_else():
     assert torch.allclose(grey[:, 0], grey[:, 1]) and grey.std() > 0
     for style in pretrain.STYLES:
         outline, paper = (pretrain.in_style(style, torch.full((1, 3, 1, 1), value)) for value in (-1.0, 1.0))
-        assert outline.min() >= -1 and paper.max() <= 1 and (paper > outline).all(), "never by night"
+        assert outline.min() >= -1 and paper.max() <= 1 and (paper > outline).all(), "lines stay darker than the paper"
 
 
 def test_what_ships_is_what_was_trained(trained, tmp_path, monkeypatch):
