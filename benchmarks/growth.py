@@ -3,12 +3,14 @@ the size of the data set, the ranks.
 
     python benchmarks/growth.py
     python benchmarks/growth.py --model sd-v1-4-random --minutes 10    # on a GPU
+    python benchmarks/growth.py --vary train_batch_size --flags "--compile_unet=blocks --encoder_cache_gib=10"
 
 Of each training: images/s in the steps after the warm-up, with the 95 % confidence interval that its report has, and
 the peak memory of a rank, beside the one that sdnb predicts before it starts. No micro-batches are accumulated, and the
 encoders run for every picture (`--encoder_cache_gib=0`), so that only what is varied changes; but the size of the data
 set is varied with encodings kept and a cache folder that begins empty: how often a picture comes again is what it
-decides. Ranks on a CPU share its cores. The machine should do nothing else.
+decides. Ranks on a CPU share its cores. `--vary` measures some of the four, `--flags` adds sdnb's flags to every
+training. The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def measure(
     command = [options.python, *(launcher if ranks > 1 else ()), *PROGRAM,
                f"--pretrained_model_name_or_path={embedded.folder(name)}", f"--train_data_dir={data}",
                f"--output_dir={cache / 'output'}", f"--cache_dir={cache}",
-               f"--max_train_steps={options.steps}", *FLAGS.split(), *further.split(), *flags]  # fmt: skip
+               f"--max_train_steps={options.steps}", *FLAGS.split(), *flags, *further.split()]  # fmt: skip
     wall_seconds = follow(command, device, cache)["wall_seconds"]
     run = run_folder.RunFolder(cache / "output")
     steady = run.steps[metrics.warmup_steps(len(run.steps)) :]
@@ -125,12 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="of the environment to train in")
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
+    parser.add_argument("--vary", nargs="+", choices=list(LABELS), default=list(LABELS), help="settings, one by one")
+    parser.add_argument("--flags", default="", help="of sdnb, in quotation marks, for every training")
     parser.add_argument("--steps", type=int, default=31, help="optimizer steps of a training")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for what was measured")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[options.model]
+    further = f"{further} {options.flags}".rstrip()
     with tempfile.TemporaryDirectory(prefix="sdnb-growth-") as work:
         try:
             seen = inspect(options.python, device, {PROGRAM}, Path(work))
@@ -140,8 +145,8 @@ def main() -> None:
                 date=time.strftime("%Y-%m-%d"), steps=options.steps, flags=f"{FLAGS}{further}",
             )  # fmt: skip
             results: list[dict[str, Any]] = []
-            for setting, values in points(side, ranks).items():
-                for value in values:
+            for setting in options.vary:
+                for value in points(side, ranks)[setting]:
                     if time.monotonic() > ends:
                         print(f"stopped after {len(results)} trainings: {options.minutes:g} minutes are over")
                         return

@@ -12,11 +12,13 @@ All is measured from outside, alike on both sides; "own" is what sdnb itself has
 - wall time: from the start of the process to its end, when the pipeline is saved.
 - peak memory: VmHWM of the process, mapped files included; of a GPU, what nvidia-smi says is used, once a second.
 
-A pair is two runs of each side. The first has an empty cache folder (HF_HOME, XDG_CACHE_HOME, --cache_dir), where
-`datasets` prepares the pictures and sdnb keeps encodings; the second goes on with what the first left. sdnb has a third
-one like the second, with no micro-batches folded: its memory is what compares. Each side has its own folder, each pair
-new ones. Both programs are imported once before, and which side comes first alternates. The
-number of threads is torch's default, or OMP_NUM_THREADS. The machine should do nothing else.
+On a CPU, a pair is two runs of each side. The first has an empty cache folder (HF_HOME, XDG_CACHE_HOME, --cache_dir),
+where `datasets` prepares the pictures and sdnb keeps encodings; the second goes on with what the first left. sdnb has a
+third one like the second, with no micro-batches folded: its memory is what compares. On a GPU, it is one run of the
+reference and four of sdnb: as much work as the reference does (nothing kept, nothing folded), the same with
+micro-batches folded, and params/fast.yaml's settings, twice in one cache folder, where compiled kernels are kept as
+well. Each side has its own folder, each pair new ones. Both programs are imported once before, and which side comes
+first alternates. The number of threads is torch's default, or OMP_NUM_THREADS. The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import yaml
 from parity import versions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -82,11 +85,31 @@ class Kind(NamedTuple):
     against: str | None = None
 
 
-def comparison(reference: Path) -> list[list[Kind]]:
+def of_fast_yaml() -> tuple[str, ...]:
+    """The flags for what params/fast.yaml sets otherwise than params/reference.yaml."""
+    folder = environment.PROJECT / "params"
+    slow, fast = (yaml.safe_load((folder / name).read_text()) for name in ("reference.yaml", "fast.yaml"))
+    changed = {name: value for name, value in fast.items() if value != slow.get(name) and value is not None}
+    return tuple(f"--{name}" if value is True else f"--{name}={value}" for name, value in changed.items())
+
+
+def comparison(reference: Path, device: str) -> list[list[Kind]]:
     """The runs of a pair in their order, for even pairs and for odd ones."""
     # v0.26.3 resizes bilinearly and has no flag for it; later ones have, with another default.
     later = "image_interpolation_mode" in reference.read_text()
     flags = ("--image_interpolation_mode=bilinear",) if later else ()
+    if device == "cuda":
+        theirs = Kind("reference", (str(reference),), flags, "reference")
+        kept, folded = TECHNIQUES["kept encodings"], TECHNIQUES["folded micro-batches"]
+        same = [
+            Kind("sdnb, nothing kept or folded", flags=kept + folded, against=theirs.label),
+            Kind("sdnb, nothing kept", flags=kept, against=theirs.label),
+        ]
+        fast = [
+            Kind(f"sdnb, fast.yaml, {which} run", flags=of_fast_yaml(), cache="fast", against=theirs.label)
+            for which in ("first", "second")
+        ]
+        return [[theirs, *same, *fast], [*fast, *same[::-1], theirs]]
     theirs = [Kind(f"reference, {which} run", (str(reference),), flags, "reference") for which in ("first", "second")]
     ours = [Kind(one.label.replace("reference", "sdnb"), against=one.label) for one in theirs]
     unfolded = Kind(
@@ -115,8 +138,9 @@ def images_of_steps(examples: int, steps: int) -> list[int]:
 def variables(device: str, cache: Path) -> dict[str, str]:
     """The environment variables of both sides."""
     on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    caches = {"HF_HOME": str(cache / "huggingface"), "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **on_cpu, **caches, "PYTHONPATH": str(environment.PROJECT)}
+    folders = {"HF_HOME": "huggingface", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    caches = {"XDG_CACHE_HOME": str(cache), **{name: str(cache / folder) for name, folder in folders.items()}}
+    return {**os.environ, **on_cpu, **caches, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(environment.PROJECT)}
 
 
 def inspect(python: str, device: str, programs: set[tuple[str, ...]], work: Path) -> dict[str, Any]:
@@ -259,7 +283,7 @@ def write(results: list[dict], kinds: list[Kind], about: dict[str, Any], path: s
 
 def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
     ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[name]
-    orders = comparison(options.reference.absolute()) if options.reference else ablation()
+    orders = comparison(options.reference.absolute(), device) if options.reference else ablation()
     title = f"sdnb and train_text_to_image.py of {options.name}" if options.reference else "sdnb without its techniques"
     about = dict(
         title=f"{title}: {name} at {side}×{side}, {device}", date=time.strftime("%Y-%m-%d"),
@@ -271,7 +295,9 @@ def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
     shutil.copytree(openmoji.folder(side) / "train", work / "data")
     flags = [f"--pretrained_model_name_or_path={embedded.folder(name)}", f"--train_data_dir={work / 'data'}",
              *about["flags"].split()]  # fmt: skip
-    arguments.parse([*flags, *sum(TECHNIQUES.values(), ())])  # a mistake in the table shows now
+    for kind in orders[0]:
+        if kind.program[0] == "-m":
+            arguments.parse([*flags, *kind.flags])  # a mistake in a flag shows now
     images = images_of_steps(openmoji.TRAINING_PICTURES, options.steps)
     results: list[dict] = []
     for number in range(options.pairs):
