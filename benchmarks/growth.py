@@ -3,7 +3,7 @@ the size of the data set, the ranks.
 
     python benchmarks/growth.py
     python benchmarks/growth.py --model sd-v1-4-random --minutes 10    # on a GPU
-    python benchmarks/growth.py --vary train_batch_size --flags "--compile_unet=blocks --encoder_cache_gib=10"
+    python benchmarks/growth.py --vary train_batch_size --flags="--compile_unet=blocks --encoder_cache_gib=10"
 
 Of each training: images/s in the steps after the warm-up, with the 95 % confidence interval that its report has, and
 the peak memory of a rank, beside the one that sdnb predicts before it starts. No micro-batches are accumulated, and the
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="of the environment to train in")
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--vary", nargs="+", choices=list(LABELS), default=list(LABELS), help="settings, one by one")
-    parser.add_argument("--flags", default="", help="of sdnb, in quotation marks, for every training")
+    parser.add_argument("--flags", default="", help='of sdnb, for every training: --flags="--name …"')
     parser.add_argument("--steps", type=int, default=31, help="optimizer steps of a training")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for what was measured")
