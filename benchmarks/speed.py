@@ -16,9 +16,10 @@ On a CPU, a pair is two runs of each side. The first has an empty cache folder (
 where `datasets` prepares the pictures and sdnb keeps encodings; the second goes on with what the first left. sdnb has a
 third one like the second, with no micro-batches folded: its memory is what compares. On a GPU, it is one run of the
 reference and four of sdnb: as much work as the reference does (nothing kept, nothing folded), the same with
-micro-batches folded, and params/fast.yaml's settings, twice in one cache folder, where compiled kernels are kept as
-well. Each side has its own folder, each pair new ones. Both programs are imported once before, and which side comes
-first alternates. The number of threads is torch's default, or OMP_NUM_THREADS. The machine should do nothing else.
+micro-batches folded, each with an empty cache folder, and params/fast.yaml's settings, twice in one, where compiled
+kernels are kept as well. Each side has its own folder, each pair new ones. Both programs are imported once before, and
+which side comes first alternates. The number of threads is torch's default, or OMP_NUM_THREADS. The machine should do
+nothing else.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def comparison(reference: Path, device: str) -> list[list[Kind]]:
         theirs = Kind("reference", (str(reference),), flags, "reference")
         kept, folded = TECHNIQUES["kept encodings"], TECHNIQUES["folded micro-batches"]
         same = [
-            Kind("sdnb, nothing kept or folded", flags=kept + folded, against=theirs.label),
-            Kind("sdnb, nothing kept", flags=kept, against=theirs.label),
+            Kind("sdnb, nothing kept or folded", flags=kept + folded, cache="same", against=theirs.label),
+            Kind("sdnb, nothing kept", flags=kept, cache="folded", against=theirs.label),
         ]
         fast = [
             Kind(f"sdnb, fast.yaml, {which} run", flags=of_fast_yaml(), cache="fast", against=theirs.label)
