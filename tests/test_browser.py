@@ -255,8 +255,19 @@ def prepared(work, steps):
 def run_all(browser, address):
     page = browser.new_context(viewport=DESKTOP).new_page()
     page.goto(f"{address}/lab/tree/train.ipynb")
-    choose(page, "Run", "Run All Cells", ready=".jp-Notebook .jp-CodeCell")
+    wait_for(lambda: runs_all(page), within=120)
     return page
+
+
+def runs_all(page):
+    """Whether a cell began after the menu was used: a JupyterLab that is not ready yet ignores what it is asked."""
+    page.keyboard.press("Escape")  # a menu that a former try left open
+    choose(page, "Run", "Run All Cells", ready=".jp-Notebook .jp-CodeCell")
+    began = "[...document.querySelectorAll('.jp-InputPrompt')].some(one => /[*0-9]/.test(one.textContent))"
+    try:
+        return page.wait_for_function(began, timeout=20_000)
+    except playwright.TimeoutError:
+        return None
 
 
 def choose(page, menu, item, ready):
