@@ -42,6 +42,7 @@ class Batches:
                 self._epochs_own = self._begin_epoch()
             self._before_fetch = generators()
             batch = next(self._epochs_own)
+            batch["pixels"] = list(batch["pixels"])  # loaded by now, or here
             self._taken += 1
             epoch_ends = self._taken == len(self.loader)
             if epoch_ends:

@@ -6,10 +6,11 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -20,7 +21,7 @@ from . import openmoji
 from .config import TrainConfig
 from .errors import DataError
 from .settings import EMBEDDED_DATA
-from .transforms import centre, cut, draw_view, resize, resized, transform
+from .transforms import centre, cut, draw_corner, draw_mirrored, normalize, resize
 
 HELD_OUT_SPLITS = ("validation", "valid", "test")
 VANISHED = "lambdalabs/pokemon-blip-captions"
@@ -121,15 +122,24 @@ def _advice(config: TrainConfig) -> str:
     )
 
 
+class Drawn(NamedTuple):
+    """What is drawn of an example for one epoch: the place of the crop, left and top, None for the centre; whether it
+    is mirrored; one caption of several. With the resized picture, where it had to be loaded to draw the place."""
+
+    row: int
+    corner: tuple[int, int] | None
+    mirrored: bool
+    caption: str
+    picture: Image.Image | None
+
+
 class ImageCaptions(torch.utils.data.Dataset):
-    """Examples of pictures with captions; an item is what the training needs of one.
+    """Examples of pictures with captions. An item is what is drawn of one, a `Drawn`: crop and mirroring from torch's
+    global generator, as torchvision's transforms draw them, a caption out of several with Python's `random`. `collate`
+    makes a micro-batch of several, and begins to load its pictures.
 
-    With a tokenizer set, item i is a dict of `pixel_values`, float32 [3, resolution, resolution] in [-1, 1], and
-    `input_ids`, int64 [tokens]. Random crop and flip draw from torch's global generator as torchvision's transforms do;
-    a caption out of several is drawn with Python's `random`.
-
-    Once it was told what is kept of its views (a view is a picture, or a picture mirrored), an item says which `view`
-    and `caption` it is, and has `pixel_values` only where the view is not kept yet. The draws are the same.
+    Of views that are kept, which it is told of with `keep`, no pixels are loaded; a view is a picture, or a picture
+    mirrored.
     """
 
     def __init__(self, rows: datasets.Dataset, config: TrainConfig, split: str) -> None:
@@ -137,6 +147,7 @@ class ImageCaptions(torch.utils.data.Dataset):
         self.split = split
         self.tokenizer: Any = None
         self._kept: Container[int] | None = None
+        self._map: Callable[..., Iterable[torch.Tensor]] = map
         self.pass_over(0)
         self.captions = rows[self._column(rows, config.caption_column, "caption_column")][:]
         column = self._column(rows, config.image_column, "image_column")
@@ -194,18 +205,47 @@ class ImageCaptions(torch.utils.data.Dataset):
                 "Mend the file, or take it and its caption out."
             ) from error
 
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([row])[0]
+    def __getitem__(self, row: int) -> Drawn:
+        corner = picture = None
+        if not self.config.center_crop:
+            picture = self._resized(row)
+            corner = draw_corner(picture.size, self.config)
+        return Drawn(row, corner, draw_mirrored(self.config), _one_of(self.captions[row]), picture)
 
-    def __getitems__(self, rows: list[int]) -> list[dict[str, Any]]:
+    def collate(self, drawn: list[Drawn]) -> dict[str, Any]:
+        """A micro-batch: `pixels`, an iterable over its pictures as `levels` gives them, and `input_ids`, int64 [batch,
+        tokens], for which the tokenizer must be set.
+
+        Of views that are kept: the numbers of `views` and `captions`, and with `pixels` those that are `loaded`. Of a
+        batch that is passed over: nothing.
+        """
         if self._is_passed_over():
-            return [self._draw_only(row) for row in rows]
-        if self._kept is not None:
-            return [self._to_look_up(row) for row in rows]
-        pixel_values = [transform(self.picture(row), self.config) for row in rows]
-        captions = [_one_of(self.captions[row]) for row in rows]
-        input_ids = tokenize(self.tokenizer, captions)
-        return [{"pixel_values": pixels, "input_ids": ids} for pixels, ids in zip(pixel_values, input_ids)]
+            return {}
+        captions = [one.caption for one in drawn]
+        if self._kept is None:
+            to_load = dict(enumerate(drawn))
+            batch = {"input_ids": tokenize(self.tokenizer, captions)}
+        else:
+            views = [one.row + one.mirrored * len(self) for one in drawn]
+            to_load = {view: one for view, one in zip(views, drawn) if view not in self._kept}
+            numbers = [self._caption_numbers[caption] for caption in captions]
+            batch = {"views": views, "captions": numbers, "loaded": [*to_load]}
+        pixels = self._map(self._cut, to_load.values())
+        if to_load and torch.utils.data.get_worker_info() is not None:
+            pixels = torch.stack([*pixels])  # goes to the training's process as one
+        return {**batch, "pixels": pixels}
+
+    def load_in_threads(self, threads: int) -> None:
+        """From now on, `collate` has threads load the pictures, while this one goes on."""
+        self._map = ThreadPoolExecutor(threads, "pictures").map
+
+    def _cut(self, drawn: Drawn) -> torch.Tensor:
+        picture = drawn.picture or self._resized(drawn.row)
+        side = self.config.resolution
+        return cut(picture, drawn.corner or centre(picture.size, side), drawn.mirrored, side)
+
+    def _resized(self, row: int) -> Image.Image:
+        return resize(self.picture(row), self.config.resolution, self.config.image_interpolation_mode)
 
     def keep(self, kept: Container[int]) -> None:
         """From now on, load the pixels only of views that are not in `kept`. Where the crop is the centre."""
@@ -223,11 +263,14 @@ class ImageCaptions(torch.utils.data.Dataset):
         several = (caption if isinstance(caption, list) else [caption] for caption in self.captions)
         return list(dict.fromkeys(itertools.chain.from_iterable(several)))
 
-    def pixels(self, view: int) -> torch.Tensor:
-        """A view as the training sees it, float32 [3, resolution, resolution] in [-1, 1], cropped in the centre."""
+    def levels(self, view: int) -> torch.Tensor:
+        """A view, uint8 [3, resolution, resolution], cropped in the centre."""
         mirrored, row = divmod(view, len(self))
-        picture = resize(self.picture(row), self.config.resolution, self.config.image_interpolation_mode)
-        return cut(picture, (*centre(picture.size, self.config.resolution), bool(mirrored)), self.config)
+        return self._cut(Drawn(row, None, bool(mirrored), "", None))
+
+    def pixels(self, view: int) -> torch.Tensor:
+        """A view as the encoder sees it, float32 [3, resolution, resolution] in [-1, 1], cropped in the centre."""
+        return normalize(self.levels(view))
 
     def pixels_digest(self) -> str:
         """A hash of what decides the pixels of the views: the pictures' files and their order, and the settings."""
@@ -244,13 +287,6 @@ class ImageCaptions(torch.utils.data.Dataset):
         except OSError:
             return b""  # said when its turn comes
 
-    def _to_look_up(self, row: int) -> dict[str, Any]:
-        side = self.config.resolution
-        mirrored = draw_view((side, side), self.config)[2]
-        view = row + mirrored * len(self)
-        item = {"view": view, "caption": self._caption_numbers[_one_of(self.captions[row])]}
-        return item if view in self._kept else {**item, "pixel_values": self.pixels(view)}
-
     def pass_over(self, batches: int) -> None:
         """Of the loader's next epoch, leave out the pixels and tokens of so many batches, but none of their draws."""
         self._passed_over, self._fetched = batches, 0
@@ -261,13 +297,6 @@ class ImageCaptions(torch.utils.data.Dataset):
         batch = self._fetched * workers + number  # the workers fetch in turn
         self._fetched += 1
         return batch < self._passed_over
-
-    def _draw_only(self, row: int) -> dict[str, Any]:
-        side = self.config.resolution
-        centred = self.config.center_crop  # then a picture's size decides no draw, and it need not be read
-        draw_view((side, side) if centred else resized(self.picture(row).size, side), self.config)
-        _one_of(self.captions[row])
-        return {"pixel_values": torch.empty(0), "input_ids": torch.empty(0)}
 
 
 def first_caption(caption: str | list[str]) -> str:
@@ -284,21 +313,3 @@ def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
     return tokenizer(
         captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids
-
-
-def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A micro-batch: `pixel_values` [batch, 3, resolution, resolution] and `input_ids` [batch, tokens].
-
-    Of views that are kept: the numbers of `views` and `captions`, `loaded`, the views whose pixels are there, and
-    `pixel_values` [loaded, 3, resolution, resolution].
-    """
-    loaded = [example for example in examples if "pixel_values" in example]
-    pixel_values = torch.stack([example["pixel_values"] for example in loaded]) if loaded else torch.empty(0)
-    if "view" not in examples[0]:
-        return {"pixel_values": pixel_values, "input_ids": torch.stack([example["input_ids"] for example in examples])}
-    return {
-        "views": [example["view"] for example in examples],
-        "captions": [example["caption"] for example in examples],
-        "loaded": [example["view"] for example in loaded],
-        "pixel_values": pixel_values,
-    }

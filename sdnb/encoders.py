@@ -18,6 +18,7 @@ from .data import ImageCaptions, tokenize
 from .errors import CacheError
 from .models import Parts
 from .tables import Table, size_of
+from .transforms import normalize
 
 logger = logging.getLogger("sdnb")
 
@@ -61,17 +62,17 @@ class Encoders:
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Moments [batch, 2 × channels, h, w], the mean and the logarithm of the variance, and hidden states [batch,
-        tokens, width] of a micro-batch of `data.collate`."""
+        tokens, width] of a micro-batch of `ImageCaptions.collate`."""
         if self.moments is None:
-            pictures, token_ids = batch["pixel_values"], batch["input_ids"]
-            self.encoded_images += len(pictures)
+            pixels, token_ids = batch["pixels"], batch["input_ids"]
+            self.encoded_images += len(pixels)
             self.encoded_captions += len(token_ids)
-            return self._encode_pictures(pictures), self._encode_captions(token_ids)
-        pixels = dict(zip(batch["loaded"], batch["pixel_values"]))
+            return self._encode_pictures(torch.stack(pixels)), self._encode_captions(token_ids)
+        pixels = dict(zip(batch["loaded"], batch["pixels"]))
 
         def encode_views(views: list[int]) -> Tensor:
             # not among the pixels if its row turned out to be torn
-            missing = [pixels[view] if view in pixels else self.examples.pixels(view) for view in views]
+            missing = [pixels[view] if view in pixels else self.examples.levels(view) for view in views]
             pieces = torch.stack(missing).split(_AT_ONCE.get(self.device.type, len(missing)))
             # One picture alone would go through other kernels (oneDNN's), whose last bits are others.
             company = [piece if len(piece) > 1 else piece.repeat(2, 1, 1, 1) for piece in pieces]
@@ -100,25 +101,29 @@ class Encoders:
             for row, values in zip(missing, encode(missing).cpu()):
                 table.write(row, values)
                 found[row] = values
-        together = torch.stack([found[row] for row in rows])
+        return self._sent(torch.stack([found[row] for row in rows])), len(missing)
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """Values of the host on the device, which is not waited for."""
         if self.device.type == "cuda":
-            together = together.pin_memory()
-        return together.to(self.device, non_blocking=True), len(missing)
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def _encode_pictures(self, pictures: Tensor) -> Tensor:
-        return self.vae.encode(pictures.to(self.device, self.vae.dtype)).latent_dist.parameters
+    def _encode_pictures(self, levels: Tensor) -> Tensor:
+        pictures = normalize(self._sent(levels)).to(self.vae.dtype)
+        return self.vae.encode(pictures).latent_dist.parameters
 
     @torch.no_grad()
     def _encode_captions(self, token_ids: Tensor) -> Tensor:
-        return self.text_encoder(token_ids.to(self.device), return_dict=False)[0]
+        return self.text_encoder(self._sent(token_ids), return_dict=False)[0]
 
     def _laid_out(self, batch_size: int) -> Tensor:
         """Moments as the VAE lays them out for so many pictures: noise that is drawn like the latents fills them in the
         order in which they lie in memory, and that is not the same for every number of pictures."""
         if batch_size not in self._layouts:
             side = self.examples.config.resolution
-            self._layouts[batch_size] = self._encode_pictures(torch.zeros(batch_size, 3, side, side))
+            self._layouts[batch_size] = self._encode_pictures(torch.zeros(batch_size, 3, side, side, dtype=torch.uint8))
         return self._layouts[batch_size]
 
     def _open_tables(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, dtype: torch.dtype) -> None:

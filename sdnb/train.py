@@ -8,6 +8,7 @@ if __name__ == "__main__":
     gc.disable()  # until all is loaded: looking through it for garbage takes a fifth of that time
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -81,13 +82,14 @@ def train(
         reached = reachable_tflops(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
         run_folder.write(folder / run_folder.MODEL, {**models.describe(config, parts), "reachable_tflops": reached})
     splits.train.tokenizer = parts.tokenizer
+    if accelerator.device.type == "cuda":  # on a CPU, the cores that would load are those that train
+        splits.train.load_in_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     loader = DataLoader(
         splits.train,
         shuffle=True,
-        collate_fn=data.collate,
+        collate_fn=splits.train.collate,
         batch_size=config.train_batch_size,
         num_workers=config.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
         drop_last=config.whole_steps,
     )
     optimizer = _adam(config, accelerator.device)(
@@ -104,7 +106,9 @@ def train(
         num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=config.schedule_steps(len(splits.train)) * accelerator.num_processes,
     )
-    unet, optimizer, loader, lr_scheduler = accelerator.prepare(parts.unet, optimizer, loader, lr_scheduler)
+    unet, optimizer, lr_scheduler = accelerator.prepare(parts.unet, optimizer, lr_scheduler)
+    # The encoders bring its batches to the device: accelerate would wait there for all that is under way.
+    loader = accelerator.prepare_data_loader(loader, device_placement=False)
     batches = Batches(loader, config)
     if ema is not None:
         ema.settle(accelerator.device)

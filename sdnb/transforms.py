@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from PIL import Image
@@ -9,18 +11,11 @@ from PIL import Image
 from .config import TrainConfig
 
 
-def transform(picture: Image.Image, config: TrainConfig) -> torch.Tensor:
-    """A picture as the reference's torchvision transforms make it: shorter side to the resolution, square crop, random
-    mirroring, float32 [3, resolution, resolution] in [-1, 1]."""
-    picture = resize(picture, config.resolution, config.image_interpolation_mode)
-    return cut(picture, draw_view(picture.size, config), config)
-
-
-def cut(picture: Image.Image, view: tuple[int, int, bool], config: TrainConfig) -> torch.Tensor:
-    """The square at left and top of a resized picture, mirrored or not; of the shape and range of `transform`."""
-    left, top, mirrored = view
-    picture = picture.crop((left, top, left + config.resolution, top + config.resolution))
-    return to_tensor(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture)
+def cut(picture: Image.Image, corner: tuple[int, int], mirrored: bool, side: int) -> torch.Tensor:
+    """The square with this corner, left and top, of a resized picture, mirrored or not: uint8 [3, side, side]."""
+    left, top = corner
+    picture = picture.crop((left, top, left + side, top + side))
+    return _levels(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture)
 
 
 def resized(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -36,18 +31,20 @@ def resize(picture: Image.Image, side: int, mode: str = "bilinear") -> Image.Ima
     return picture.resize(resized(picture.size, side), getattr(Image.Resampling, mode.partition("_")[0].upper()))
 
 
-def draw_view(size: tuple[int, int], config: TrainConfig) -> tuple[int, int, bool]:
-    """Where a picture of this width and height is cropped, left and top, and whether it is mirrored; with torch's
-    global generator, in torchvision's order, which draws no place where there is but one."""
+def draw_corner(size: tuple[int, int], config: TrainConfig) -> tuple[int, int]:
+    """Where a picture of this width and height is cropped, left and top; with torch's global generator, in
+    torchvision's order, which draws no place where there is but one."""
     (width, height), side = size, config.resolution
-    if config.center_crop:
-        left, top = centre(size, side)
-    elif (width, height) == (side, side):
-        left = top = 0
-    else:
-        top = int(torch.randint(0, height - side + 1, size=(1,)))
-        left = int(torch.randint(0, width - side + 1, size=(1,)))
-    return left, top, config.random_flip and bool(torch.rand(1) < 0.5)
+    if (width, height) == (side, side):
+        return 0, 0
+    top = int(torch.randint(0, height - side + 1, size=(1,)))
+    left = int(torch.randint(0, width - side + 1, size=(1,)))
+    return left, top
+
+
+def draw_mirrored(config: TrainConfig) -> bool:
+    """Whether a picture is mirrored; drawn after its corner, with torch's global generator, as torchvision does it."""
+    return config.random_flip and bool(torch.rand(1) < 0.5)
 
 
 def centre(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -56,5 +53,20 @@ def centre(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-    return pixels.float().div(255).sub(0.5).div(0.5)
+    """A picture as float32 [3, height, width] in [-1, 1]."""
+    return normalize(_levels(picture))
+
+
+def normalize(levels: torch.Tensor) -> torch.Tensor:
+    """uint8 of any shape to float32 in [-1, 1], to the bit as torchvision's ToTensor and Normalize(0.5, 0.5) give it on
+    a CPU: looked up on any device, because others divide in another way."""
+    return _values(levels.device).take(levels.long())
+
+
+@lru_cache
+def _values(device: torch.device) -> torch.Tensor:
+    return torch.arange(256).float().div(255).sub(0.5).div(0.5).to(device)
+
+
+def _levels(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture).transpose(2, 0, 1).copy())

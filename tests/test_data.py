@@ -8,7 +8,7 @@ from PIL import Image
 from sdnb import compat, data, models, openmoji
 from sdnb.config import TrainConfig
 from sdnb.errors import DataError
-from sdnb.transforms import draw_view, resize, to_tensor, transform
+from sdnb.transforms import centre, cut, draw_corner, draw_mirrored, normalize, resize, to_tensor
 
 
 def config(**settings):
@@ -173,50 +173,98 @@ def coordinates(width, height):
     return picture
 
 
-def test_the_centre_crop():
-    centred = config(dataset_name="openmoji", center_crop=True)
-    assert draw_view((100, 64), centred) == (18, 0, False)
-    assert draw_view((64, 69), centred) == (0, 2, False), "2.5 rounds to 2"
-    corner = transform(coordinates(100, 64), centred)[:, 0, 0]
-    assert torch.equal(corner, to_tensor(Image.new("RGB", (1, 1), (18, 0, 0)))[:, 0, 0])
+def loaded(examples, rows):
+    return torch.stack([*examples.collate([examples[row] for row in rows])["pixels"]])
+
+
+def examples_of(folder, **settings):
+    examples = load_folder(folder, **settings)
+    examples.tokenizer = models.load(examples.config).tokenizer
+    return examples
+
+
+def test_the_centre_crop(image_folder):
+    assert centre((100, 64), 64) == (18, 0)
+    assert centre((64, 69), 64) == (0, 2), "2.5 rounds to 2"
+    folder = image_folder(1)
+    coordinates(100, 64).save(folder / "000.png")
+    examples = examples_of(folder, center_crop=True)
+    assert loaded(examples, [0])[0, :, 0, 0].tolist() == [18, 0, 0]
+    assert torch.equal(examples.levels(0), loaded(examples, [0])[0])
 
 
 def test_the_random_crop_draws_row_then_column():
     anywhere = config(dataset_name="openmoji")
     torch.manual_seed(3)
-    top, left = int(torch.randint(0, 64 - 64 + 1, (1,))), int(torch.randint(0, 100 - 64 + 1, (1,)))
+    top, left = int(torch.randint(0, 70 - 64 + 1, (1,))), int(torch.randint(0, 100 - 64 + 1, (1,)))
     torch.manual_seed(3)
-    assert draw_view((100, 64), anywhere) == (left, top, False)
+    assert draw_corner((100, 70), anywhere) == (left, top)
     state = torch.get_rng_state()
-    draw_view((64, 64), anywhere)
+    assert draw_corner((64, 64), anywhere) == (0, 0)
     assert torch.equal(state, torch.get_rng_state()), "nothing to choose, nothing drawn"
+
+
+def test_the_random_crop_is_where_it_was_drawn(image_folder):
+    folder = image_folder(1)
+    coordinates(100, 70).save(folder / "000.png")
+    examples = examples_of(folder)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        corner = draw_corner((int(64 * 100 / 70), 64), examples.config)
+        torch.manual_seed(seed)
+        drawn = examples[0]
+        assert drawn.corner == corner
+        whole = resize(coordinates(100, 70), 64)
+        expected = np.asarray(whole)[corner[1] : corner[1] + 64, corner[0] : corner[0] + 64].transpose(2, 0, 1)
+        assert np.array_equal(next(iter(examples.collate([drawn])["pixels"])), expected)
 
 
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_what_is_passed_over_draws_all_the_same(image_folder, center_crop):
-    settings = dict(train_data_dir=str(image_folder(3, (90, 70))), random_flip=True, center_crop=center_crop)
-    examples = data.load(config(**settings)).train
-    examples.tokenizer = models.load(config(**settings)).tokenizer
+    examples = examples_of(image_folder(3, (90, 70)), random_flip=True, center_crop=center_crop)
     states = []
     for passed_over in (0, 1):
         torch.manual_seed(5)
         examples.pass_over(passed_over)
-        first, second = examples.__getitems__([0, 1]), examples.__getitems__([2])
-        assert (first[0]["pixel_values"].numel() == 0) == bool(passed_over)
-        states.append((torch.get_rng_state(), second[0]["pixel_values"]))
+        first = examples.collate([examples[0], examples[1]])
+        assert (first == {}) == bool(passed_over)
+        second = loaded(examples, [2])
+        states.append((torch.get_rng_state(), second))
     assert all(torch.equal(one, other) for one, other in zip(*states))
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_threads_load_the_same_in_the_same_order(image_folder, center_crop):
+    folder = image_folder(9, (90, 70))
+    batches = []
+    for threads in (0, 4):
+        examples = examples_of(folder, random_flip=True, center_crop=center_crop)
+        if threads:
+            examples.load_in_threads(threads)
+        torch.manual_seed(1)
+        batches.append([loaded(examples, rows) for rows in ([8, 1, 5], [0, 2, 3, 4, 6, 7])])
+    assert all(torch.equal(one, other) for one, other in zip(*batches))
+
+
+def test_what_a_thread_cannot_load_is_named(image_folder):
+    folder = image_folder(3)
+    (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:60])
+    examples = examples_of(folder, center_crop=True)
+    examples.load_in_threads(2)
+    with pytest.raises(DataError, match=r"row 1.*001\.png.*cannot be used"):
+        loaded(examples, [0, 1, 2])
 
 
 def test_the_interpolation_is_the_one_asked_for():
     pixels = torch.randint(0, 256, (80, 100, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     picture = Image.fromarray(pixels.numpy())
     made = {
-        mode: transform(picture, config(dataset_name="openmoji", center_crop=True, image_interpolation_mode=mode))
+        mode: np.asarray(resize(picture, 64, mode), dtype=int)
         for mode in ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
     }
-    assert torch.equal(made["bilinear"], transform(picture, config(dataset_name="openmoji", center_crop=True)))
-    assert torch.equal(made["nearest"], made["nearest_exact"])
-    assert len({made[mode].sum().item() for mode in made}) == 6
+    assert (made["bilinear"] == np.asarray(resize(picture, 64))).all()
+    assert (made["nearest"] == made["nearest_exact"]).all()
+    assert len({made[mode].sum() for mode in made}) == 6
 
 
 def test_pixels_and_flip():
@@ -227,12 +275,19 @@ def test_pixels_and_flip():
         torch.manual_seed(seed)
         expected = torch.rand(1) < 0.5
         torch.manual_seed(seed)
-        pixels = transform(picture, made)
-        assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.float32
-        assert torch.isclose(pixels[0, 0, 0], torch.tensor((63 if expected else 0) / 255 * 2 - 1))
-        assert torch.isclose(pixels[2].max(), torch.tensor(-1.0))
+        levels = cut(picture, (0, 0), draw_mirrored(made), 64)
+        assert levels.shape == (3, 64, 64) and levels.dtype == torch.uint8
+        assert levels[0, 0, 0] == (63 if expected else 0)
+        assert levels[2].max() == 0
         flipped += bool(expected)
     assert 3 < flipped < 17
+
+
+def test_levels_become_what_torchvision_makes_of_them():
+    levels = torch.arange(256, dtype=torch.uint8)
+    expected = (levels.float() / 255 - 0.5) / 0.5  # ToTensor, then Normalize([0.5], [0.5])
+    assert torch.equal(normalize(levels), expected) and (normalize(levels[[0, 255]]) == torch.tensor([-1, 1])).all()
+    assert torch.equal(to_tensor(Image.new("RGB", (2, 1), (0, 51, 255)))[:, 0, 1], expected[[0, 51, 255]])
 
 
 def test_one_of_several_captions_is_drawn(image_folder):
@@ -242,5 +297,5 @@ def test_one_of_several_captions_is_drawn(image_folder):
     write_metadata(folder, {"file_name": "000.png", "text": ["red heart", "blue heart"]})
     pictures = load_folder(folder)
     pictures.tokenizer = compat.clip_tokenizer(*embedded.caption_vocabulary(), 24)
-    seen = {tuple(pictures[0]["input_ids"].tolist()) for _ in range(30)}
+    seen = {tuple(pictures.collate([pictures[0]])["input_ids"][0].tolist()) for _ in range(30)}
     assert len(seen) == 2

@@ -31,9 +31,14 @@ def encoders(settings, **changes):
     return Encoders(parts, examples, config, torch.device("cpu")), examples
 
 
+def gathered(examples, rows):
+    batch = examples.collate([examples[row] for row in rows])
+    return {**batch, "pixels": list(batch["pixels"])}
+
+
 def micro_batch(encoders, examples, rows, seed=0):
     torch.manual_seed(seed)
-    moments, words = encoders(data.collate(examples.__getitems__(rows)))
+    moments, words = encoders(gathered(examples, rows))
     return moments, words, torch.rand(1)
 
 
