@@ -2,9 +2,12 @@
 compares the `train_loss` of each optimizer step and the weights at the end.
 
     python benchmarks/parity.py --reference PATH/train_text_to_image.py --python PATH/OF/AN/ENVIRONMENT/bin/python
+    python benchmarks/parity.py --device cuda --mixed_precision fp16 --reference …
 
-The reference is diffusers' `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or any later one; its
-environment needs torchvision. `--record` writes the reference's trajectories to where the tests find them.
+On a GPU, of its cases those of one rank, and the reference runs twice: it does not repeat itself to the bit there, and
+sdnb is to be no farther from it than it is from itself. The reference is diffusers'
+`examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or any later one; its environment needs torchvision.
+`--record` writes the reference's trajectories to where the tests find them.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -115,8 +119,16 @@ def make_data(name: str, folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def train(python: str, program: list[str], case: Case, work: Path, output: Path, extra: tuple[str, ...] = ()) -> None:
-    """Run a training to its end, on as many CPU ranks as the case asks for.
+def train(
+    python: str,
+    program: list[str],
+    case: Case,
+    work: Path,
+    output: Path,
+    extra: tuple[str, ...] = (),
+    device: str = "cpu",
+) -> None:
+    """Run a training to its end, on as many ranks as the case asks for.
 
     Args:
         program: what comes after `python`: a script's path, or -m and a module.
@@ -135,7 +147,9 @@ def train(python: str, program: list[str], case: Case, work: Path, output: Path,
     )
     command = [python, *launcher, *program, f"--pretrained_model_name_or_path={work / 'model'}",
                f"--train_data_dir={work / case.data}", f"--output_dir={output}", *case.arguments, *extra]  # fmt: skip
-    settings = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        settings |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     caches = {"HF_HOME": str(work / "huggingface"), "HF_DATASETS_CACHE": str(work / "huggingface" / Path(python).name)}
     done = subprocess.run(command, env={**os.environ, **settings, **caches}, capture_output=True, text=True)
     if done.returncode:
@@ -189,7 +203,9 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "-", name.lower())
 
 
-def compare(reference: Path, python: str, names: list[str], work: Path) -> dict[str, dict]:
+def compare(
+    reference: Path, python: str, names: list[str], work: Path, device: str = "cpu", precision: str = "no"
+) -> dict[str, dict]:
     """Run the cases on both sides; what the reference does not know is left out."""
     source = reference.read_text()
     # v0.26.3 resizes bilinearly and has no flag for it; later ones have, with another default.
@@ -204,20 +220,36 @@ def compare(reference: Path, python: str, names: list[str], work: Path) -> dict[
             continue
         theirs, ours = work / f"{slug(name)}-reference", work / f"{slug(name)}-sdnb"
         extra = () if "image_interpolation_mode" in case.flags else bilinear
-        train(python, [str(reference)], case, work, theirs, extra)
-        train(sys.executable, ["-m", "sdnb.train"], case, work, ours)
+        in_precision = () if precision == "no" else (f"--mixed_precision={precision}",)
+        script, own = [str(reference)], ["-m", "sdnb.train"]
+        runs = [(python, script, theirs, (*extra, *in_precision)), (sys.executable, own, ours, in_precision)]
+        if device == "cuda":
+            runs.append((python, script, again := theirs.with_name(f"{theirs.name}-again"), (*extra, *in_precision)))
+        with ThreadPoolExecutor(len(runs) if device == "cuda" else 1) as together:
+            started = [
+                together.submit(train, with_python, program, case, work, output, flags, device)
+                for with_python, program, output, flags in runs
+            ]
+            for one in started:
+                one.result()
         expected, got = losses_of_reference(theirs), losses_of_sdnb(ours)
         differences = relative_differences(got, expected)
+        own_spread = {}
+        if device == "cuda":
+            own_spread["again"] = max(relative_differences(losses_of_reference(again), expected))
+            own_spread["weights_again"] = weights_differ(again, theirs)
         results[name] = dict(
             reference=expected, sdnb=got, largest=max(differences), weights=weights_differ(ours, theirs),
             command=" ".join([*(["accelerate launch --num_processes=2"] if case.ranks > 1 else ["python"]),
                               "train_text_to_image.py --pretrained_model_name_or_path=MODEL "
-                              f"--train_data_dir={case.data}", *case.arguments, *extra]),
+                              f"--train_data_dir={case.data}", *case.arguments, *extra, *in_precision]),
+            **own_spread,
         )  # fmt: skip
         print(f"\n{name}\n{'step':>4} {'reference':>12} {'sdnb':>12} {'difference':>11}")
         for step, (one, other, difference) in enumerate(zip(expected, got, differences), 1):
             print(f"{step:>4} {one:12.8f} {other:12.8f} {difference:11.1e}")
-        print(f"largest {max(differences):.1e}, weights at the end {results[name]['weights']:.1e}", flush=True)
+        print(f"largest {max(differences):.1e}, weights at the end {results[name]['weights']:.1e}")
+        print(f"the reference against itself: {own_spread}" if own_spread else "", flush=True)
     return results
 
 
@@ -263,6 +295,8 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="of the reference's environment, with torchvision")
     parser.add_argument("--name", default="reference", help="what to call this reference, such as v0.26.3")
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="some of: " + "; ".join(CASES))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
     parser.add_argument("--out", type=Path, default=Path("parity"), help="folder for the table and the plot")
     parser.add_argument("--record", action="store_true", help="keep the reference's trajectories for the tests")
     options = parser.parse_args()
@@ -270,20 +304,36 @@ def main() -> None:
         parser.error(f"no such case: {'; '.join(unknown)}. There are: {'; '.join(CASES)}")
     if not options.reference.is_file():
         parser.error(f"--reference {options.reference}: there is no such file")
+    if options.device == "cuda":
+        if options.record:
+            parser.error("--record: the tests compare with what the CPU gives")
+        options.cases = [name for name in options.cases if CASES[name].ranks == 1]
+    on, precision = options.device, options.mixed_precision
     with tempfile.TemporaryDirectory(prefix="sdnb-parity-") as work:
-        results = compare(options.reference.absolute(), options.python, options.cases, Path(work))
+        results = compare(options.reference.absolute(), options.python, options.cases, Path(work), on, precision)
     made_by = dict(reference=options.name, versions=versions(options.python), date=str(date.today()))
     changed = {name: CASES[name].changed for name in results if _is_later(options.reference) and CASES[name].changed}
-    table = [f"| {name} | {result['largest']:.1e} | {result['weights']:.1e} |" for name, result in results.items()]
+    columns = ["largest", "weights", *(["again", "weights_again"] if on == "cuda" else [])]
+    table = ["| " + " | ".join([name, *(f"{result[column]:.1e}" for column in columns)]) + " |"
+             for name, result in results.items()]  # fmt: skip
     notes = [f"\n{name}: this reference does otherwise: {what}." for name, what in changed.items()]
-    head = ["| case | largest relative difference of train_loss | of a weight at the end |", "|---|---|---|"]
+    quantities = ["largest relative difference of train_loss", "of a weight at the end"]
+    if on == "cuda":
+        quantities += [f"{quantity}, the reference against itself" for quantity in quantities]
+    head = [f"| case | {' | '.join(quantities)} |", "|---" * (1 + len(quantities)) + "|"]
+    title, file = options.name, f"parity-{options.name}"
+    if on == "cuda":
+        from sdnb import environment
+
+        title += f" on {environment.devices().names[0]}, mixed_precision {precision}"
+        file += f"-{on}-{precision}"
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"parity-{options.name}.md").write_text(
-        f"sdnb against train_text_to_image.py of {options.name}, {made_by['date']}; the reference's environment: "
+    (options.out / f"{file}.md").write_text(
+        f"sdnb against train_text_to_image.py of {title}, {made_by['date']}; the reference's environment: "
         + ", ".join(f"{name} {version}" for name, version in made_by["versions"].items())
         + ".\n\n" + "\n".join([*head, *table, *notes]) + "\n"
     )  # fmt: skip
-    plot(results, f"sdnb against the reference, {options.name}", options.out / f"parity-{options.name}.png")
+    plot(results, f"sdnb against the reference, {title}", options.out / f"{file}.png")
     if options.record:
         recorded_here = recorded_under(made_by["versions"]["transformers"])
         recorded_here.mkdir(parents=True, exist_ok=True)
@@ -293,7 +343,9 @@ def main() -> None:
             recorded = dict(case=name, **made_by, command=result["command"], train_loss=result["reference"])
             (recorded_here / f"{slug(name)}.json").write_text(json.dumps(recorded, indent=1) + "\n")
     print("\n" + "\n".join([*head, *table, *notes]))
-    sys.exit(any(result["largest"] > TOLERANCE for name, result in results.items() if name not in changed))
+    # On a GPU the reference itself differs from run to run: ten times that, for it is but one pair.
+    limits = {name: max(TOLERANCE, 10 * result.get("again", 0)) for name, result in results.items()}
+    sys.exit(any(result["largest"] > limits[name] for name, result in results.items() if name not in changed))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def variables(device: str, cache: Path) -> dict[str, str]:
     on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     folders = {"HF_HOME": "huggingface", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     caches = {"XDG_CACHE_HOME": str(cache), **{name: str(cache / folder) for name, folder in folders.items()}}
-    return {**os.environ, **on_cpu, **caches, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(environment.PROJECT)}
+    path = os.pathsep.join([str(environment.PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, **on_cpu, **caches, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def inspect(python: str, device: str, programs: set[tuple[str, ...]], work: Path) -> dict[str, Any]:

@@ -45,6 +45,13 @@ def has_fused_adam(device: Any) -> bool:
     return device.type == "cuda" or torch.torch_version.TorchVersion(torch.__version__) >= (2, 4)
 
 
+def has_stances() -> bool:
+    """Whether torch can be told to run uncompiled what it would compile anew: since 2.6."""
+    import torch
+
+    return hasattr(torch.compiler, "set_stance")
+
+
 def read_vocabulary(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """What `write_vocabulary` has written."""
     tokens = json.loads((folder / VOCABULARY).read_text())

@@ -34,7 +34,7 @@ from . import data, linear, models, run_folder
 from .batches import Batches
 from .checkpoints import Checkpoints, clean_up, find
 from .clock import StepClock
-from .compat import has_fused_adam
+from .compat import has_fused_adam, has_stances
 from .config import TrainConfig
 from .device import give_back_freed_memory, keep_freed_memory, reachable_tflops
 from .diffusion import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
@@ -44,6 +44,8 @@ from .errors import ConfigError, RunError
 from .observer import Observer, Tally
 
 logger = logging.getLogger("sdnb")
+
+_BLOCKS = (BasicTransformerBlock,)  # of the UNet, to be compiled each
 
 
 def train(
@@ -77,7 +79,7 @@ def train(
         encoders = Encoders(parts, splits.train, config, accelerator.device)
         ema = Average(models.start_of_average(config, parts), config) if config.use_ema else None
     found = find(config, splits.train)
-    _set_up(parts, config, accelerator.device)
+    set_up(parts, config, accelerator.device)
     if accelerator.is_main_process:
         reached = reachable_tflops(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
         run_folder.write(folder / run_folder.MODEL, {**models.describe(config, parts), "reachable_tflops": reached})
@@ -92,7 +94,7 @@ def train(
         num_workers=config.dataloader_num_workers,
         drop_last=config.whole_steps,
     )
-    optimizer = _adam(config, accelerator.device)(
+    optimizer = adam(config, accelerator.device)(
         parts.unet.parameters(),
         lr=config.peak_learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -167,6 +169,8 @@ def train(
             ema.step(unet.parameters())
             clock.lap("ema")
 
+        if config.compile_unet != "no" and tally.images == config.train_batch_size * config.gradient_accumulation_steps:
+            _compile_no_more()
         step += 1
         record = dict(step=step, epoch=epoch, **tally.read(grad_norm), lr=learning_rate)
         record["seconds"], record["phase_seconds"] = clock.read()
@@ -203,7 +207,12 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def _set_up(parts: models.Parts, config: TrainConfig, device: torch.device) -> None:
+def set_up(parts: models.Parts, config: TrainConfig, device: torch.device) -> None:
+    """Have the parts compute as the settings ask for.
+
+    Raises:
+        ConfigError: if they cannot.
+    """
     if config.prediction_type is not None:
         parts.noise_scheduler.register_to_config(prediction_type=config.prediction_type)
     if config.dream_training and parts.noise_scheduler.config.prediction_type != "epsilon":
@@ -220,17 +229,28 @@ def _set_up(parts: models.Parts, config: TrainConfig, device: torch.device) -> N
     if config.channels_last:
         parts.unet.to(memory_format=torch.channels_last)
         parts.vae.to(memory_format=torch.channels_last)
-    for module in _to_compile(parts.unet, config):
-        module.compile(mode="reduce-overhead" if config.cuda_graphs else None)
+    if config.compile_unet != "no":
+        _compile(parts.unet, config)
 
 
-def _to_compile(unet: UNet2DConditionModel, config: TrainConfig) -> list[torch.nn.Module]:
-    if config.compile_unet == "blocks":
-        return [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
-    return [unet] if config.compile_unet == "whole" else []
+def _compile(unet: UNet2DConditionModel, config: TrainConfig) -> None:
+    torch._dynamo.config.cache_size_limit = 64  # blocks of one kind, each of another shape
+    if has_stances():
+        torch.compiler.set_stance("default")
+    blocks = [module for module in unet.modules() if isinstance(module, _BLOCKS)]
+    for module in blocks if config.compile_unet == "blocks" else [unet]:
+        module.compile(dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
 
 
-def _adam(config: TrainConfig, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+def _compile_no_more() -> None:
+    """A whole step is compiled for. Batches of another size, at an epoch's end, run as they are: to compile for each
+    takes longer than they do."""
+    if has_stances():
+        torch.compiler.set_stance("eager_on_recompile")
+
+
+def adam(config: TrainConfig, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    """The AdamW that the settings ask for, fused where the device has it."""
     if config.use_8bit_adam:
         import bitsandbytes
 

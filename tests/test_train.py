@@ -11,11 +11,12 @@ from training import train
 
 from sdnb import environment, metrics, models, run_folder
 from sdnb.clock import PHASES, StepClock
+from sdnb.compat import has_stances
 from sdnb.config import TrainConfig
 from sdnb.diffusion import draw_noise, dream, loss_of, target_of
 from sdnb.errors import ConfigError
 from sdnb.evaluate import HeldOutLoss
-from sdnb.train import _set_up
+from sdnb.train import set_up
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +269,7 @@ def test_dream_needs_a_model_that_predicts_noise(settings, tmp_path):
     parts = models.load(TrainConfig(**settings))
     parts.noise_scheduler.register_to_config(prediction_type="v_prediction")
     with pytest.raises(ConfigError, match="this one predicts a velocity"):
-        _set_up(parts, TrainConfig(**settings, dream_training=True), torch.device("cpu"))
+        set_up(parts, TrainConfig(**settings, dream_training=True), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("setting", ["offload_ema", "foreach_ema"])
@@ -302,3 +303,19 @@ def test_the_schedule_of_epochs_on_several_ranks_is_the_references_and_said_to_b
     made = TrainConfig(**{**settings, "steps": None, "num_train_epochs": 3, "num_processes": 2})
     assert (made.total_steps(40), made.schedule_steps(40)) == (15, 30)
     assert made.updated(max_train_steps=15).schedule_steps(40) == 15
+
+
+@pytest.mark.skipif(not has_stances(), reason="torch compiles for each size of a batch before 2.6")
+def test_what_is_compiled_trains_the_same_and_only_whole_steps_are_compiled_for(settings, image_folder, tmp_path):
+    """5 pictures: epochs of a whole step and one of a single picture."""
+    settings = {**settings, "dataset_name": None, "train_data_dir": str(image_folder(5)), "steps": 4}
+    plain = train(settings, output_dir=str(tmp_path / "plain"))
+    graphs = []
+    for steps in (1, 4):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        run = train(settings, compile_unet="blocks", steps=steps, output_dir=str(tmp_path / f"compiled-{steps}"))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert list(run.steps.images) == [4, 1, 4, 1]
+    assert graphs[0] == graphs[1] > 0
+    assert list(run.steps.loss) == pytest.approx(list(plain.steps.loss), rel=1e-4)

@@ -1,0 +1,208 @@
+"""What of a training step pays on this device? Times its parts alone, in each way that sdnb can run them: the UNet's
+forward and backward pass, the encoders, and the update of the weights.
+
+    python benchmarks/passes.py                                                     # tiny, on the CPU
+    python benchmarks/passes.py --model sd-v1-4-random --precision fp16 --minutes 5    # on a GPU
+    python benchmarks/passes.py --model sd-v1-4-random --precision fp16 --only "UNet, 32 pictures" whole
+
+Each is warmed up, which is when it is compiled, and timed several times, with events on a GPU: the median, the lowest
+and the highest. TFLOP/s are the model's, as FlopCounterMode counts them, beside the rate of matrix products that the
+device reaches. The weights are random, which matrix products take the same time for. A GPU's memory is the most that
+was allocated, with the weights' gradients, without optimizer and average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from speed import MODELS, heading
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdnb import embedded, environment, models
+from sdnb.clock import StepClock
+from sdnb.config import TrainConfig
+from sdnb.device import reachable_tflops
+from sdnb.ema import Average
+from sdnb.encoders import WEIGHT_DTYPES
+from sdnb.train import adam, set_up
+
+
+class Way(NamedTuple):
+    """A part of the step, how many pictures it is given, and the settings that it is run with."""
+
+    part: str
+    pictures: int
+    settings: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        how = ", ".join(name if value is True else f"{name} {value}" for name, value in self.settings.items())
+        pictures = f", {self.pictures} pictures" if self.pictures else ""
+        return f"{self.part}{pictures}{': ' if how else ''}{how}"
+
+
+LAST = {"channels_last": True}
+BLOCKS, WHOLE = ({**LAST, "compile_unet": how} for how in ("blocks", "whole"))
+WAYS = [
+    *(Way("UNet", pictures, settings) for settings in ({}, LAST) for pictures in (8, 32)),
+    *(Way("VAE", pictures, settings) for settings in ({}, LAST) for pictures in (8, 32)),
+    Way("text encoder", 8, {}),
+    *(Way("update", 0, {"fused_optimizer": fused}) for fused in (False, True)),
+    *(Way("UNet", pictures, BLOCKS) for pictures in (8, 32)),
+    *(Way("UNet", pictures, WHOLE) for pictures in (32, 64, 96)),
+]
+
+
+def unet_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
+    unet = UNet2DConditionModel(**architecture["unet"]).train()
+    set_up(models.Parts(None, None, torch.nn.Module(), unet, None), config, device)
+    dtype, side = WEIGHT_DTYPES[config.mixed_precision], architecture["unet"]["sample_size"]
+    text = architecture["text_encoder"]
+    latents = torch.randn(way.pictures, unet.config.in_channels, side, side, dtype=dtype)
+    words = torch.randn(way.pictures, text["max_position_embeddings"], text["hidden_size"], dtype=dtype)
+    timesteps = torch.randint(0, 1000, (way.pictures,))
+
+    def run() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            prediction = unet(latents, timesteps, words, return_dict=False)[0]
+        prediction.float().square().mean().backward()
+
+    return run
+
+
+def vae_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
+    vae = AutoencoderKL(**architecture["vae"])
+    set_up(models.Parts(None, None, vae, torch.nn.Module(), None), config, device)
+    vae = vae.to(WEIGHT_DTYPES[config.mixed_precision]).requires_grad_(False)
+    pictures = torch.randn(way.pictures, 3, config.resolution, config.resolution, dtype=vae.dtype)
+    return lambda: vae.encode(pictures).latent_dist.parameters
+
+
+def text_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
+    text_encoder = CLIPTextModel(CLIPTextConfig(**architecture["text_encoder"])).requires_grad_(False)
+    text_encoder = text_encoder.to(WEIGHT_DTYPES[config.mixed_precision])
+    token_ids = torch.zeros(way.pictures, architecture["text_encoder"]["max_position_embeddings"], dtype=torch.long)
+    return lambda: text_encoder(token_ids, return_dict=False)[0]
+
+
+def update(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
+    """Clipping, AdamW, and the average."""
+    unet = UNet2DConditionModel(**architecture["unet"])
+    optimizer = adam(config, device)(unet.parameters(), lr=config.learning_rate)
+    average = Average(unet, config)
+    average.settle(device)
+    for parameter in unet.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+    def run() -> None:
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        average.step(unet.parameters())
+
+    return run
+
+
+PARTS = {"UNet": unet_pass, "VAE": vae_pass, "text encoder": text_pass, "update": update}
+FLOP = {"UNet": "unet_training", "VAE": "vae_encoder", "text encoder": "text_encoder"}
+
+
+def measure(way: Way, architecture: dict[str, Any], config: TrainConfig, device: torch.device, rounds: int) -> dict:
+    """Milliseconds of each round, those of the warm-up, and the peak memory."""
+    torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    with torch.device(device):
+        run = PARTS[way.part](architecture, config.updated(**way.settings), way, device)
+    clock = StepClock(device)
+    milliseconds = []
+    for _ in range(3 + rounds):
+        clock.restart()
+        run()
+        clock.lap("forward")
+        milliseconds.append(1000 * clock.read()[1]["forward"])
+        if len(milliseconds) == 3:
+            warmup_seconds = time.perf_counter() - began
+    on_gpu = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
+    return dict(way=way.label, milliseconds=milliseconds[3:], warmup_seconds=warmup_seconds, **on_gpu)
+
+
+def table(results: list[dict[str, Any]], reachable: float) -> str:
+    head = ("", "ms", "pictures/s", "TFLOP/s", "of the reachable", "peak memory, GiB", "warm-up, s")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for one in results:
+        middle, *ends = (pick(one["milliseconds"]) for pick in (statistics.median, min, max))
+        per_second = 1000 * one["pictures"] / middle
+        tflops = per_second * one["flop_per_image"] / 1e12
+        cells = [one["way"], f"{middle:.1f} ({ends[0]:.1f} to {ends[1]:.1f})"]
+        cells += [f"{per_second:.1f}", f"{tflops:.3g}", f"{tflops / reachable:.0%}"] if one["pictures"] else [""] * 3
+        cells += [f"{one['peak_gib']:.1f}" if "peak_gib" in one else "", f"{one['warmup_seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="tiny")
+    parser.add_argument("--precision", choices=list(WEIGHT_DTYPES), default="no")
+    parser.add_argument("--only", nargs="+", default=[""], help="ways that have one of these in their name")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after so many")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for what was measured")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + 60 * options.minutes
+    architecture, (side, kind, _) = embedded.ARCHITECTURES[options.model], MODELS[options.model]
+    device = torch.device(kind)
+    config = TrainConfig(
+        pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=side, learning_rate=1e-5,
+        mixed_precision=options.precision,
+    )  # fmt: skip
+    with torch.device("meta"):
+        parts = models.Parts(
+            SimpleNamespace(model_max_length=architecture["text_encoder"]["max_position_embeddings"]),
+            CLIPTextModel(CLIPTextConfig(**architecture["text_encoder"])),
+            AutoencoderKL(**architecture["vae"]),
+            UNet2DConditionModel(**architecture["unet"]),
+            None,
+        )
+    flop = models.flop_per_image(parts, side)
+    reachable = reachable_tflops(device, WEIGHT_DTYPES[options.precision])
+    about = dict(
+        title=f"The parts of a step: {options.model} at {side}×{side}, {options.precision}, {device}",
+        date=time.strftime("%Y-%m-%d"), reachable_tflops=reachable, flop_per_image=flop,
+        environment={name: value for name, value in environment.capture().items() if name != "host"},
+    )  # fmt: skip
+    results: list[dict[str, Any]] = []
+    for way in WAYS:
+        if time.monotonic() > ends or not any(words in way.label for words in options.only):
+            continue
+        try:
+            result = measure(way, architecture, config, device, options.rounds)
+        except torch.OutOfMemoryError as error:
+            print(f"{way.label}: {str(error).splitlines()[0]}")
+            continue
+        finally:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        results.append(dict(result, pictures=way.pictures, flop_per_image=flop.get(FLOP.get(way.part), 0)))
+        print(table(results[-1:], reachable).splitlines()[-1], flush=True)
+        path = f"{options.out}/passes-{options.model}-{options.precision}"
+        text = f"{heading(about)}\n\n{table(results, reachable)}\n\nMatrix products reach {reachable:.0f} TFLOP/s.\n"
+        Path(f"{path}.md").write_text(text)
+        Path(f"{path}.json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
