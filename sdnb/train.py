@@ -84,7 +84,8 @@ def train(
         reached = reachable_tflops(accelerator.device, WEIGHT_DTYPES[config.mixed_precision])
         run_folder.write(folder / run_folder.MODEL, {**models.describe(config, parts), "reachable_tflops": reached})
     splits.train.tokenizer = parts.tokenizer
-    if accelerator.device.type == "cuda":  # on a CPU, the cores that would load are those that train
+    # On a CPU, the cores that would load are those that train; and processes that load do without threads.
+    if accelerator.device.type == "cuda" and not config.dataloader_num_workers:
         splits.train.load_in_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     loader = DataLoader(
         splits.train,

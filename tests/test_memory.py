@@ -65,10 +65,11 @@ def test_activations_are_what_real_trainings_take(measured_gib):
     assert measured_gib[0] - measured_gib[1] == pytest.approx(whole - checkpointing, abs=0.04)
 
 
-def test_the_whole_is_what_a_real_training_takes(measured_gib):
-    """But for what the heap loses, which it does not here: a tenth of these predictions."""
-    for measured, settings in zip(measured_gib, MEASURED):
-        assert 0.8 < measured / predict(settings).total_gib < 1.06
+def test_the_whole_is_what_a_real_training_takes(measured_gib, monkeypatch):
+    """But for what the heap loses, which it does not here."""
+    monkeypatch.setattr(memory, "_CPU_SLACK_OF_ACTIVATIONS", 0)
+    ratios = [measured / predict(settings).total_gib for measured, settings in zip(measured_gib, MEASURED)]
+    assert all(0.88 < ratio < 1.1 for ratio in ratios), ratios
 
 
 def test_stable_diffusion_as_it_was_published():
