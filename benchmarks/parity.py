@@ -4,7 +4,7 @@ compares the `train_loss` of each optimizer step and the weights at the end.
     python benchmarks/parity.py --reference PATH/train_text_to_image.py --python PATH/OF/AN/ENVIRONMENT/bin/python
     python benchmarks/parity.py --device cuda --mixed_precision fp16 --reference …
 
-On a GPU, of its cases those of one rank, and the reference runs twice: it does not repeat itself to the bit there, and
+On a GPU, of its cases those of one rank, and the reference runs twice: it need not repeat itself to the bit there, and
 sdnb is to be no farther from it than it is from itself. The reference is diffusers'
 `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or any later one; its environment needs torchvision.
 `--record` writes the reference's trajectories to where the tests find them.

@@ -35,9 +35,10 @@ logger = logging.getLogger("sdnb")
 _PROCESS_GIB = {"cpu": 0.58, "cuda": 0.8}
 # What a torch that is built for CUDA, as PyPI's is, has resident on a CPU besides (measured: torch 2.13, CUDA 13).
 _CUDA_BUILD_GIB = 0.36
-# What the allocator takes beyond the tensors. On a CPU, measured (glibc, torch 2.13): the heap loses 0.4 to 0.7 of what
-# comes and goes, and with gradient checkpointing as much as without; blocks from 32 MiB are not of the heap, so this is
-# too much for large models. On a GPU, an estimate: fragments, and the workspaces of cuDNN and cuBLAS.
+# What the allocator takes beyond the tensors. On a CPU, fitted to the runs of benchmarks/growth.py (glibc, torch 2.13):
+# what the heap loses of what comes and goes, with gradient checkpointing as much as without; blocks from 32 MiB are not
+# of the heap, so this is too much for large models. On a GPU, an estimate: fragments, and the workspaces of cuDNN and
+# cuBLAS.
 _CPU_SLACK_OF_ACTIVATIONS = 0.6
 _CUDA_SLACK_OF_ALL = 0.05
 
