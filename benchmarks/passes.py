@@ -31,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdnb import embedded, environment, models
 from sdnb.clock import StepClock
 from sdnb.config import TrainConfig
-from sdnb.device import reachable_tflops
+from sdnb.device import keep_freed_memory, reachable_tflops
 from sdnb.ema import Average
 from sdnb.encoders import WEIGHT_DTYPES
 from sdnb.train import adam, set_up
@@ -177,6 +177,8 @@ def main() -> None:
             None,
         )
     flop = models.flop_per_image(parts, side)
+    if device.type == "cpu":
+        keep_freed_memory()  # as a training does
     reachable = reachable_tflops(device, WEIGHT_DTYPES[options.precision])
     about = dict(
         title=f"The parts of a step: {options.model} at {side}×{side}, {options.precision}, {device}",
@@ -199,7 +201,7 @@ def main() -> None:
         results.append(dict(result, pictures=way.pictures, flop_per_image=flop.get(FLOP.get(way.part), 0)))
         print(table(results[-1:], reachable).splitlines()[-1], flush=True)
         path = f"{options.out}/passes-{options.model}-{options.precision}"
-        text = f"{heading(about)}\n\n{table(results, reachable)}\n\nMatrix products reach {reachable:.0f} TFLOP/s.\n"
+        text = f"{heading(about)}\n\n{table(results, reachable)}\n\nMatrix products reach {reachable:.3g} TFLOP/s.\n"
         Path(f"{path}.md").write_text(text)
         Path(f"{path}.json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
 
