@@ -8,6 +8,7 @@ if __name__ == "__main__":
     gc.disable()  # until all is loaded: looking through it for garbage takes a fifth of that time
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -163,7 +164,6 @@ def train(
         learning_rate = lr_scheduler.get_last_lr()[0]
         grad_norm = accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
         optimizer.step()
-        lr_scheduler.step()
         optimizer.zero_grad()
         clock.lap("optimizer")
         if ema is not None:
@@ -174,6 +174,9 @@ def train(
             _compile_no_more()
         step += 1
         record = dict(step=step, epoch=epoch, **tally.read(grad_norm), lr=learning_rate)
+        # A fused AdamW does not tell the schedule that it left out a step because gradients overflowed in float16.
+        if accelerator.scaler is None or math.isfinite(record["grad_norm"]):
+            lr_scheduler.step()
         record["seconds"], record["phase_seconds"] = clock.read()
         show(record, total_steps)
         last = step == total_steps

@@ -1,15 +1,18 @@
 """The training itself, on one rank in this process, with the small model."""
 
 import json
+import math
 import time
 
 import pandas as pd
 import pytest
 import torch
+from accelerate.utils import AutocastKwargs
 from PIL import Image
 from training import train
 
 from sdnb import environment, metrics, models, run_folder
+from sdnb import train as training
 from sdnb.clock import PHASES, StepClock
 from sdnb.compat import has_stances
 from sdnb.config import TrainConfig
@@ -144,6 +147,28 @@ def test_a_training_that_diverges_is_said(settings):
 def test_a_learning_rate_schedule(settings):
     run = train(settings, lr_scheduler="linear", lr_warmup_steps=2, steps=4, scale_lr=True, learning_rate=1e-4)
     assert list(run.steps.lr) == pytest.approx([0, 2e-4, 4e-4, 2e-4])
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="this torch scales losses on a GPU alone")
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_overflows_leaves_the_schedule_where_it_is(settings, monkeypatch, fused):
+    """As in float16 on a GPU, and as in the reference."""
+    plain_accelerator = training._accelerator
+
+    def scaling_accelerator(config):
+        accelerator, first = plain_accelerator(config), iter([math.inf])
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        accelerator.autocast_handler = AutocastKwargs(enabled=False)
+        backward = accelerator.backward
+        accelerator.backward = lambda loss: backward(loss * next(first, 1.0))
+        return accelerator
+
+    monkeypatch.setattr(training, "_accelerator", scaling_accelerator)
+    run = train(settings, fused_optimizer=fused, lr_scheduler="linear", steps=4)
+    assert list(run.steps.grad_norm.map(math.isfinite)) == [False, True, True, True]
+    assert list(run.steps.lr) == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.5e-3])
+    assert run.steps.loss.map(math.isfinite).all()
 
 
 def test_gradients_are_clipped(settings, tmp_path):
