@@ -46,6 +46,7 @@ class Encoders:
         self.vae = parts.vae.to(device, dtype)
         self.text_encoder = parts.text_encoder.to(device, dtype)
         self.moments = self.words = None
+        self._new: dict[Table, dict[int, tuple[Tensor, Tensor]]] = {}
         self._layouts: dict[int, Tensor] = {}
         self.encoded_images = self.encoded_captions = 0
         reason = _why_not(config)
@@ -93,15 +94,25 @@ class Encoders:
         self.encoded_images = self.encoded_captions = 0
         return counts
 
-    def _look_up(self, table: Table, rows: Sequence[int], encode: Callable[[list[int]], Tensor]) -> tuple[Tensor, int]:
-        """The rows on the device, and how many had to be computed; those are kept."""
-        found = {row: table.read(row) for row in rows}
-        missing = [row for row, kept in found.items() if kept is None]
-        if missing:
-            for row, values in zip(missing, encode(missing).cpu()):
+    def keep_new(self) -> None:
+        """Write what was computed since the last time into the tables. To be called when the device has come to rest:
+        it is not waited for here."""
+        for table, new in self._new.items():
+            for row, (_, values) in new.items():
                 table.write(row, values)
-                found[row] = values
-        return self._sent(torch.stack([found[row] for row in rows])), len(missing)
+            new.clear()
+
+    def _look_up(self, table: Table, rows: Sequence[int], encode: Callable[[list[int]], Tensor]) -> tuple[Tensor, int]:
+        """The rows on the device, and how many had to be computed; those are on their way to the host."""
+        new = self._new.setdefault(table, {})
+        kept = {row: table.read(row) for row in rows if row not in new}
+        missing = [row for row, values in kept.items() if values is None]
+        if missing:
+            values = encode(missing)
+            new.update(zip(missing, zip(values, values.to("cpu", non_blocking=True))))
+        found = {row: values for row, values in kept.items() if values is not None}
+        on_device = dict(zip(found, self._sent(torch.stack(list(found.values()))))) if found else {}
+        return torch.stack([on_device[row] if row in on_device else new[row][0] for row in rows]), len(missing)
 
     def _sent(self, values: Tensor) -> Tensor:
         """Values of the host on the device, which is not waited for."""

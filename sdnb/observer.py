@@ -61,6 +61,7 @@ class Tally:
         loss_sum, images, encoded_images, encoded_captions, joules, step_loss, norm = torch.stack(
             [*self.accelerator.reduce(sums, reduction="sum"), self.last_loss, grad_norm.float()]
         ).tolist()
+        self.encoders.keep_new()  # the device has come to rest
         record = dict(
             micro_batches=self.micro_batches,
             images=int(images),

@@ -39,7 +39,9 @@ def gathered(examples, rows):
 def micro_batch(encoders, examples, rows, seed=0):
     torch.manual_seed(seed)
     moments, words = encoders(gathered(examples, rows))
-    return moments, words, torch.rand(1)
+    draw = torch.rand(1)
+    encoders.keep_new()
+    return moments, words, draw
 
 
 def test_kept_or_not_the_encoders_give_the_same(settings):
@@ -64,6 +66,20 @@ def test_each_view_and_caption_is_encoded_once(settings):
     anew, examples = encoders(settings)
     micro_batch(anew, examples, list(range(11)))
     assert anew.take_counts() == (0, 0), "a later run begins with them"
+
+
+def test_what_a_step_computes_is_found_in_it_and_kept_after_it(settings):
+    kept, examples = encoders(settings, random_flip=False)
+    first = kept(gathered(examples, [0, 1, 2]))
+    again = kept(gathered(examples, [2, 3, 0]))
+    assert kept.take_counts() == (4, 4)
+    for one, other in zip(first, again):
+        assert torch.equal(one[[0, 2]], other[[2, 0]])
+    for keep, computed in ((lambda: None, 3), (kept.keep_new, 0)):
+        keep()
+        anew, examples = encoders(settings, random_flip=False)
+        anew(gathered(examples, [0, 1, 2]))
+        assert anew.take_counts() == (computed, computed)
 
 
 def test_what_is_kept_is_the_same_in_any_company(settings, tmp_path):
