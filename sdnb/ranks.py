@@ -2,12 +2,14 @@
 standard input, starts the ranks with accelerate's notebook_launcher. It is a process of its own because that launcher
 forks: a kernel that has computed before, or that holds an Accelerator, would hang or fail there.
 
-When the other end of the pipe closes, the one who launched the run is gone, however it ended, and every rank ends.
+When the other end of the pipe closes, the one who launched the run is gone, however it ended, and every rank ends. Each
+of its processes, when it is sent SIGUSR1, writes into the log where it is in the code.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import io
 import json
@@ -30,6 +32,7 @@ def main() -> None:
     folder, pipe = Path(sys.argv[1]), int(sys.argv[2])
     config = TrainConfig(**json.load(sys.stdin))
     gc.disable()  # until all is loaded, see `train`
+    faulthandler.register(signal.SIGUSR1)
     # nothing is ever written: the pipe can be read when its other end closes
     end_when(lambda: os.read(pipe, 1) == b"", everyone=True)
 

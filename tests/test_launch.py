@@ -55,7 +55,12 @@ def together(plans):
             return list(pool.map(lambda plan: launch.launch(plan, **QUIET), plans))
         except BaseException:
             for plan in plans:
-                for process in processes_of(plan.config.output_dir):
+                for process in (processes := processes_of(plan.config.output_dir)):
+                    process.send_signal(signal.SIGUSR1)
+                time.sleep(1)
+                print(f"{len(processes)} processes of {plan.config.output_dir}:")
+                print((Path(plan.config.output_dir) / "train.log").read_text())
+                for process in processes:
                     process.kill()
             raise
 
@@ -185,6 +190,17 @@ def test_an_interrupt_ends_every_rank(settings):
     assert time.time() - moment[0] < 8
     assert none_left(folder, within=2)
     assert len(run_folder.RunFolder(folder).steps) >= 2
+
+
+def test_processes_that_are_asked_say_where_they_are(settings):
+    def ask():
+        for process in processes_of(settings["output_dir"]):
+            process.send_signal(signal.SIGUSR1)
+
+    run = start(settings, num_processes=2, steps=4, show=at_step(1, ask))
+    assert len(run.steps) == 4, "and go on"
+    assert run.log.count("(most recent call first)") >= 3, "both ranks and their launcher"
+    assert "sdnb/train.py" in run.log
 
 
 def test_the_death_of_the_one_who_launched_ends_every_rank(settings):
