@@ -105,14 +105,16 @@ class Encoders:
     def _look_up(self, table: Table, rows: Sequence[int], encode: Callable[[list[int]], Tensor]) -> tuple[Tensor, int]:
         """The rows on the device, and how many had to be computed; those are on their way to the host."""
         new = self._new.setdefault(table, {})
-        kept = {row: table.read(row) for row in rows if row not in new}
-        missing = [row for row, values in kept.items() if values is None]
+        read = {row: table.read(row) for row in rows if row not in new}
+        missing = [row for row, values in read.items() if values is None]
+        kept = {row: values for row, values in read.items() if values is not None}
         if missing:
             values = encode(missing)
             new.update(zip(missing, zip(values, values.to("cpu", non_blocking=True))))
-        found = {row: values for row, values in kept.items() if values is not None}
-        on_device = dict(zip(found, self._sent(torch.stack(list(found.values()))))) if found else {}
-        return torch.stack([on_device[row] if row in on_device else new[row][0] for row in rows]), len(missing)
+        found = {row: values for row, (values, _) in new.items()}
+        if kept:
+            found |= zip(kept, self._sent(torch.stack(list(kept.values()))))
+        return torch.stack([found[row] for row in rows]), len(missing)
 
     def _sent(self, values: Tensor) -> Tensor:
         """Values of the host on the device, which is not waited for."""
