@@ -170,7 +170,10 @@ class Observer:
             logger.info("uploading to %s", self.repository)
             hub.publish(run_folder.RunFolder(self.folder), self.config, self.repository)
         accelerator.wait_for_everyone()
-        accelerator.end_training()
+        # Not `end_training`, which gives up the process group as well: DDP's reducer is then the last to hold it, and
+        # takes it down with the GIL held, while a thread of gloo's that holds the group's lock may wait for the GIL.
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
     def _save_pipeline(self) -> None:
         try:

@@ -42,7 +42,8 @@ def main() -> None:
 
     here = config.num_processes // config.num_machines
     address, port = config.main_process_ip or "127.0.0.1", str(config.meeting_port or free_port())
-    if here == 1 and config.num_machines > 1:  # which the launcher would take for a training on its own
+    is_the_rank = here == 1 and config.num_machines > 1
+    if is_the_rank:  # which the launcher would take for a training on its own
         os.environ.update(RANK=str(config.machine_rank), LOCAL_RANK="0", WORLD_SIZE=str(config.num_machines),
                           MASTER_ADDR=address, MASTER_PORT=port)  # fmt: skip
     try:
@@ -64,6 +65,9 @@ def main() -> None:
             how = killed if exit_code == -signal.SIGKILL else signal.Signals(-exit_code).name
             run_folder.fail(folder, rank, f"it died of {how}", "")
         sys.exit(1)
+    if is_the_rank:
+        sys.stdout.flush()
+        os._exit(0)  # at once, as forked ranks end: interpreter shutdown would take the process group down
 
 
 def _rank(config: TrainConfig) -> None:
