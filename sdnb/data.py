@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
@@ -65,17 +66,18 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     name, folder = config.dataset_name, config.train_data_dir
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise DataError(f"train_data_dir {folder}: there is no such folder (seen from {Path.cwd()})")
+    files = {"train": _all_in(Path(folder).expanduser())} if name is None else None
     if name in EMBEDDED_DATA:
-        name = str(openmoji.folder(config.resolution, config.cache_dir, name))
+        # With the files named, `datasets` does not look for splits in all the ways that a folder may show them.
+        rendered = openmoji.folder(config.resolution, config.cache_dir, name)
+        files = {split: _all_in(rendered / split) for split in openmoji.SPLITS}
     try:
-        if name is not None:
+        if files is None:
             splits = datasets.load_dataset(
                 name, config.dataset_config_name, cache_dir=config.cache_dir, data_dir=folder
             )
         else:
-            splits = datasets.load_dataset(
-                "imagefolder", data_files={"train": f"{Path(folder).expanduser()}/**"}, cache_dir=config.cache_dir
-            )
+            splits = datasets.load_dataset("imagefolder", data_files=files, cache_dir=config.cache_dir)
     except Exception as error:  # `datasets` raises dozens of types, its builders' included
         cause = error
         while cause.__cause__ is not None:
@@ -86,6 +88,10 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     if name is None and "image" in splits["train"].column_names:
         _check_all_have_captions(splits["train"], config)
     return splits
+
+
+def _all_in(folder: Path) -> str:
+    return f"{glob.escape(str(folder))}/**"
 
 
 def _check_all_have_captions(rows: datasets.Dataset, config: TrainConfig) -> None:

@@ -34,6 +34,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices: large enough to keep the device busy
 _ROUNDS, _PRODUCTS = 3, 4
+_TOO_LONG = 0.5  # seconds for one product, to measure several
 
 
 def peak_tflops(device: str, precision: str) -> float | None:
@@ -50,15 +51,19 @@ def reachable_tflops(device: torch.device, dtype: torch.dtype) -> float:
     side = _SIDES.get(device.type, _SIDES["cuda"])
     one, other = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     multiply = linear.as_convolution if linear.pays(device, dtype) else torch.matmul
-    seconds = []
-    for _ in range(1 + _ROUNDS):  # the first is a warm-up
+
+    def seconds(products: int) -> float:
         _wait_for(device)
         began = time.perf_counter()
-        for _ in range(_PRODUCTS):
+        for _ in range(products):
             multiply(one, other)
         _wait_for(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 * _PRODUCTS / min(seconds[1:]) / 1e12
+        return (time.perf_counter() - began) / products
+
+    once = min(seconds(1), seconds(1))  # the first is a warm-up
+    # A processor that does without half precision takes seconds for a product.
+    fastest = once if once > _TOO_LONG else min(seconds(_PRODUCTS) for _ in range(_ROUNDS))
+    return 2 * side**3 / fastest / 1e12
 
 
 def _wait_for(device: torch.device) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from .cache import cache_root, made_once
 from .settings import EMBEDDED_DATA
 
+SPLITS = "train", "validation"
 TRAINING_PICTURES = 833  # as many as the reference's lost data set had, so that an epoch has the same shape
 NEVER_SEEN = 192  # pictures that the embedded model has seen in no training
 ATTRIBUTION = "Pictures: OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
@@ -61,7 +62,7 @@ def named_pictures() -> list[tuple[Path, str]]:
 
 
 def folder(resolution: int, cache_dir: str | None = None, name: str = PLAIN) -> Path:
-    """An image folder with the splits `train` and `validation`, rendered once and kept.
+    """An image folder with a folder for each of the splits, rendered once and kept.
 
     Args:
         resolution: side of the pictures, in pixels.
@@ -81,7 +82,7 @@ def _render(target: Path, resolution: int, name: str) -> None:
     pictures = named_pictures()
     random.Random(0).shuffle(pictures)
     to_train = len(pictures) - NEVER_SEEN if name == PRETRAINING else TRAINING_PICTURES
-    for split, chosen in (("train", pictures[:to_train]), ("validation", pictures[to_train:])):
+    for split, chosen in zip(SPLITS, (pictures[:to_train], pictures[to_train:])):
         (target / split).mkdir(parents=True)
         lines = []
         for svg, caption in sorted(chosen):
