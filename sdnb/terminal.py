@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -9,20 +10,23 @@ import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from . import arguments, data, environment, memory, metrics, run_folder
-from .checkpoints import find
+from . import arguments, environment, run_folder
 from .config import TrainConfig
 from .errors import ConfigError, SdnbError
-from .train import train
 from .watchdog import end_with_parent
+
+if TYPE_CHECKING:
+    from .data import Splits
 
 
 def main() -> None:
-    """One rank of a training, alone or as `accelerate launch` starts it, with the settings of the command line."""
+    """One rank of a training, alone or as `accelerate launch` starts it, with the settings of the command line. It ends
+    the process. What trains is loaded when the settings have been read: that takes seconds."""
+    gc.disable()  # until all is loaded: looking through it for garbage takes a fifth of that time
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     folder = splits = None
     if world > 1:
@@ -30,6 +34,9 @@ def main() -> None:
     try:
         config = _as_launched(arguments.parse(sys.argv[1:]), world)
         if rank == 0:
+            from . import data
+            from .checkpoints import find
+
             splits = data.load(config)
             find(config, splits.train)  # what cannot be resumed is left as it is
             run_folder.begin(config, environment.capture())
@@ -64,11 +71,16 @@ def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
         devices.type, len(devices.names) * machines, devices.bf16
     )
     environment.require(config)
+    from . import memory
+
     return memory.settle(config, devices)[0]
 
 
-def _train_in_terminal(config: TrainConfig, rank: int, splits: data.Splits | None) -> None:
+def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) -> None:
     """Train; on rank 0 with the reference's progress bar, what is logged, and at the end what was measured."""
+    from . import metrics
+    from .train import train
+
     if rank:
         return train(config)
     logging.basicConfig(format="%(message)s", handlers=[_AboveTheBar()])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # here, so that a mistake in the command line is said before all of this is loaded
+    from sdnb.terminal import main
+
+    main()  # which ends this process
+
 import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until all is loaded: looking through it for garbage takes a fifth of that time
-
 import logging
 import math
 import os
@@ -305,9 +306,3 @@ def _check_ranks_joined(accelerator: Accelerator, config: TrainConfig) -> None:
             f"{config.num_processes} ranks were asked for and {joined} joined "
             f"({accelerator.distributed_type.value}, world size {accelerator.num_processes})"
         )
-
-
-if __name__ == "__main__":
-    from .terminal import main
-
-    main()
