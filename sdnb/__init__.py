@@ -1,9 +1,9 @@
 """sdnb: fine-tune Stable Diffusion from a notebook, and measure how fast a machine does it.
 
 The way data flows is the order to read the modules in:
-settings → config → models, data, run_folder → throughput → metrics → imported, compare → charts → plots, side_by_side
-→ run → memory, encoders, batches, checkpoints, observer → train → terminal, ranks → live → launch →
-resumable → pretrain, explore, report → sweep.
+settings → config → models, data, run_folder → throughput, peaks → metrics → imported, compare → charts → plots,
+side_by_side → run → linear → device → memory, encoders, batches, checkpoints, observer → train → terminal, ranks →
+live → launch → resumable → pretrain, explore, report → sweep.
 
 `sdnb.Run(folder)` is a run, `sdnb.runs()` the table of all.
 """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # who reads a run needs the phases, and not torch, which takes seconds to load
+    import torch
 
 PHASES = ("data", "encode", "forward", "backward", "optimizer", "ema", "other")
 
@@ -19,6 +20,10 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            from torch.cuda import Event
+
+            self._event = Event
         self.restart()
 
     def restart(self) -> None:
@@ -50,6 +55,6 @@ class StepClock:
     def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._event(enable_timing=True)
         event.record()
         return event

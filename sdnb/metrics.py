@@ -13,7 +13,7 @@ import pandas as pd
 
 from .clock import PHASES
 from .config import TrainConfig
-from .device import peak_tflops
+from .peaks import peak_tflops
 from .throughput import Estimate, images_per_second, nominal_ips
 
 RESULTS_MIME = "application/vnd.sdnb.results+json"  # the rows of the results table

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 from .config import TrainConfig
@@ -47,7 +47,7 @@ def images_per_second(images: np.ndarray, seconds: np.ndarray) -> Estimate:
         (1 - lag / (lags + 1)) * (residuals[lag:] @ residuals[:-lag]) for lag in range(1, lags + 1)
     )
     error = math.sqrt(max(variance, 0.0) * n / (n - 1)) / seconds.sum()
-    margin = stats.t.ppf(0.975, n - 1) * error
+    margin = stdtrit(n - 1, 0.975) * error
     return Estimate(ratio, ratio - margin, ratio + margin)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -125,6 +126,12 @@ def test_notebooks_are_committed_without_outputs():
     notebook = json.loads((ROOT / "notebooks" / "train.ipynb").read_text())
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert not [cell for cell in notebook["cells"] if cell.get("outputs") or cell.get("execution_count")]
+
+
+def test_whoever_reads_runs_does_not_wait_for_torch():
+    loaded = "import sdnb.run, sdnb.side_by_side, sdnb.imported, sdnb.report, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert "sdnb.compare" in modules and not {"torch", "diffusers", "transformers"} & set(modules)
 
 
 def test_make_help_lists_every_target():
