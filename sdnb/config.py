@@ -53,10 +53,11 @@ class TrainConfig(*reversed(GROUPS)):
                 "no data: give dataset_name (a hub id, a folder, or an embedded one, such as openmoji) "
                 "or train_data_dir (a folder of images with a metadata.jsonl)"
             )
-        if self.dataset_name in EMBEDDED_DATA and self.train_data_dir is not None:
-            raise ValueError(
-                f"dataset_name = {self.dataset_name} and train_data_dir exclude each other: set one of them to None"
-            )
+        for name in ("train_data_dir", "dataset_config_name"):
+            if self.dataset_name in EMBEDDED_DATA and getattr(self, name) is not None:
+                raise ValueError(
+                    f"dataset_name = {self.dataset_name} and {name} exclude each other: set one of them to None"
+                )
         return self
 
     @model_validator(mode="after")

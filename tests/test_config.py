@@ -45,6 +45,7 @@ def test_it_cannot_be_changed():
         (dict(lr_scheduler="cosin"), "lr_scheduler = 'cosin'"),
         (dict(steps=3, max_train_steps=4), "steps and max_train_steps are the same setting"),
         (dict(train_data_dir="x"), "dataset_name = openmoji and train_data_dir exclude each other"),
+        (dict(dataset_config_name="x"), "dataset_name = openmoji and dataset_config_name exclude each other"),
         (dict(dataset_name=None), "no data: give dataset_name"),
         (dict(seed="null"), "seed = 'null': write None"),
         (dict(validation_prompts="null"), "validation_prompts = 'null': write None"),
