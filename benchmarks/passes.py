@@ -55,7 +55,7 @@ LAST = {"channels_last": True}
 BLOCKS, WHOLE = ({**LAST, "compile_unet": how} for how in ("blocks", "whole"))
 WAYS = [
     *(Way("UNet", pictures, settings) for settings in ({}, LAST) for pictures in (8, 32)),
-    *(Way("VAE", pictures, settings) for settings in ({}, LAST) for pictures in (8, 32)),
+    *(Way("VAE", pictures, {}) for pictures in (8, 32)),
     Way("text encoder", 8, {}),
     *(Way("update", 0, {"fused_optimizer": fused}) for fused in (False, True)),
     *(Way("UNet", pictures, BLOCKS) for pictures in (8, 32)),
@@ -81,9 +81,7 @@ def unet_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, devic
 
 
 def vae_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
-    vae = AutoencoderKL(**architecture["vae"])
-    set_up(models.Parts(None, None, vae, torch.nn.Module(), None), config, device)
-    vae = vae.to(WEIGHT_DTYPES[config.mixed_precision]).requires_grad_(False)
+    vae = AutoencoderKL(**architecture["vae"]).to(WEIGHT_DTYPES[config.mixed_precision]).requires_grad_(False)
     pictures = torch.randn(way.pictures, 3, config.resolution, config.resolution, dtype=vae.dtype)
     return lambda: vae.encode(pictures).latent_dist.parameters
 

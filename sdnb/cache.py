@@ -64,8 +64,8 @@ def computed_once(kind: str, key: Any, compute: Callable[[], Any], cache_dir: st
     result = compute()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=folder)
-        with open(handle, "w") as file:
-            file.write(json.dumps(result))
-        os.replace(aside, path)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=folder) as aside:
+            whole = Path(aside, path.name)
+            whole.write_text(json.dumps(result))
+            whole.replace(path)
     return result

@@ -162,6 +162,11 @@ class TrainConfig(*reversed(GROUPS)):
         return self.main_process_port or (29500 if self.num_machines > 1 else None)
 
     @property
+    def ranks_here(self) -> int:
+        """Ranks on this machine. Needs `num_processes` to be resolved."""
+        return self.num_processes // self.num_machines
+
+    @property
     def global_batch(self) -> int:
         """Pictures in a full optimizer step, all ranks together. Needs `num_processes` to be resolved."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes

@@ -156,7 +156,7 @@ class Encoders:
             [tokenize(parts.tokenizer, captions[start : start + 1000]) for start in range(0, len(captions), 1000)]
         )
         packages = [f"{name} {environment.version_of(name)}" for name in _PACKAGES]
-        computed_with = [str(dtype), environment.devices().names[0], *packages]
+        computed_with = [str(dtype), f"TF32 {config.allow_tf32}", environment.devices().names[0], *packages]
         token_ids = hashlib.sha256(self.token_ids.numpy()).hexdigest()
         tables = (
             ("moments", [*computed_with, _digest(parts.vae), examples.pixels_digest()], examples.views, moments),

@@ -218,7 +218,7 @@ def _token(config: TrainConfig) -> dict[str, str]:
 def _process_environment(plan: Plan) -> dict[str, str]:
     """What the ranks' process needs in its environment before it loads torch; the user's own variables go before it."""
     # Two CPU ranks with a thread for every core each are ten times slower.
-    threads = {"OMP_NUM_THREADS": str(max(1, plan.environment["cpu_cores"] // plan.config.num_processes))}
+    threads = {"OMP_NUM_THREADS": str(max(1, plan.environment["cpu_cores"] // plan.config.ranks_here))}
     if plan.environment["devices"]["type"] != "cpu":
         return threads
     # Without the first, accelerate's launcher takes CPU ranks for GPU ranks, and each of them trains alone.

@@ -72,8 +72,8 @@ class Prediction:
 
 
 def settle(config: TrainConfig, devices: Devices) -> tuple[TrainConfig, Prediction | None]:
-    """A copy in which `fold_micro_batches` is set: as many as fit in most of a rank's memory. That is said of all its
-    memory and not of what is free, so that a machine always folds alike.
+    """A copy in which `fold_micro_batches` is set: as many as fit in most of a rank's memory, all of it, so that a
+    machine folds alike every time; fewer only where that much is not free.
 
     Returns:
         The settings, and the predicted peak; None where a model's architecture does not allow a prediction.
@@ -84,7 +84,9 @@ def settle(config: TrainConfig, devices: Devices) -> tuple[TrainConfig, Predicti
     """
     all_gib, free_gib = (per_rank(config, devices.type, gib) for gib in (devices.memory_gib, devices.free_gib))
     try:
-        folded = config.fold_micro_batches or folded_that_fits(config, devices.type, _FOR_FOLDING * all_gib)
+        most_gib = min(_FOR_FOLDING * all_gib, free_gib)
+        folded = config.fold_micro_batches or folded_that_fits(config, devices.type, most_gib)
+        folded = min(folded, config.gradient_accumulation_steps)
         predicted = predict(config, devices.type, folded)
     except SdnbError:
         raise
@@ -96,11 +98,11 @@ def settle(config: TrainConfig, devices: Devices) -> tuple[TrainConfig, Predicti
 
 
 def per_rank(config: TrainConfig, device_type: str, gib: tuple[float, ...]) -> float:
-    """A rank's part of the memory of the devices here: a GPU's own, the least of them; on a CPU the ranks share. What
-    the settings say it may count on goes before that."""
+    """A rank's part of the memory of the devices here: a GPU's own, the least of those that have a rank; on a CPU the
+    ranks share. What the settings say it may count on goes before that."""
     if config.memory_gib is not None:
         return config.memory_gib
-    return min(gib) if device_type != "cpu" else gib[0] / (config.num_processes // config.num_machines)
+    return min(gib[: config.ranks_here]) if device_type != "cpu" else gib[0] / config.ranks_here
 
 
 def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Prediction:

@@ -40,9 +40,8 @@ def main() -> None:
 
     from .compat import first_failure
 
-    here = config.num_processes // config.num_machines
     address, port = config.main_process_ip or "127.0.0.1", str(config.meeting_port or free_port())
-    is_the_rank = here == 1 and config.num_machines > 1
+    is_the_rank = config.ranks_here == 1 and config.num_machines > 1
     if is_the_rank:  # which the launcher would take for a training on its own
         os.environ.update(RANK=str(config.machine_rank), LOCAL_RANK="0", WORLD_SIZE=str(config.num_machines),
                           MASTER_ADDR=address, MASTER_PORT=port)  # fmt: skip
@@ -51,7 +50,7 @@ def main() -> None:
             notebook_launcher(
                 _rank,
                 args=(config,),
-                num_processes=here,
+                num_processes=config.ranks_here,
                 num_nodes=config.num_machines,
                 node_rank=config.machine_rank,
                 mixed_precision=config.mixed_precision,
@@ -74,7 +73,7 @@ def _rank(config: TrainConfig) -> None:
     sys.stdout = sys.__stdout__
     # elastic's handler, inherited, would not let a rank that waits for another end.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if config.num_processes > config.num_machines:
+    if config.ranks_here > 1:
         end_with_parent()
     try:
         from .train import train

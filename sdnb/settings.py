@@ -132,12 +132,14 @@ class Speed(Group):
 
     encoder_cache_gib: Real = setting(
         10.0,
-        "keep what the VAE and the text encoder give for each picture and caption, in the cache folder, up to so many "
-        "GiB; 0: run them every time. Of no effect where the crop is random",
+        "keep what the VAE and the text encoder give for each picture and caption, in the cache folder, if all of it "
+        "takes no more than so many GiB; 0: run them every time. Of no effect where the crop is random",
         ge=0,
     )
     fold_micro_batches: Count | None = setting(
-        None, "run so many micro-batches of a step as one larger batch; left out, as many as fit in memory; 1: none"
+        None,
+        "run so many micro-batches of a step as one larger batch; 1: none; left out, the largest part of a step, all "
+        "or a half or a third, that fits in most of the memory",
     )
     memory_gib: Real | None = setting(
         None, "memory that a rank may count on, in GiB, before it is refused; left out, what its device has free", gt=0
@@ -149,7 +151,7 @@ class Speed(Group):
     keep_freed_memory: Flag = setting(
         True, "on a CPU, memory that tensors leave stays with the process, and need not be had anew in every step"
     )
-    channels_last: Flag = setting(False, "keep the UNet's and the VAE's tensors with the channels last")
+    channels_last: Flag = setting(False, "keep the UNet's tensors with the channels last")
     compile_unet: Annotated[Literal["no", "blocks", "whole"], BeforeValidator(_no_from_flag)] = setting(
         "no", "torch.compile of the UNet's transformer blocks, or of all of it"
     )

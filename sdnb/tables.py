@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 import zlib
@@ -89,7 +90,7 @@ class Table:
 
 def size_of(rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of so many arrays."""
-    return rows * int(np.prod(shape)) * torch.empty(0, dtype=dtype).element_size()
+    return rows * math.prod(shape) * dtype.itemsize
 
 
 def _make_room(folder: Path, needed: int, limit: int) -> None:

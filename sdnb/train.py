@@ -88,7 +88,7 @@ def train(
     splits.train.tokenizer = parts.tokenizer
     # On a CPU, the cores that would load are those that train; and processes that load do without threads.
     if accelerator.device.type == "cuda" and not config.dataloader_num_workers:
-        splits.train.load_in_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        splits.train.load_in_threads(max(1, len(os.sched_getaffinity(0)) // config.ranks_here))
     loader = DataLoader(
         splits.train,
         shuffle=True,
@@ -231,9 +231,8 @@ def set_up(parts: models.Parts, config: TrainConfig, device: torch.device) -> No
             raise ConfigError(f"enable_xformers_memory_efficient_attention: {error}") from error
     if config.onednn_linear and linear.pays(device, WEIGHT_DTYPES[config.mixed_precision]):
         linear.convolve(parts.unet)
-    if config.channels_last:
+    if config.channels_last:  # the UNet's only: noise is drawn in the order in which the VAE lays out what it gives
         parts.unet.to(memory_format=torch.channels_last)
-        parts.vae.to(memory_format=torch.channels_last)
     if config.compile_unet != "no":
         _compile(parts.unet, config)
 

@@ -257,6 +257,13 @@ def test_what_is_wrong_is_found_before_anything_is_launched(settings, tmp_path):
     assert not Path(settings["output_dir"]).exists()
 
 
+def test_the_ranks_of_a_machine_share_its_cores(settings):
+    asked = TrainConfig(**{**settings, "num_processes": 4, "num_machines": 2, "main_process_ip": "10.0.0.1"})
+    for config, threads in ((asked, "4"), (asked.updated(num_machines=1), "2"), (asked.updated(num_processes=2), "8")):
+        plan = launch.Plan(config, {"cpu_cores": 8, "devices": {"type": "cpu"}}, examples=None, predicted=None)
+        assert launch._process_environment(plan)["OMP_NUM_THREADS"] == threads
+
+
 def test_the_plan_says_what_will_run(settings):
     made = TrainConfig(**{**settings, "train_batch_size": 8, "gradient_accumulation_steps": 4, "num_processes": 2})
     plan = launch.prepare(made)

@@ -195,10 +195,21 @@ def test_a_machine_settles_how_much_is_folded():
         machine_gib = 2 * total_gib / 0.75 + 1e-3  # two ranks share it, and three quarters of a part are taken
         settled, predicted = memory.settle(settings, machine(machine_gib, machine_gib))
         assert settled.fold_micro_batches == count and predicted.total_gib == total_gib
-    settled, _ = memory.settle(settings.updated(fold_micro_batches=3), machine(100, 100))
-    assert settled.fold_micro_batches == 3, "what is asked for goes first"
+    for asked, done in ((3, 3), (8, 4)):
+        settled, _ = memory.settle(settings.updated(fold_micro_batches=asked), machine(100, 100))
+        assert settled.fold_micro_batches == done, "what is asked for goes first; a step has four"
+    settled, _ = memory.settle(settings, machine(100, 2 * totals[1] + 1e-3))
+    assert settled.fold_micro_batches == 2, "and no more than is free"
     with pytest.raises(ConfigError, match=r"0.4 GiB are free(.|\n)*If you know better, set memory_gib"):
         memory.settle(settings, machine(100, 0.8))
+
+
+def test_memory_that_no_rank_uses_does_not_count():
+    on_gpus = config(num_processes=2), "cuda", (80.0, 60.0, 3.0)
+    assert memory.per_rank(*on_gpus) == 60
+    on_two_machines = config(num_processes=4, num_machines=2, main_process_ip="10.0.0.1", output_dir="run")
+    assert memory.per_rank(on_two_machines, "cuda", (80.0, 60.0, 3.0)) == 60
+    assert memory.per_rank(on_two_machines, "cpu", (24.0,)) == 12, "two ranks share a machine"
 
 
 def test_what_a_rank_may_count_on_can_be_said():

@@ -172,9 +172,16 @@ def test_a_step_that_overflows_leaves_the_schedule_where_it_is(settings, monkeyp
 
 
 def test_gradients_are_clipped(settings, tmp_path):
-    loose = train(settings, output_dir=str(tmp_path / "loose"), steps=1)
-    tight = train(settings, output_dir=str(tmp_path / "tight"), steps=1, max_grad_norm=1e-3)
+    settings = {**settings, "learning_rate": 0.1, "adam_epsilon": 1e3, "adam_weight_decay": 0, "use_ema": False}
+    still, loose, tight = (
+        train(settings, output_dir=str(tmp_path / name), **changes)
+        for name, changes in (
+            ("still", dict(learning_rate=0)), ("loose", dict(max_grad_norm=1)), ("tight", dict(max_grad_norm=0.01))
+        )
+    )  # fmt: skip
     assert loose.steps.grad_norm[0] == tight.steps.grad_norm[0] > 1, "the norm recorded is that before clipping"
+    moved = [run.steps.loss[1] - still.steps.loss[1] for run in (loose, tight)]
+    assert moved[1] == pytest.approx(moved[0] / 100, rel=0.3), "with so large an epsilon a step goes as the gradient"
 
 
 def test_bfloat16_on_the_cpu(settings):
