@@ -5,7 +5,8 @@ compares the `train_loss` of each optimizer step and the weights at the end.
     python benchmarks/parity.py --device cuda --mixed_precision fp16 --reference …
 
 On a GPU, of its cases those of one rank, and the reference runs twice: it need not repeat itself to the bit there, and
-sdnb is to be no farther from it than it is from itself. The reference is diffusers'
+sdnb is to be no farther from it than it is from itself. `--flags` are further ones of sdnb's, such as
+`--flags="--encoder_cache_gib=0 --fold_micro_batches=1"` for the reference's work. The reference is diffusers'
 `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or any later one; its environment needs torchvision.
 `--record` writes the reference's trajectories to where the tests find them.
 """
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -204,9 +206,15 @@ def slug(name: str) -> str:
 
 
 def compare(
-    reference: Path, python: str, names: list[str], work: Path, device: str = "cpu", precision: str = "no"
+    reference: Path,
+    python: str,
+    names: list[str],
+    work: Path,
+    device: str = "cpu",
+    precision: str = "no",
+    flags: Sequence[str] = (),
 ) -> dict[str, dict]:
-    """Run the cases on both sides; what the reference does not know is left out."""
+    """Run the cases on both sides, sdnb with further `flags`; what the reference does not know is left out."""
     source = reference.read_text()
     # v0.26.3 resizes bilinearly and has no flag for it; later ones have, with another default.
     bilinear = ("--image_interpolation_mode=bilinear",) if "image_interpolation_mode" in source else ()
@@ -222,13 +230,13 @@ def compare(
         extra = () if "image_interpolation_mode" in case.flags else bilinear
         in_precision = () if precision == "no" else (f"--mixed_precision={precision}",)
         script, own = [str(reference)], ["-m", "sdnb.train"]
-        runs = [(python, script, theirs, (*extra, *in_precision)), (sys.executable, own, ours, in_precision)]
+        runs = [(python, script, theirs, (*extra, *in_precision)), (sys.executable, own, ours, (*in_precision, *flags))]
         if device == "cuda":
             runs.append((python, script, again := theirs.with_name(f"{theirs.name}-again"), (*extra, *in_precision)))
         with ThreadPoolExecutor(len(runs) if device == "cuda" else 1) as together:
             started = [
-                together.submit(train, with_python, program, case, work, output, flags, device)
-                for with_python, program, output, flags in runs
+                together.submit(train, with_python, program, case, work, output, given, device)
+                for with_python, program, output, given in runs
             ]
             for one in started:
                 one.result()
@@ -297,6 +305,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="some of: " + "; ".join(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
+    parser.add_argument("--flags", default="", help="further flags of sdnb's trainings")
     parser.add_argument("--out", type=Path, default=Path("parity"), help="folder for the table and the plot")
     parser.add_argument("--record", action="store_true", help="keep the reference's trajectories for the tests")
     options = parser.parse_args()
@@ -308,9 +317,9 @@ def main() -> None:
         if options.record:
             parser.error("--record: the tests compare with what the CPU gives")
         options.cases = [name for name in options.cases if CASES[name].ranks == 1]
-    on, precision = options.device, options.mixed_precision
+    on, precision, flags = options.device, options.mixed_precision, options.flags.split()
     with tempfile.TemporaryDirectory(prefix="sdnb-parity-") as work:
-        results = compare(options.reference.absolute(), options.python, options.cases, Path(work), on, precision)
+        results = compare(options.reference.absolute(), options.python, options.cases, Path(work), on, precision, flags)
     made_by = dict(reference=options.name, versions=versions(options.python), date=str(date.today()))
     changed = {name: CASES[name].changed for name in results if _is_later(options.reference) and CASES[name].changed}
     columns = ["largest", "weights", *(["again", "weights_again"] if on == "cuda" else [])]
@@ -327,9 +336,10 @@ def main() -> None:
 
         title += f" on {environment.devices().names[0]}, mixed_precision {precision}"
         file += f"-{on}-{precision}"
+    sdnb = f"sdnb with `{options.flags}`" if flags else "sdnb"
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{file}.md").write_text(
-        f"sdnb against train_text_to_image.py of {title}, {made_by['date']}; the reference's environment: "
+        f"{sdnb} against train_text_to_image.py of {title}, {made_by['date']}; the reference's environment: "
         + ", ".join(f"{name} {version}" for name, version in made_by["versions"].items())
         + ".\n\n" + "\n".join([*head, *table, *notes]) + "\n"
     )  # fmt: skip
