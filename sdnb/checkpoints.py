@@ -205,6 +205,7 @@ class Checkpoints:
         problem = None
         try:
             self.accelerator.load_state(str(checkpoint.folder))
+            self._lay_out_as_the_weights()
             self._take_up_place(checkpoint)
         except Exception as error:  # torch, safetensors, pickle and json each have their own for a damaged file
             problem = f"{checkpoint.folder}: unreadable: {type(error).__name__}: {error}"
@@ -212,6 +213,14 @@ class Checkpoints:
         if int(self.accelerator.reduce(failed, reduction="sum")):
             return problem or f"{checkpoint.folder}: unreadable for another rank"
         return None
+
+    def _lay_out_as_the_weights(self) -> None:
+        """Put what the optimizer has loaded into the order in memory that the weights have now (`channels_last`): a
+        fused AdamW goes through both as they lie."""
+        for weights, state in self.optimizer.state.items():
+            for name, values in state.items():
+                if values.is_floating_point() and values.shape == weights.shape:
+                    state[name] = torch.empty_like(weights, dtype=values.dtype).copy_(values)
 
     def _take_up_place(self, checkpoint: Checkpoint) -> None:
         if checkpoint.manifest is None:

@@ -262,6 +262,15 @@ def test_what_does_not_change_the_training_may_change(copy, tmp_path):
     assert [one.step for one in found({**settings, **harmless}).usable] == [2, 1]
 
 
+def test_another_order_in_memory_goes_on_with_the_same_training(copy, tmp_path):
+    folder, settings = copy
+    shutil.copytree(folder, tmp_path / "other")
+    plain = train(settings, steps=5)
+    other = train(settings, steps=5, channels_last=True, output_dir=str(tmp_path / "other"))
+    assert "resuming after step 2" in other.log
+    assert list(other.steps.loss) == pytest.approx(list(plain.steps.loss), rel=1e-4)
+
+
 def test_changes_that_are_asked_for_hold(copy):
     _, settings = copy
     run = train(settings, learning_rate=0.5, adam_beta1=0.5, resume_with_changes=True)
