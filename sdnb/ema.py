@@ -24,10 +24,17 @@ class Average(EMAModel):
         super().__init__(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
         self._offloaded = config.offload_ema
         self._fused = config.fused_optimizer or config.foreach_ema
+        self._channels_last = config.channels_last
 
     def settle(self, device: torch.device) -> None:
-        """Go to where it is between steps: the device, or with `offload_ema` pinned memory of the host."""
+        """Go to where it is between steps: the device, or with `offload_ema` pinned memory of the host; in the order in
+        memory that the weights have, in which alone all of them are averaged at once."""
         self._device = device
+        if self._channels_last:
+            self.shadow_params = [
+                average.to(memory_format=torch.channels_last) if average.dim() == 4 else average
+                for average in self.shadow_params
+            ]
         if self._offloaded and device.type == "cuda":
             self.shadow_params = [average.to("cpu").pin_memory() for average in self.shadow_params]
         else:
