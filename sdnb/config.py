@@ -66,6 +66,13 @@ class TrainConfig(*reversed(GROUPS)):
             raise ValueError("dream_training is not defined for prediction_type = v_prediction: leave one of them out")
         if self.cuda_graphs and self.compile_unet == "no":
             raise ValueError("cuda_graphs = True needs compile_unet = blocks, or whole")
+        steps = self.gradient_accumulation_steps
+        if self.cuda_graphs and (self.fold_micro_batches or steps) < steps:
+            # the graphs' next run would overwrite the gradients that wait
+            raise ValueError(
+                f"cuda_graphs = True needs all {steps} micro-batches of a step to run as one, and "
+                f"{self.fold_micro_batches} is what fold_micro_batches asks for, or what fits in memory"
+            )
         if self.machine_rank >= self.num_machines:
             raise ValueError(
                 f"machine_rank = {self.machine_rank}: num_machines = {self.num_machines} machines are counted from 0"

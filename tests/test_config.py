@@ -132,7 +132,10 @@ def test_whole_steps_run_on_over_the_end_of_an_epoch():
 def test_cuda_graphs_are_of_what_is_compiled():
     with pytest.raises(ConfigError, match="cuda_graphs = True needs compile_unet"):
         config(cuda_graphs=True)
-    assert config(cuda_graphs=True, compile_unet="blocks").cuda_graphs
+    graphs = config(cuda_graphs=True, compile_unet="blocks", gradient_accumulation_steps=4)
+    assert graphs.updated(fold_micro_batches=4).cuda_graphs
+    with pytest.raises(ConfigError, match="needs all 4 micro-batches of a step to run as one"):
+        graphs.updated(fold_micro_batches=2)
     assert config(compile_unet=False).compile_unet == "no", "no is a boolean in YAML"
 
 
