@@ -24,7 +24,9 @@ def reachable_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """The rate of products of two square matrices on the device, in TFLOP/s: the fastest of a few rounds, by the
     faster library."""
     side = _SIDES.get(device.type, _SIDES["cuda"])
-    one, other = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    # Random: of equal numbers a GPU draws less power, and multiplies them faster than it would any others.
+    generator = torch.Generator(device).manual_seed(0)
+    one, other = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
     multiply = linear.as_convolution if linear.pays(device, dtype) else torch.matmul
 
     def seconds(products: int) -> float:
@@ -68,10 +70,10 @@ class EnergyMeter:
     Where there is none it reads nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        self._handle = None
+        self._handle, self._device = None, device
         if device.type != "cuda" or torch.version.hip:
             return
-        with contextlib.suppress(Exception):  # no package, no driver, no counter, or a torch that does not say the UUID
+        with contextlib.suppress(Exception):  # no driver, no counter, or a torch that does not say the UUID
             import pynvml
 
             pynvml.nvmlInit()
@@ -84,9 +86,10 @@ class EnergyMeter:
         return self._handle is not None
 
     def joules(self) -> float:
-        """Since the last time that this was asked; NaN where nothing is read."""
+        """Since the last time that this was asked, the device having come to rest; NaN where nothing is read."""
         if not self:
             return float("nan")
+        _wait_for(self._device)
         before, self._before = self._before, self._joules(self._handle)
         return self._before - before
 
