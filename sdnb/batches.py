@@ -57,7 +57,7 @@ class Batches:
     def place(self) -> dict[str, Any]:
         """Where the training is, after a step; what `take_up` needs. `torch.save` can write it."""
         place = {"epoch": self.epoch, "taken": self._taken, "generators": self._generators()}
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # it is what this training runs on
             place["generators"]["cuda"] = torch.cuda.get_rng_state()
         if self._taken:
             place.update(at_start=self._at_start, before_fetch=self._before_fetch)

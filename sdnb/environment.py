@@ -51,7 +51,7 @@ def devices() -> Devices:
             tuple(device.name for device in seen),
             tuple(round(device.total_memory / 2**30, 1) for device in seen),
             _free_gib(seen),
-            torch.cuda.is_bf16_supported(including_emulation=False),
+            bool(torch.version.hip) or seen[0].major >= 8,  # NVIDIA's since Ampere; torch's own answer counts emulation
         )
     memory = psutil.virtual_memory()
     total_gib, free_gib = round(memory.total / 2**30, 1), round(memory.available / 2**30, 1)
