@@ -54,7 +54,7 @@ def measure(
     """Train with one setting at a value, in a cache folder of its own.
 
     Raises:
-        RuntimeError: if it fails.
+        RuntimeError, SdnbError: if it fails, such as where it does not fit in memory.
     """
     values = {"train_batch_size": 8, "resolution": MODELS[name][0], "max_train_samples": 0, "num_processes": 1}
     values[setting] = value
@@ -145,14 +145,23 @@ def main() -> None:
                 date=time.strftime("%Y-%m-%d"), steps=options.steps, flags=f"{FLAGS}{further}",
             )  # fmt: skip
             results: list[dict[str, Any]] = []
+            failed: list[str] = []
             for setting in options.vary:
                 for value in points(side, ranks)[setting]:
                     if time.monotonic() > ends:
                         print(f"stopped after {len(results)} trainings: {options.minutes:g} minutes are over")
                         return
-                    results.append(measure(options.model, setting, value, options, device, further, Path(work)))
-                    print(json.dumps(results[-1]), flush=True)
+                    try:
+                        result = measure(options.model, setting, value, options, device, further, Path(work))
+                    except (RuntimeError, errors.SdnbError) as error:
+                        failed.append(f"{setting} = {value}")
+                        print(f"{failed[-1]}: {error}", file=sys.stderr)
+                        continue
+                    results.append(result)
+                    print(json.dumps(result), flush=True)
                     write(results, about, f"{options.out}/growth-{options.model}")
+            if failed:
+                sys.exit(f"error: not measured: {', '.join(failed)}")
         except (RuntimeError, errors.SdnbError) as error:
             sys.exit(f"error: {error}")
 
