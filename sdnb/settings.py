@@ -155,7 +155,9 @@ class Speed(Group):
     compile_unet: Annotated[Literal["no", "blocks", "whole"], BeforeValidator(_no_from_flag)] = setting(
         "no", "torch.compile of the UNet's transformer blocks, or of all of it"
     )
-    cuda_graphs: Flag = setting(False, "with compile_unet, and a step run as one batch: launch the kernels as CUDA graphs")
+    cuda_graphs: Flag = setting(
+        False, "with compile_unet, and a step run as one batch: launch the kernels as CUDA graphs"
+    )
 
 
 class Loss(Group):
