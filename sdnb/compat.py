@@ -52,6 +52,17 @@ def has_stances() -> bool:
     return hasattr(torch.compiler, "set_stance")
 
 
+def save_contiguous(module: Any) -> None:
+    """Have the state dict of a module, which is what is saved of it, hold contiguous tensors: safetensors of 2024 takes
+    no others."""
+
+    def contiguous(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in state:
+            state[name] = state[name].contiguous()
+
+    module._register_state_dict_hook(contiguous)
+
+
 def read_vocabulary(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """What `write_vocabulary` has written."""
     tokens = json.loads((folder / VOCABULARY).read_text())

@@ -76,7 +76,8 @@ class Average(EMAModel):
             unet = UNet2DConditionModel.from_config(self.model_config)
         unet.register_to_config(**state)
         names = [name for name, _ in unet.named_parameters()]
-        unet.load_state_dict(dict(zip(names, self.shadow_params)), assign=True)
+        averages = [average.contiguous() for average in self.shadow_params]
+        unet.load_state_dict(dict(zip(names, averages)), assign=True)
         unet.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:

@@ -36,7 +36,7 @@ from . import data, linear, models, run_folder
 from .batches import Batches
 from .checkpoints import Checkpoints, clean_up, find
 from .clock import StepClock
-from .compat import has_fused_adam, has_stances
+from .compat import has_fused_adam, has_stances, save_contiguous
 from .config import TrainConfig
 from .device import give_back_freed_memory, keep_freed_memory, reachable_tflops
 from .diffusion import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
@@ -233,6 +233,7 @@ def set_up(parts: models.Parts, config: TrainConfig, device: torch.device) -> No
         linear.convolve(parts.unet)
     if config.channels_last:  # the UNet's only: noise is drawn in the order in which the VAE lays out what it gives
         parts.unet.to(memory_format=torch.channels_last)
+        save_contiguous(parts.unet)
     if config.compile_unet != "no":
         _compile(parts.unet, config)
 
