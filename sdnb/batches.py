@@ -97,7 +97,7 @@ class Batches:
         set_generators(states)
         if states["order"] is not None:
             self.loader.synchronized_generator.set_state(states["order"])
-        if "cuda" in states:
+        if "cuda" in states and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(states["cuda"])
 
 

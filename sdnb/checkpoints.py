@@ -219,7 +219,7 @@ class Checkpoints:
         fused AdamW goes through both as they lie."""
         for weights, state in self.optimizer.state.items():
             for name, values in state.items():
-                if values.is_floating_point() and values.shape == weights.shape:
+                if values.shape == weights.shape and values.stride() != weights.stride():
                     state[name] = torch.empty_like(weights, dtype=values.dtype).copy_(values)
 
     def _take_up_place(self, checkpoint: Checkpoint) -> None:

@@ -70,8 +70,8 @@ class TrainConfig(*reversed(GROUPS)):
         if self.cuda_graphs and (self.fold_micro_batches or steps) < steps:
             # the graphs' next run would overwrite the gradients that wait
             raise ValueError(
-                f"cuda_graphs = True needs all {steps} micro-batches of a step to run as one, and "
-                f"{self.fold_micro_batches} is what fold_micro_batches asks for, or what fits in memory"
+                f"cuda_graphs = True needs all {steps} micro-batches of a step to run as one: leave fold_micro_batches "
+                f"out, or set it to {steps}"
             )
         if self.machine_rank >= self.num_machines:
             raise ValueError(
@@ -206,12 +206,16 @@ class TrainConfig(*reversed(GROUPS)):
         return steps if self.whole_steps else math.ceil(steps)
 
     def total_steps(self, examples: int) -> int:
-        """Optimizer steps of the whole training."""
+        """Optimizer steps of the whole training.
+
+        Raises:
+            ConfigError: if `whole_steps` is set and there are not enough examples for one.
+        """
+        micro_batches = self.micro_batches_per_epoch(examples)
         if self.max_train_steps:
             return self.max_train_steps
         if self.whole_steps:
-            micro_batches = self.num_train_epochs * self.micro_batches_per_epoch(examples)
-            return max(1, micro_batches // self.gradient_accumulation_steps)
+            return max(1, self.num_train_epochs * micro_batches // self.gradient_accumulation_steps)
         return self.num_train_epochs * self.steps_per_epoch(examples)
 
     def schedule_steps(self, examples: int) -> int:

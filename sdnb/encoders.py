@@ -34,7 +34,7 @@ class Encoders:
 
     What it keeps are the moments and not a draw from them, so that drawing and its order stay as they are. A picture, a
     mirrored picture, and a caption are each encoded when they are first met, in one batch with what else of the
-    micro-batch was not met before; on a CPU what they give is the same, to the bit, in any company.
+    micro-batch was not met before; in float32 on a CPU what they give is the same, to the bit, in any company.
     """
 
     def __init__(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, device: torch.device) -> None:
@@ -49,6 +49,7 @@ class Encoders:
         self._new: dict[Table, dict[int, tuple[Tensor, Tensor]]] = {}
         self._layouts: dict[int, Tensor] = {}
         self.encoded_images = self.encoded_captions = 0
+        self._warned = False
         reason = _why_not(config)
         if reason is None:
             try:
@@ -98,8 +99,13 @@ class Encoders:
         """Write what was computed since the last time into the tables. To be called when the device has come to rest:
         it is not waited for here."""
         for table, new in self._new.items():
-            for row, (_, values) in new.items():
-                table.write(row, values)
+            try:
+                for row, (_, values) in new.items():
+                    table.write(row, values)
+            except OSError as error:  # such as on a full disk: what is not kept is encoded again
+                if not self._warned:
+                    logger.warning("%s: not all that the encoders give can be kept: %s", table.path, error)
+                self._warned = True
             new.clear()
 
     def _look_up(self, table: Table, rows: Sequence[int], encode: Callable[[list[int]], Tensor]) -> tuple[Tensor, int]:
@@ -145,7 +151,7 @@ class Encoders:
         captions = examples.distinct_captions
         words = (parts.tokenizer.model_max_length, parts.text_encoder.config.hidden_size)
         folder = cache_root(config.cache_dir) / "encodings"
-        limit = int(config.encoder_cache_gib * 2**30)
+        limit = config.encoder_cache_gib * 2**30
         needed = size_of(examples.views, moments, dtype) + size_of(len(captions), words, dtype)
         if needed > limit:
             raise CacheError(

@@ -69,8 +69,10 @@ def _free_gib(devices: list[Any]) -> tuple[float, ...]:
 
 def require(config: TrainConfig) -> None:
     """Raises:
-    ConfigError: if a setting asks for a package that is not installed.
+    ConfigError: if a setting asks for a package that is not installed, or for a cache folder that is none.
     """
+    if config.cache_dir is not None and Path(config.cache_dir).expanduser().is_file():
+        raise ConfigError(f"cache_dir = {config.cache_dir}: that is a file, not a folder")
     asked = [name for name in ("use_8bit_adam", "enable_xformers_memory_efficient_attention") if getattr(config, name)]
     for wish in (*asked, f"report_to = {config.report_to}"):
         module, package = _OPTIONAL.get(wish, (None, None))

@@ -137,6 +137,7 @@ def prepare(config: TrainConfig) -> Plan:
     models.source(config)
     config, predicted = memory.settle(config, environment.Devices(**devices))
     examples = data.load(config)
+    config.total_steps(len(examples.train))  # which there may be too few examples for
     checkpoints = find(config, examples.train).usable
     return Plan(config, seen, examples, predicted, checkpoints[0].step if checkpoints else 0)
 

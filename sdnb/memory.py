@@ -82,17 +82,17 @@ def settle(config: TrainConfig, devices: Devices) -> tuple[TrainConfig, Predicti
         ConfigError: if the predicted peak is above the memory that is free.
         ModelError: if the model cannot be had.
     """
+    steps = config.gradient_accumulation_steps
+    asked = min(config.fold_micro_batches or 0, steps) or (steps if config.cuda_graphs else None)
     all_gib, free_gib = (per_rank(config, devices.type, gib) for gib in (devices.memory_gib, devices.free_gib))
     try:
-        most_gib = min(_FOR_FOLDING * all_gib, free_gib)
-        folded = config.fold_micro_batches or folded_that_fits(config, devices.type, most_gib)
-        folded = min(folded, config.gradient_accumulation_steps)
+        folded = asked or folded_that_fits(config, devices.type, min(_FOR_FOLDING * all_gib, free_gib))
         predicted = predict(config, devices.type, folded)
     except SdnbError:
         raise
     except Exception as error:  # of any kind: a model's code meets tensors that it was not written for
         logger.warning("the peak memory cannot be predicted: %s: %s", type(error).__name__, error)
-        return config.updated(fold_micro_batches=config.fold_micro_batches or 1), None
+        return config.updated(fold_micro_batches=asked or 1), None
     require_fit(config, devices.type, free_gib, folded)
     return config.updated(fold_micro_batches=folded), predicted
 
@@ -186,14 +186,15 @@ def require_fit(config: TrainConfig, device_type: str, free_gib: float, folded: 
 def _remedies(config: TrainConfig, device_type: str, folded: int) -> Iterator[list[dict[str, Any]]]:
     """Changes that leave an optimizer step as many pictures as it has; where a setting has several values, the one that
     changes least comes first."""
+    no_graphs = {"cuda_graphs": False} if config.cuda_graphs else {}  # they need a step to run as one batch
     if folded > 1:
-        yield [{"fold_micro_batches": count} for count in range(folded - 1, 0, -1) if folded % count == 0]
+        yield [{"fold_micro_batches": count, **no_graphs} for count in range(folded - 1, 0, -1) if folded % count == 0]
     if not config.gradient_checkpointing:
         yield [{"gradient_checkpointing": True}]
     batch, steps = config.train_batch_size, config.gradient_accumulation_steps
     if batch > 1:
         yield [
-            {"train_batch_size": smaller, "gradient_accumulation_steps": steps * batch // smaller}
+            {"train_batch_size": smaller, "gradient_accumulation_steps": steps * batch // smaller, **no_graphs}
             for smaller in range(batch - 1, 0, -1)
             if batch % smaller == 0
         ]

@@ -18,16 +18,17 @@ from .errors import CacheError
 
 SUFFIX = ".table"
 _HEADER_BYTES = 64  # a hash of what the table depends on, and zeros
+_CHECKSUM_BYTES = 8
 
 
 class Table:
-    """Rows that are absent or whole: an array is written before its checksum, and one that does not match its checksum,
-    such as after a loss of power, counts as absent. Of the file only the checksums are mapped: the arrays stay in the
-    system's memory while there is room, and are none of the process's own.
+    """Rows that are absent or whole: an array is written before its checksum, and one that does not match its checksum
+    when it is first read, such as after a loss of power, counts as absent. Nothing of the file is mapped: it stays in
+    the system's memory while there is room, is none of the process's own, and may be cut short meanwhile.
     """
 
     def __init__(
-        self, folder: Path, kind: str, key: str, rows: int, shape: tuple[int, ...], dtype: torch.dtype, limit: int
+        self, folder: Path, kind: str, key: str, rows: int, shape: tuple[int, ...], dtype: torch.dtype, limit: float
     ) -> None:
         """Open a table, or make it with every row absent.
 
@@ -43,10 +44,9 @@ class Table:
         """
         self._arguments = (folder, kind, key, rows, shape, dtype, limit)
         self.shape, self.dtype = shape, dtype
-        row_bytes = size_of(1, shape, dtype)
         header = hashlib.sha256(repr((key, rows, shape, dtype)).encode()).digest().ljust(_HEADER_BYTES, b"\0")
         self.path = folder / f"{kind}-{header[:10].hex()}{SUFFIX}"
-        size = _HEADER_BYTES + rows * (8 + row_bytes)
+        size = size_of(rows, shape, dtype)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not _is_one(self.path, header, size):
@@ -54,10 +54,9 @@ class Table:
                 _make(self.path, header, size)
             os.utime(self.path)
             self._file = self.path.open("r+b", buffering=0)
-            self._checksums = np.memmap(self._file, np.uint64, "r+", offset=_HEADER_BYTES, shape=(rows,))
         except OSError as error:
             raise CacheError(f"{self.path}: cannot be made with {size / 2**30:.2f} GiB: {error}") from None
-        self._row_bytes, self._arrays_begin = row_bytes, _HEADER_BYTES + 8 * rows
+        self._row_bytes, self._arrays_begin = math.prod(shape) * dtype.itemsize, _HEADER_BYTES + _CHECKSUM_BYTES * rows
         self._checked = np.zeros(rows, bool)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -65,7 +64,7 @@ class Table:
 
     def __contains__(self, row: int) -> bool:
         """Whether the row was written. It may still turn out to be torn when it is read."""
-        return bool(self._checksums[row])
+        return bool(self._checksum_of(row))
 
     def read(self, row: int) -> Tensor | None:
         """The row, on the host; None if it is absent."""
@@ -73,27 +72,37 @@ class Table:
         if os.preadv(self._file.fileno(), [array], self._place(row)) < self._row_bytes:
             return None  # the file was cut
         if not self._checked[row]:
-            if self._checksums[row] != _checksum(array):
+            if self._checksum_of(row) != _checksum(array):
                 return None
             self._checked[row] = True
         return torch.from_numpy(array).view(self.dtype).view(self.shape)
 
     def write(self, row: int, values: Tensor) -> None:
-        """Keep `values`, of the table's shape and dtype, on the host."""
+        """Keep `values`, of the table's shape and dtype, on the host.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
         array = values.contiguous().view(-1).view(torch.uint8).numpy()
         os.pwrite(self._file.fileno(), array, self._place(row))
-        self._checksums[row] = _checksum(array)
+        checksum = _checksum(array).to_bytes(_CHECKSUM_BYTES, "little")
+        os.pwrite(self._file.fileno(), checksum, _HEADER_BYTES + _CHECKSUM_BYTES * row)
+
+    def _checksum_of(self, row: int) -> int:
+        """0 if the row is absent."""
+        place = _HEADER_BYTES + _CHECKSUM_BYTES * row
+        return int.from_bytes(os.pread(self._file.fileno(), _CHECKSUM_BYTES, place), "little")
 
     def _place(self, row: int) -> int:
         return self._arrays_begin + row * self._row_bytes
 
 
 def size_of(rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of so many arrays."""
-    return rows * math.prod(shape) * dtype.itemsize
+    """Bytes of the file of a table with so many rows."""
+    return _HEADER_BYTES + rows * (_CHECKSUM_BYTES + math.prod(shape) * dtype.itemsize)
 
 
-def _make_room(folder: Path, needed: int, limit: int) -> None:
+def _make_room(folder: Path, needed: int, limit: float) -> None:
     if needed > limit:
         raise CacheError(f"{needed / 2**30:.2f} GiB would be needed, and the limit is {limit / 2**30:.2f}")
     by_use = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)

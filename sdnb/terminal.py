@@ -38,6 +38,7 @@ def main() -> None:
             from .checkpoints import find
 
             splits = data.load(config)
+            config.total_steps(len(splits.train))  # which there may be too few examples for
             find(config, splits.train)  # what cannot be resumed is left as it is
             run_folder.begin(config, environment.capture())
         folder = Path(config.output_dir).expanduser().absolute()

@@ -1,5 +1,6 @@
 """What the encoders give is the same whether it is kept or not; what is kept is used, and nothing else is."""
 
+import resource
 import shutil
 
 import pytest
@@ -158,6 +159,21 @@ def test_a_torn_row_is_computed_again(settings):
         after = micro_batch(again, examples, everything)
         assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
         assert again.take_counts() == (torn, torn)
+
+
+def test_what_cannot_be_written_is_encoded_again(settings, caplog):
+    kept, examples = encoders(settings, random_flip=False)
+    before = micro_batch(kept, examples, [0, 1])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        for _ in range(2):
+            micro_batch(kept, examples, [2, 3])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = micro_batch(kept, examples, [0, 1])
+    assert torch.equal(before[0], after[0]) and kept.take_counts() == (2 + 2 * 2, 2 + 2 * 2)
+    assert caplog.text.count("not all that the encoders give can be kept") == 1
 
 
 @pytest.mark.parametrize(

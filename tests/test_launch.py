@@ -251,6 +251,8 @@ def test_what_is_wrong_is_found_before_anything_is_launched(settings, tmp_path):
         (dict(mixed_precision="fp16"), ConfigError),
         (dict(pretrained_model_name_or_path="tinny"), ModelError),
         (dict(dataset_name=str(tmp_path / "nowhere")), DataError),
+        (dict(whole_steps=True, train_batch_size=1000), ConfigError),
+        (dict(cache_dir=__file__), ConfigError),
     ):
         with pytest.raises(error):
             launch.prepare(TrainConfig(**{**settings, **changes}))

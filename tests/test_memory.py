@@ -204,6 +204,24 @@ def test_a_machine_settles_how_much_is_folded():
         memory.settle(settings, machine(100, 0.8))
 
 
+def test_a_step_that_runs_as_cuda_graphs_is_one_batch():
+    """Whatever the memory; and what would help is what can then be done."""
+    graphs = dict(cuda_graphs=True, compile_unet="blocks")
+    settings = config(gradient_accumulation_steps=4, train_batch_size=32, **graphs)
+    settled, predicted = memory.settle(settings, machine(100, 100))
+    assert settled.fold_micro_batches == 4
+    less = machine(100, predicted.total_gib - 0.1)
+    with pytest.raises(ConfigError) as error:
+        memory.settle(settings, less)
+    for changes in (
+        dict(fold_micro_batches=2, cuda_graphs=False),
+        dict(train_batch_size=16, gradient_accumulation_steps=8, cuda_graphs=False),
+    ):
+        said = " with ".join(f"{name} = {value}" for name, value in changes.items())
+        assert said_gib(str(error.value), said)[1] == ", enough"
+        memory.settle(settings.updated(**changes), less)
+
+
 def test_memory_that_no_rank_uses_does_not_count():
     on_gpus = config(num_processes=2), "cuda", (80.0, 60.0, 3.0)
     assert memory.per_rank(*on_gpus) == 60

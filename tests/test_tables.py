@@ -89,6 +89,16 @@ def test_a_file_that_is_no_such_table_is_made_anew(tmp_path, damage):
     assert table(tmp_path).read(0) is not None
 
 
+def test_a_file_that_is_cut_short_while_it_is_open(tmp_path):
+    one = table(tmp_path)
+    one.write(4, torch.ones(3, 4, dtype=torch.float16))
+    os.truncate(one.path, 0)
+    assert 4 not in one and one.read(4) is None
+    one.write(4, torch.ones(3, 4, dtype=torch.float16))
+    assert one.read(4) is not None
+    assert 4 not in table(tmp_path), "of the file nobody knows what else is lost"
+
+
 def test_those_not_used_for_the_longest_make_room(tmp_path):
     size = table(tmp_path, key="0").path.stat().st_size
     for age, key in enumerate("0123"):
