@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from speed import MODELS, follow, heading, inspect
+from parity import a_python
+from speed import MODELS, a_folder, at_least, follow, heading, inspect
 
 from sdnb import charts, embedded, errors, memory, metrics, openmoji, run_folder, throughput
 
@@ -125,15 +126,14 @@ def write(results: list[dict[str, Any]], about: dict[str, Any], path: str) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", default=sys.executable, help="of the environment to train in")
+    parser.add_argument("--python", type=a_python, default=sys.executable, help="of the environment to train in")
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--vary", nargs="+", choices=list(LABELS), default=list(LABELS), help="settings, one by one")
     parser.add_argument("--flags", default="", help='of sdnb, for every training: --flags="--name …"')
-    parser.add_argument("--steps", type=int, default=31, help="optimizer steps of a training")
+    parser.add_argument("--steps", type=at_least(3), default=31, help="optimizer steps of a training")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for what was measured")
+    parser.add_argument("--out", type=a_folder, default=Path("benchmarks/results"), help="folder for what was measured")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
     ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[options.model]
     further = f"{further} {options.flags}".rstrip()
     with tempfile.TemporaryDirectory(prefix="sdnb-growth-") as work:

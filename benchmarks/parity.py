@@ -297,10 +297,19 @@ def plot(results: dict[str, dict], title: str, path: Path) -> None:
     figure.savefig(path, dpi=70)
 
 
+def a_python(text: str) -> str:
+    """A type for argparse: a Python that can be run."""
+    if shutil.which(text) is None:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such program")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, required=True, help="its train_text_to_image.py")
-    parser.add_argument("--python", default=sys.executable, help="of the reference's environment, with torchvision")
+    parser.add_argument(
+        "--python", type=a_python, default=sys.executable, help="of the reference's environment, with torchvision"
+    )
     parser.add_argument("--name", default="reference", help="what to call this reference, such as v0.26.3")
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="some of: " + "; ".join(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from speed import MODELS, heading
+from speed import MODELS, a_folder, at_least, heading
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdnb import embedded, environment, models
@@ -154,14 +154,20 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--precision", choices=list(WEIGHT_DTYPES), default="no")
     parser.add_argument("--only", nargs="+", default=[""], help="ways that have one of these in their name")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after so many")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for what was measured")
+    parser.add_argument("--out", type=a_folder, default=Path("benchmarks/results"), help="folder for what was measured")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    ways = [way for way in WAYS if any(words in way.label for words in options.only)]
+    if not ways:
+        parser.error(f"--only: none has that in its name. There are: {'; '.join(way.label for way in WAYS)}")
     ends = time.monotonic() + 60 * options.minutes
     architecture, (side, kind, _) = embedded.ARCHITECTURES[options.model], MODELS[options.model]
     device = torch.device(kind)
+    if kind == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--model {options.model} needs a GPU, and torch sees none")
+    if kind == "cpu" and options.precision == "fp16":
+        parser.error("--precision fp16 needs a GPU, and this model is measured on the CPU")
     config = TrainConfig(
         pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=side, learning_rate=1e-5,
         mixed_precision=options.precision,
@@ -184,9 +190,9 @@ def main() -> None:
         environment={name: value for name, value in environment.capture().items() if name != "host"},
     )  # fmt: skip
     results: list[dict[str, Any]] = []
-    for way in WAYS:
-        if time.monotonic() > ends or not any(words in way.label for words in options.only):
-            continue
+    for way in ways:
+        if time.monotonic() > ends:
+            break
         try:
             result = measure(way, architecture, config, device, options.rounds)
         except torch.OutOfMemoryError as error:

@@ -33,12 +33,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml
-from parity import versions
+from parity import a_python, versions
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdnb import arguments, charts, embedded, environment, errors, metrics, openmoji, run_folder
@@ -283,6 +284,26 @@ def write(results: list[dict], kinds: list[Kind], about: dict[str, Any], path: s
     Path(f"{path}.json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number that is not smaller."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: {least} at least")
+        return int(text)
+
+    return number
+
+
+def a_folder(text: str) -> Path:
+    """A type for argparse: a folder, which may have to be made."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
     ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[name]
     orders = comparison(options.reference.absolute(), device) if options.reference else ablation()
@@ -318,18 +339,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="its train_text_to_image.py; left out: sdnb's techniques")
     parser.add_argument("--name", default="the reference", help="what to call this reference, such as v0.26.3")
-    parser.add_argument("--python", default=sys.executable, help="of the environment that both run in")
+    parser.add_argument("--python", type=a_python, default=sys.executable, help="of the environment that both run in")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["tiny"])
-    parser.add_argument("--pairs", type=int, default=3, help="pairs; without a reference, rounds")
-    parser.add_argument("--steps", type=int, default=101, help="optimizer steps of a run, two at least")
+    parser.add_argument("--pairs", type=at_least(1), default=3, help="pairs; without a reference, rounds")
+    parser.add_argument("--steps", type=at_least(2), default=101, help="optimizer steps of a run, two at least")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would not end in them")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for what was measured")
+    parser.add_argument("--out", type=a_folder, default=Path("benchmarks/results"), help="folder for what was measured")
     options = parser.parse_args()
     if options.reference and not options.reference.is_file():
         parser.error(f"--reference {options.reference}: there is no such file")
-    if options.steps < 2:
-        parser.error("--steps: the first is left out as warm-up, so there must be two at least")
-    options.out.mkdir(parents=True, exist_ok=True)
     for name in options.model:
         with tempfile.TemporaryDirectory(prefix="sdnb-speed-") as work:
             try:
