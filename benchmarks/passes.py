@@ -7,7 +7,8 @@ forward and backward pass, the encoders, and the update of the weights.
 
 Each is warmed up, which is when it is compiled, and timed several times, with events on a GPU: the median, the lowest
 and the highest. TFLOP/s are the model's, as FlopCounterMode counts them, beside the rate of matrix products that the
-device reaches. The weights are random, which matrix products take the same time for. A GPU's memory is the most that
+device reaches just before and after: of a machine whose own speed varies, their ratio says more. The weights are random,
+which matrix products take the same time for. A GPU's memory is the most that
 was allocated, with the weights' gradients, without optimizer and average.
 """
 
@@ -123,19 +124,27 @@ def measure(way: Way, architecture: dict[str, Any], config: TrainConfig, device:
     with torch.device(device):
         run = PARTS[way.part](architecture, config.updated(**way.settings), way, device)
     clock = StepClock(device)
-    milliseconds = []
-    for _ in range(3 + rounds):
-        clock.restart()
-        run()
-        clock.lap("forward")
-        milliseconds.append(1000 * clock.read()[1]["forward"])
-        if len(milliseconds) == 3:
-            warmup_seconds = time.perf_counter() - began
-    on_gpu = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
-    return dict(way=way.label, milliseconds=milliseconds[3:], warmup_seconds=warmup_seconds, **on_gpu)
+
+    def milliseconds(count: int) -> list[float]:
+        times = []
+        for _ in range(count):
+            clock.restart()
+            run()
+            clock.lap("forward")
+            times.append(1000 * clock.read()[1]["forward"])
+        return times
+
+    milliseconds(3)
+    result: dict[str, Any] = dict(way=way.label, warmup_seconds=time.perf_counter() - began)
+    reached = [reachable_tflops(device, WEIGHT_DTYPES[config.mixed_precision])]
+    result["milliseconds"] = milliseconds(rounds)
+    if device.type == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    reached.append(reachable_tflops(device, WEIGHT_DTYPES[config.mixed_precision]))
+    return {**result, "reachable_tflops": reached}
 
 
-def table(results: list[dict[str, Any]], reachable: float) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     head = ("", "ms", "pictures/s", "TFLOP/s", "of the reachable", "peak memory, GiB", "warm-up, s")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for one in results:
@@ -143,6 +152,7 @@ def table(results: list[dict[str, Any]], reachable: float) -> str:
         per_second = 1000 * one["pictures"] / middle
         tflops = per_second * one["flop_per_image"] / 1e12
         cells = [one["way"], f"{middle:.1f} ({ends[0]:.1f} to {ends[1]:.1f})"]
+        reachable = statistics.mean(one["reachable_tflops"])
         cells += [f"{per_second:.1f}", f"{tflops:.3g}", f"{tflops / reachable:.0%}"] if one["pictures"] else [""] * 3
         cells += [f"{one['peak_gib']:.1f}" if "peak_gib" in one else "", f"{one['warmup_seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -183,10 +193,9 @@ def main() -> None:
     flop = models.flop_per_image(parts, side)
     if device.type == "cpu":
         keep_freed_memory()  # as a training does
-    reachable = reachable_tflops(device, WEIGHT_DTYPES[options.precision])
     about = dict(
         title=f"The parts of a step: {options.model} at {side}×{side}, {options.precision}, {device}",
-        date=time.strftime("%Y-%m-%d"), reachable_tflops=reachable, flop_per_image=flop,
+        date=time.strftime("%Y-%m-%d"), flop_per_image=flop,
         environment={name: value for name, value in environment.capture().items() if name != "host"},
     )  # fmt: skip
     results: list[dict[str, Any]] = []
@@ -203,9 +212,11 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         results.append(dict(result, pictures=way.pictures, flop_per_image=flop.get(FLOP.get(way.part), 0)))
-        print(table(results[-1:], reachable).splitlines()[-1], flush=True)
+        print(table(results[-1:]).splitlines()[-1], flush=True)
         path = f"{options.out}/passes-{options.model}-{options.precision}"
-        text = f"{heading(about)}\n\n{table(results, reachable)}\n\nMatrix products reach {reachable:.3g} TFLOP/s.\n"
+        rates = [rate for one in results for rate in one["reachable_tflops"]]
+        ends_of_rates = f"Matrix products reached {min(rates):.3g} to {max(rates):.3g} TFLOP/s.\n"
+        text = f"{heading(about)}\n\n{table(results)}\n\n{ends_of_rates}"
         Path(f"{path}.md").write_text(text)
         Path(f"{path}.json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
 
