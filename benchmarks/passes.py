@@ -7,9 +7,9 @@ forward and backward pass, the encoders, and the update of the weights.
 
 Each is warmed up, which is when it is compiled, and timed several times, with events on a GPU: the median, the lowest
 and the highest. TFLOP/s are the model's, as FlopCounterMode counts them, beside the rate of matrix products that the
-device reaches just before and after: of a machine whose own speed varies, their ratio says more. The weights are random,
-which matrix products take the same time for. A GPU's memory is the most that
-was allocated, with the weights' gradients, without optimizer and average.
+device reaches just before and after: where a machine's own speed varies, their ratio says more. The weights are random,
+which matrix products take the same time for. A GPU's memory is the most that was allocated, with the gradients, but
+without optimizer and average.
 """
 
 from __future__ import annotations
@@ -193,8 +193,9 @@ def main() -> None:
     flop = models.flop_per_image(parts, side)
     if device.type == "cpu":
         keep_freed_memory()  # as a training does
+    dtype = WEIGHT_DTYPES[options.precision]
     about = dict(
-        title=f"The parts of a step: {options.model} at {side}×{side}, {options.precision}, {device}",
+        title=f"The parts of a step: {options.model} at {side}×{side}, {str(dtype)[6:]}, {device}",
         date=time.strftime("%Y-%m-%d"), flop_per_image=flop,
         environment={name: value for name, value in environment.capture().items() if name != "host"},
     )  # fmt: skip
