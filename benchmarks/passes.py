@@ -7,9 +7,8 @@ forward and backward pass, the encoders, and the update of the weights.
 
 Each is warmed up, which is when it is compiled, and timed several times, with events on a GPU: the median, the lowest
 and the highest. TFLOP/s are the model's, as FlopCounterMode counts them, beside the rate of matrix products that the
-device reaches just before and after: where a machine's own speed varies, their ratio says more. The weights are random,
-which matrix products take the same time for. A GPU's memory is the most that was allocated, with the gradients, but
-without optimizer and average.
+device reaches just before and after: where a machine's own speed varies, their ratio says more. The weights are random.
+A GPU's memory is the most that was allocated, with the gradients, but without optimizer and average.
 """
 
 from __future__ import annotations

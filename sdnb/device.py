@@ -24,7 +24,8 @@ def reachable_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """The rate of products of two square matrices on the device, in TFLOP/s: the fastest of a few rounds, by the
     faster library."""
     side = _SIDES.get(device.type, _SIDES["cuda"])
-    # Random: of equal numbers a GPU draws less power, and multiplies them faster than it would any others.
+    # Random, as what a model multiplies: with zeros an A100 draws less power, and reached 295 TFLOP/s instead of 257
+    # (thonking.ai/p/strangely-matrix-multiplications).
     generator = torch.Generator(device).manual_seed(0)
     one, other = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
     multiply = linear.as_convolution if linear.pays(device, dtype) else torch.matmul

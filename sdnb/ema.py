@@ -28,7 +28,7 @@ class Average(EMAModel):
 
     def settle(self, device: torch.device) -> None:
         """Go to where it is between steps: the device, or with `offload_ema` pinned memory of the host; in the order in
-        memory that the weights have, in which alone all of them are averaged at once."""
+        memory that the weights have, which torch's foreach kernels ask for (ATen/native/ForeachUtils.h)."""
         self._device = device
         if self._channels_last:
             self.shadow_params = [

@@ -56,7 +56,7 @@ class Table:
             self._file = self.path.open("r+b", buffering=0)
         except OSError as error:
             raise CacheError(f"{self.path}: cannot be made with {size / 2**30:.2f} GiB: {error}") from None
-        self._row_bytes, self._arrays_begin = math.prod(shape) * dtype.itemsize, _HEADER_BYTES + _CHECKSUM_BYTES * rows
+        self._row_bytes, self._arrays_begin = math.prod(shape) * dtype.itemsize, _place_of_checksum(rows)
         self._checked = np.zeros(rows, bool)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,12 +86,11 @@ class Table:
         array = values.contiguous().view(-1).view(torch.uint8).numpy()
         os.pwrite(self._file.fileno(), array, self._place(row))
         checksum = _checksum(array).to_bytes(_CHECKSUM_BYTES, "little")
-        os.pwrite(self._file.fileno(), checksum, _HEADER_BYTES + _CHECKSUM_BYTES * row)
+        os.pwrite(self._file.fileno(), checksum, _place_of_checksum(row))
 
     def _checksum_of(self, row: int) -> int:
         """0 if the row is absent."""
-        place = _HEADER_BYTES + _CHECKSUM_BYTES * row
-        return int.from_bytes(os.pread(self._file.fileno(), _CHECKSUM_BYTES, place), "little")
+        return int.from_bytes(os.pread(self._file.fileno(), _CHECKSUM_BYTES, _place_of_checksum(row)), "little")
 
     def _place(self, row: int) -> int:
         return self._arrays_begin + row * self._row_bytes
@@ -99,7 +98,11 @@ class Table:
 
 def size_of(rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of the file of a table with so many rows."""
-    return _HEADER_BYTES + rows * (_CHECKSUM_BYTES + math.prod(shape) * dtype.itemsize)
+    return _place_of_checksum(rows) + rows * math.prod(shape) * dtype.itemsize
+
+
+def _place_of_checksum(row: int) -> int:
+    return _HEADER_BYTES + row * _CHECKSUM_BYTES
 
 
 def _make_room(folder: Path, needed: int, limit: float) -> None:

@@ -98,7 +98,7 @@ def train(
         drop_last=config.whole_steps,
     )
     optimizer = adam(config, accelerator.device)(
-        parts.unet.to(accelerator.device).parameters(),  # torch before 2.4 refuses to fuse what is not there yet
+        parts.unet.to(accelerator.device).parameters(),  # torch 2.1 fuses only what is there already
         lr=config.peak_learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
