@@ -22,7 +22,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 from nbclient import NotebookClient
-from speed import heading
+from speed import a_folder, at_least, heading
 
 from sdnb import environment, run_folder
 
@@ -62,9 +62,9 @@ def measure(steps: int, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=101)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--steps", type=at_least(1), default=101)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--out", type=a_folder, default=Path("benchmarks/results"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sdnb-overhead-") as work:
         rounds = []

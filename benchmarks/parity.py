@@ -121,6 +121,13 @@ def make_data(name: str, folder: Path) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def flags_of(case: Case, work: Path, output: Path) -> list[str]:
+    """The command line of a case's training, on either side."""
+    model, data = work / "model", work / case.data
+    return [f"--pretrained_model_name_or_path={model}", f"--train_data_dir={data}", f"--output_dir={output}",
+            *case.arguments]  # fmt: skip
+
+
 def train(
     python: str,
     program: list[str],
@@ -147,8 +154,7 @@ def train(
         if case.ranks > 1
         else []
     )
-    command = [python, *launcher, *program, f"--pretrained_model_name_or_path={work / 'model'}",
-               f"--train_data_dir={work / case.data}", f"--output_dir={output}", *case.arguments, *extra]  # fmt: skip
+    command = [python, *launcher, *program, *flags_of(case, work, output), *extra]
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     if device == "cpu":
         settings |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}

@@ -204,7 +204,7 @@ def main() -> None:
             break
         try:
             result = measure(way, architecture, config, device, options.rounds)
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             print(f"{way.label}: {str(error).splitlines()[0]}")
             continue
         finally:

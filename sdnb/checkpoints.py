@@ -216,9 +216,11 @@ class Checkpoints:
 
     def _lay_out_as_the_weights(self) -> None:
         """Put what the optimizer has loaded into the order in memory that the weights have now (`channels_last`): a
-        fused AdamW goes through both as they lie."""
+        fused AdamW goes through both as they lie. Not what has been quantised, whose scales go by the order it had."""
         for weights, state in self.optimizer.state.items():
             for name, values in state.items():
+                if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+                    continue
                 if values.shape == weights.shape and values.stride() != weights.stride():
                     state[name] = torch.empty_like(weights, dtype=values.dtype).copy_(values)
 

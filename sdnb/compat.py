@@ -1,4 +1,4 @@
-"""What differs between the versions of the libraries, from those of early 2024 to today's: known here alone."""
+"""What differs between the versions of the libraries, from those of early 2024 to today's."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def load(config: TrainConfig) -> Splits:
     if config.max_train_samples is not None:
         if config.max_train_samples > len(train):
             raise DataError(f"max_train_samples = {config.max_train_samples}, but {_name(config)} has {len(train)}")
-        train = train.shuffle(seed=config.seed).select(range(config.max_train_samples))
+        # Without a seed too the same ones on every rank, and when the training is resumed.
+        train = train.shuffle(seed=config.seed or 0).select(range(config.max_train_samples))
     held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits and len(splits[name])), None)
     return Splits(
         ImageCaptions(train, config, "train"),

@@ -6,6 +6,7 @@ The token comes from `hub_token`, the environment (HF_TOKEN) or the hub's own lo
 from __future__ import annotations
 
 import html
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,16 @@ def publish(run: run_folder.RunFolder, config: TrainConfig, repository: str) -> 
     except Exception as error:
         raise RunError(
             f"the training is complete and saved, but its upload to {repository} failed: {error}\n"
-            f"Try again with: hf upload {repository} {run.folder} . --exclude 'checkpoint-*'"
+            f"Try again with: {_again(run, repository)}"
         ) from error
+
+
+def _again(run: run_folder.RunFolder, repository: str) -> str:
+    program = (
+        "from sdnb import hub, run_folder; "
+        f"run = run_folder.RunFolder({str(run.folder)!r}); hub.publish(run, run.config, {repository!r})"
+    )
+    return f"python -c {shlex.quote(program)}"
 
 
 def _token(config: TrainConfig) -> str | None:

@@ -176,12 +176,14 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
     run, steps = Run(folder), config.total_steps(len(plan.examples.train))
     records: list[dict[str, Any]] = []
     show = show or Live(steps)
+    log = run_folder.Tail(folder / run_folder.LOG)
+    log.new()  # of the attempts before this one
 
     ends_with_us, held_here = os.pipe()
     try:
         process = _start(plan, folder, ends_with_us)
         try:
-            _follow(process, run, steps, records, show)
+            _follow(process, run, log, steps, records, show)
         except KeyboardInterrupt:
             show(f"interrupted after {len(run.steps)} steps; what was measured is in {folder}", "", records, True)
             raise
@@ -227,13 +229,18 @@ def _process_environment(plan: Plan) -> dict[str, str]:
     return {"ACCELERATE_USE_CPU": "true", **network, **threads}
 
 
-def _follow(process: subprocess.Popen, run: Run, steps: int, records: list[dict[str, Any]], show: Show) -> None:
-    new, log = run_folder.Tail(run.folder / run_folder.STEPS), run_folder.Tail(run.folder / run_folder.LOG)
+def _follow(
+    process: subprocess.Popen, run: Run, log: run_folder.Tail, steps: int, records: list[dict[str, Any]], show: Show
+) -> None:
+    recorded = run_folder.Tail(run.folder / run_folder.STEPS)
     lines: deque[str] = deque(maxlen=LOG_LINES)
     warnings: list[str] = []
     while True:
         ended = process.poll() is not None
-        records.extend(json.loads(line) for line in new.new())
+        for record in map(json.loads, recorded.new()):
+            while records and records[-1]["step"] >= record["step"]:  # recorded again, after a resume
+                records.pop()
+            records.append(record)
         for line in log.new():
             lines.append(line)
             if re.search(r" rank \d+ (WARNING|ERROR) ", line):

@@ -25,13 +25,13 @@ _ENOUGH_STEPS = 5  # to say what is usual
 def mark(steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] = ()) -> pd.DataFrame:
     """The step records with three more columns: `short` (fewer pictures than the global batch), `steady` (after the
     warm-up, and not the first after a resume), and `running_loss` (the mean of `loss` over the last ten steps, weighted
-    by pictures)."""
+    by pictures). Where a run does not say how many it encoded (`encoded_images`, `encoded_captions`), every one."""
     if steps.empty:
         return steps.assign(short=[], steady=[], running_loss=[])
     window = dict(window=RUNNING_MEAN_STEPS, min_periods=1)
     weighted = (steps.loss * steps.images).rolling(**window).sum()
     weighted[steps.loss.isna().rolling(**window).max() > 0] = math.nan  # a loss that is not finite is not passed over
-    every = steps.images  # of runs that do not say it, as the reference does it
+    every = steps.images  # as the reference does it
     return steps.assign(
         encoded_images=steps.get("encoded_images", every),
         encoded_captions=steps.get("encoded_captions", every),
@@ -222,7 +222,8 @@ def _throughput_results(
         ),
     ]
     if config.num_processes > 1:
-        rows.append(Result(f"images/s, all {noun}s", str(together), f"{config.num_processes} {noun}s together"))
+        how = f"{config.num_processes} {noun}s together"
+        rows.append(Result(f"images/s, all {noun}s", str(together), how, together.value))
     if len(full):
         median, p95 = full.seconds.median(), full.seconds.quantile(0.95)
         rows.append(

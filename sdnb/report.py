@@ -31,7 +31,8 @@ _TEMPLATE = "report_template"
 _SECRETS = re.compile(
     r"""(?i)\b(?:hf_|sk-|gh[pousr]_)\w{8,}|((?:_token|api_key|password)["']?\s*[=:]\s*)(\\?["'])(?:(?!\2).)+\2"""
 )
-_HOMES = re.compile(rf"(?:/home/[\w.-]+|/Users/[\w.-]+|/root|{re.escape(str(Path.home()))})(?![\w-])")
+_HOME = re.escape(str(Path.home()).rstrip("/") or "/root")  # a user without one has the root, as in some containers
+_HOMES = re.compile(rf"(?:/home/[\w.-]+|/Users/[\w.-]+|/root|{_HOME})(?![\w-])")
 
 
 def redacted(text: str) -> str:

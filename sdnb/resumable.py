@@ -33,7 +33,8 @@ EMA_DECAY = 0.999
 # Settings that only the main training heeds.
 _NOT_HEEDED = (
     "prediction_type", "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "use_8bit_adam",
-    "gradient_accumulation_steps", "scale_lr", "whole_steps", "dream_training", "resume_from_checkpoint", "push_to_hub",
+    "gradient_accumulation_steps", "scale_lr", "whole_steps", "dream_training", "allow_tf32", "channels_last",
+    "compile_unet", "cuda_graphs", "checkpoints_total_limit", "resume_from_checkpoint", "push_to_hub",
 )  # fmt: skip
 
 
@@ -98,62 +99,61 @@ class Training:
         stateful = [*modules, optimizer, schedule, average]
         set_seed(config.seed)
         self._open()
-        held = run_folder.lock(self.folder)
-        step = self._resume(stateful)
+        with run_folder.lock(self.folder):
+            step = self._resume(stateful)
 
-        @contextmanager
-        def averaged() -> Iterator[None]:
-            average.store(parameters)
+            @contextmanager
+            def averaged() -> Iterator[None]:
+                average.store(parameters)
+                average.copy_to(parameters)
+                try:
+                    with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast():
+                        yield
+                finally:
+                    average.restore(parameters)
+
+            show = show or Live(config.max_train_steps)
+            run = Run(self.folder)
+            records = run.steps.to_dict("records")
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            clock = StepClock(self.device)
+            while step < config.max_train_steps:
+                with self.accelerator.autocast():
+                    batch_loss = loss()
+                clock.lap("forward")
+                batch_loss.backward()
+                clock.lap("backward")
+                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                learning_rate = schedule.get_last_lr()[0]
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                clock.lap("optimizer")
+                average.step(parameters)
+                clock.lap("ema")
+                step += 1
+                records.append(self._record(step, batch_loss.item(), grad_norm.item(), learning_rate, clock))
+                last = step == config.max_train_steps
+                if measured := step % config.validation_loss_steps == 0 or last:
+                    with averaged():
+                        measure(step)
+                if kept := step % config.checkpointing_steps == 0:
+                    self._keep(step, stateful)
+                show(progress(records, config.max_train_steps), "", records, last)
+                if measured or kept:
+                    clock.restart()
+                else:
+                    clock.lap("other")
             average.copy_to(parameters)
-            try:
-                with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast():
-                    yield
-            finally:
-                average.restore(parameters)
-
-        show = show or Live(config.max_train_steps)
-        run = Run(self.folder)
-        records = run.steps.to_dict("records")
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        clock = StepClock(self.device)
-        while step < config.max_train_steps:
-            with self.accelerator.autocast():
-                batch_loss = loss()
-            clock.lap("forward")
-            batch_loss.backward()
-            clock.lap("backward")
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            learning_rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            clock.lap("optimizer")
-            average.step(parameters)
-            clock.lap("ema")
-            step += 1
-            records.append(self._record(step, batch_loss.item(), grad_norm.item(), learning_rate, clock))
-            last = step == config.max_train_steps
-            if measured := step % config.validation_loss_steps == 0 or last:
-                with averaged():
-                    measure(step)
-            if kept := step % config.checkpointing_steps == 0:
-                self._keep(step, stateful)
-            show(progress(records, config.max_train_steps), "", records, last)
-            if measured or kept:
-                clock.restart()
-            else:
-                clock.lap("other")
-        average.copy_to(parameters)
-        with torch.no_grad():
-            save()
-        peak_gib = peak_bytes(self.device)[0] / 2**30
-        summary = dict(world_size=1, ranks=[dict(rank=0, peak_memory_gib=peak_gib)], ended=time.time())
-        run_folder.write(self.folder / run_folder.SUMMARY, summary)
-        for state in self.folder.glob(f"*{STATE}"):
-            state.unlink()
-        held.close()
-        return run
+            with torch.no_grad():
+                save()
+            peak_gib = peak_bytes(self.device)[0] / 2**30
+            summary = dict(world_size=1, ranks=[dict(rank=0, peak_memory_gib=peak_gib)], ended=time.time())
+            run_folder.write(self.folder / run_folder.SUMMARY, summary)
+            for state in self.folder.glob(f"*{STATE}"):
+                state.unlink()
+            return run
 
     def _record(self, step: int, loss: float, grad_norm: float, lr: float, clock: StepClock) -> dict[str, Any]:
         if not math.isfinite(loss):
@@ -224,6 +224,10 @@ def check_heeded(config: TrainConfig) -> None:
     """
     if config.mixed_precision == "fp16":
         raise ConfigError("mixed_precision = fp16: this training does not scale its loss: use bf16, or no")
+    if config.num_processes not in (None, 1):
+        raise ConfigError(f"num_processes = {config.num_processes}: this training runs on one rank: leave it out")
+    if not config.center_crop:
+        raise ConfigError("center_crop = False: this training crops no random places: set it to True")
     if not (config.max_train_steps and config.validation_loss_steps and config.seed is not None):
         raise ConfigError("this training needs steps, validation_loss_steps and a seed: set each to a number")
     defaults = type(config).model_fields

@@ -47,8 +47,7 @@ def begin(config: TrainConfig, environment: dict[str, Any]) -> Path:
     before = _read(folder / ENVIRONMENT)
     earlier = {name: before.get(name) for name in ("started", "host")}
     resumed = [*before.get("resumed", []), {**earlier, "after_step": last_step(folder)}] if before else []
-    # Without the folder, so that the file makes another run elsewhere.
-    config.updated(output_dir=None, num_machines=1, machine_rank=0).save(folder / CONFIG)
+    _save_settings(config, folder)
     write(folder / ENVIRONMENT, {**environment, "started": time.time(), "resumed": resumed})
     for name in (SUMMARY, FAILURE, FAILURE_CLAIM):  # those of the run that is resumed
         (folder / name).unlink(missing_ok=True)
@@ -75,8 +74,14 @@ def join(config: TrainConfig) -> Path:
     folder = Path(config.output_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG).exists():
-        config.updated(output_dir=None, num_machines=1, machine_rank=0).save(folder / CONFIG)
+        _save_settings(config, folder)
     return folder
+
+
+def _save_settings(config: TrainConfig, folder: Path) -> None:
+    """Without where the run is and what it went on from, so that the file makes another run elsewhere."""
+    here = ("output_dir", "resume_from_checkpoint", "main_process_ip")
+    config.updated(**dict.fromkeys(here), num_machines=1, machine_rank=0).save(folder / CONFIG)
 
 
 def create(config: TrainConfig) -> Path:
@@ -136,13 +141,14 @@ def last_step(folder: Path) -> int:
 
 
 def go_back(folder: Path, step: int) -> None:
-    """Take what was recorded after a step out of the records, so that a resumed training can record it again."""
+    """Take what was recorded after a step out of the records, so that a resumed training can record it again; all of
+    them before the first step, where what is measured and drawn before the training comes again too."""
     environment = _read(folder / ENVIRONMENT)
     *earlier, last = environment.get("resumed") or [{}]
     kept = [one for one in earlier if one["after_step"] < step]
     write(folder / ENVIRONMENT, {**environment, "resumed": [*kept, {**last, "after_step": step}] if step else []})
     for path in records(folder):
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        kept = [line for line in _whole_lines(path) if step and json.loads(line)["step"] <= step]
         _write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
@@ -251,18 +257,20 @@ class RunFolder:
 
 
 class Tail:
-    """Reads the lines that a growing file has gained. A line without its end is left for the next time."""
+    """Reads the lines that a growing file has gained. A line without its end is left for the next time. A file that
+    has been cut, or another in its place, is read from its beginning."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.read_to = 0
+        self.inode = self.read_to = 0
 
     def new(self) -> list[str]:
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < self.read_to:  # it was cut for a training to be resumed
-                self.read_to = 0
+            now = os.fstat(file.fileno())
+            if now.st_ino != self.inode or now.st_size < self.read_to:
+                self.inode, self.read_to = now.st_ino, 0
             file.seek(self.read_to)
             whole = file.read().rpartition(b"\n")[0]
         if not whole:

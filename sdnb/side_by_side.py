@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def throughputs(comparison: Comparison) -> Chart:
     caption = f"{best} trains the most, {estimates[best]}. Lines: 95 % confidence within the run, where it is known."
     chart = Chart("Images per second and device", caption, 1.4 + 0.45 * len(estimates))
     axes = chart.panel()
-    for row, (colour, estimate) in enumerate(zip(_colours(comparison), estimates.values())):
+    for row, (colour, estimate) in enumerate(zip(itertools.cycle(RUN_COLOURS), estimates.values())):
         axes.barh(row, estimate.value, color=colour, alpha=0.6)
         axes.plot([estimate.low, estimate.high], [row, row], color=INK, lw=1.5)
         end = max(estimate.value, estimate.high if np.isfinite(estimate.high) else 0)
@@ -54,7 +55,7 @@ def swept(comparison: Comparison, settings: Sequence[str]) -> Chart:
     chart = Chart(f"Over {setting}", caption, 3.8)
     ((left, right),) = chart.panels(1, 2)
     values = list(dict.fromkeys(value for line in points.values() for value, _ in line))
-    for colour, (rest, line) in zip(RUN_COLOURS, points.items()):
+    for colour, (rest, line) in zip(itertools.cycle(RUN_COLOURS), points.items()):
         across = [values.index(value) for value, _ in line]
         left.plot(across, [_all_devices(measured) for _, measured in line], "o-", color=colour, label=rest or None)
         right.plot(across, [_peak_gib(measured) for _, measured in line], "o-", color=colour)
@@ -84,7 +85,7 @@ def losses(comparison: Comparison) -> Chart:
         caption += " Dots: held-out pictures, with 95 % intervals."
     chart = Chart("Loss", caption, 4.0)
     axes = chart.panel()
-    for colour, (label, measured) in zip(_colours(comparison), comparison.measured.items()):
+    for colour, (label, measured) in zip(itertools.cycle(RUN_COLOURS), comparison.measured.items()):
         steps, validation = measured.steps, measured.validation
         if steps.loss.isna().mean() > 0.5:  # a log with gaps
             dots(axes, steps.step, steps.loss, "x", color=colour, alpha=0.8, ms=4)
@@ -108,7 +109,7 @@ def step_times(comparison: Comparison) -> Chart:
     caption = f"Medians of the full steps after the warm-up: {said or 'not known'}. Diamonds are short steps."
     chart = Chart("Wall time of each optimizer step", caption, 3.6)
     axes = chart.panel()
-    for colour, (label, measured) in zip(_colours(comparison), comparison.measured.items()):
+    for colour, (label, measured) in zip(itertools.cycle(RUN_COLOURS), comparison.measured.items()):
         plain, short = (measured.steps[measured.steps.short == is_short] for is_short in (False, True))
         dots(axes, plain.step, plain.seconds, color=colour, ms=3, label=label)
         dots(axes, short.step, short.seconds, "D", color=colour, ms=3)
@@ -139,7 +140,3 @@ def samples(comparison: Comparison) -> Chart | None:
     seeds = {int(seed) for samples in last.values() for seed in samples.seed}
     how = "From the same seed." if len(seeds) == 1 else f"From different seeds: {', '.join(map(str, sorted(seeds)))}."
     return grid_of(rows, "What each run drew last", how, columns=prompts, rows=list(last))
-
-
-def _colours(comparison: Comparison) -> list[str]:
-    return [RUN_COLOURS[row % len(RUN_COLOURS)] for row in range(len(comparison.runs))]

@@ -9,7 +9,7 @@ The file has the settings that all have in common, and under `grid` those that a
       train_batch_size: [1, 2, 4, 8]
       num_processes: [1, 2]
 
-What failed does not stop the rest, and what is complete already is not run again.
+What failed does not stop the rest, and what is complete already is not run again, unless a setting has changed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import yaml
 
 from . import report
 from .config import TrainConfig
 from .environment import PROJECT
 from .errors import ConfigError, RunError
-from .run_folder import CONFIG, RunFolder
+from .run_folder import SUMMARY
 
 NOTEBOOK = PROJECT / "notebooks" / "train.ipynb"
 COMPARISON = PROJECT / "notebooks" / "compare.ipynb"
+EXECUTED = "train.ipynb"  # in the folder of each run
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def load(path: str | Path) -> Sweep:
             raise ConfigError(f"{path}, {chosen}: {error}") from None
         name = ",".join(f"{setting}={str(value).replace('/', '_')}" for setting, value in chosen.items())
         trainings[name] = {**read, **chosen}
-    return Sweep(source.stem, str(path), tuple(grid), trainings)
+    swept = tuple("max_train_steps" if name == "steps" else name for name in grid)
+    return Sweep(source.stem, str(path), swept, trainings)
 
 
 def run(
@@ -95,15 +98,16 @@ def run(
     failed: dict[str, str] = {}
     for number, (name, settings) in enumerate(sweep.trainings.items(), 1):
         where = target / name
-        if (where / CONFIG).exists() and RunFolder(where).summary:
+        parameters = {**settings, "output_dir": str(where)}
+        if _is_complete(where, parameters):
             say(f"{number} of {len(sweep.trainings)}: {name}: complete already")
             continue
         say(f"{number} of {len(sweep.trainings)}: {name}")
-        if where.exists():  # what it measured until it failed is kept
-            before = len(list(target.glob(f"{glob.escape(name)}.incomplete-*")))
-            where.rename(target / f"{name}.incomplete-{before + 1}")
+        if where.exists():  # what it measured, with other settings or until it failed, is kept
+            before = len(list(target.glob(f"{glob.escape(name)}.before-*")))
+            where.rename(target / f"{name}.before-{before + 1}")
         where.mkdir(parents=True)
-        reason = _execute(NOTEBOOK, where / "train.ipynb", {**settings, "output_dir": str(where)})
+        reason = _execute(NOTEBOOK, where / EXECUTED, parameters)
         if reason:
             failed[name] = reason
             say(f"    failed: {reason}")
@@ -122,6 +126,14 @@ def run(
     return page, failed
 
 
+def _is_complete(where: Path, parameters: dict[str, Any]) -> bool:
+    """Whether a training with these parameters has reached its end there."""
+    if not all((where / name).exists() for name in (SUMMARY, EXECUTED)):
+        return False
+    executed = nbformat.read(where / EXECUTED, as_version=4)
+    return executed.metadata.papermill.parameters == parameters
+
+
 def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | None:
     """Execute a notebook in a process of its own. Returns the last line of what went wrong, if something did."""
     command = [
@@ -134,7 +146,7 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | Non
         "-b",
         _encoded(parameters),
     ]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if not done.returncode:
         return None
     said = [line for line in done.stderr.splitlines() if line.strip()]

@@ -46,7 +46,8 @@ def main() -> None:
         _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
         _end("", 0)
     except KeyboardInterrupt:
-        _end(f"interrupted; what was measured is in {folder}" if rank == 0 else "", 130)
+        measured = f"; what was measured is in {folder}" if folder else ""
+        _end(f"interrupted{measured}" if rank == 0 else "", 130)
     except Exception as error:
         known = isinstance(error, SdnbError)
         details = str(error) if known else traceback.format_exc()
@@ -66,11 +67,13 @@ def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
             "--num_processes …, or the notebook."
         )
     devices = environment.devices()
-    machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    config = config.updated(num_processes=world, mixed_precision=precision).resolved(
-        devices.type, len(devices.names) * machines, devices.bf16
-    )
+    config = config.updated(
+        num_processes=world,
+        num_machines=world // int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        machine_rank=int(os.environ.get("GROUP_RANK", 0)),
+        main_process_ip=os.environ.get("MASTER_ADDR"),
+        mixed_precision=config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+    ).resolved(devices.type, len(devices.names), devices.bf16)
     environment.require(config)
     from . import memory
 

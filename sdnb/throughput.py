@@ -62,7 +62,9 @@ def ratio_of(one: Estimate, other: Estimate) -> Estimate:
 def smoothed_seconds_per_step(seconds: np.ndarray) -> float:
     """The s/it that tqdm's progress bar shows after the last of these steps: its own moving average, smoothing 0.3."""
     now = 0.0
-    bar = tqdm(total=len(seconds) + 1, file=io.StringIO())
+    # All that its average depends on is given, as the environment's TQDM_… would decide the rest.
+    bar = tqdm(total=len(seconds) + 1, file=io.StringIO(), disable=False, smoothing=SMOOTHING, mininterval=0.1,
+               maxinterval=10.0, miniters=None)  # fmt: skip
     bar._time = lambda: now
     bar.start_t = bar.last_print_t = now
     for step in seconds:

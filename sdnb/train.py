@@ -47,8 +47,6 @@ from .observer import Observer, Tally
 
 logger = logging.getLogger("sdnb")
 
-_BLOCKS = (BasicTransformerBlock,)  # of the UNet, to be compiled each
-
 
 def train(
     config: TrainConfig,
@@ -75,7 +73,8 @@ def train(
     if config.seed is not None:
         set_seed(config.seed)
 
-    with accelerator.main_process_first():  # the first to come fills the caches
+    # The first to come fills the caches; on another machine the first there, whose caches may be its own.
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         parts = models.load(config)
         splits = splits or data.load(config)
         encoders = Encoders(parts, splits.train, config, accelerator.device)
@@ -128,8 +127,8 @@ def train(
         keep_freed_memory()
     observer.before_training(step)
 
-    clock = StepClock(accelerator.device)
     tally = Tally(accelerator, config, encoders)
+    clock = StepClock(accelerator.device)
     scheduler, scaling_factor = parts.noise_scheduler, parts.vae.config.scaling_factor
     while step < total_steps:
         epoch, waiting = batches.epoch, []
@@ -220,7 +219,10 @@ def set_up(parts: models.Parts, config: TrainConfig, device: torch.device) -> No
     """
     if config.prediction_type is not None:
         parts.noise_scheduler.register_to_config(prediction_type=config.prediction_type)
-    if config.dream_training and parts.noise_scheduler.config.prediction_type != "epsilon":
+    predicts = parts.noise_scheduler.config.prediction_type
+    if predicts not in ("epsilon", "v_prediction"):
+        raise ConfigError(f"prediction_type: the model's scheduler says {predicts}: set it to epsilon, or v_prediction")
+    if config.dream_training and predicts != "epsilon":
         raise ConfigError("dream_training is defined for models that predict the noise; this one predicts a velocity")
     if config.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()
@@ -242,7 +244,7 @@ def _compile(unet: UNet2DConditionModel, config: TrainConfig) -> None:
     torch._dynamo.config.cache_size_limit = 64  # blocks of one kind, each of another shape
     if has_stances():
         torch.compiler.set_stance("default")
-    blocks = [module for module in unet.modules() if isinstance(module, _BLOCKS)]
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
     for module in blocks if config.compile_unet == "blocks" else [unet]:
         module.compile(dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
 

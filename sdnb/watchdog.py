@@ -15,7 +15,7 @@ def end_when(is_over: Callable[[], bool], everyone: bool = False) -> None:
     def watch() -> None:
         while not is_over():
             pass
-        (os.killpg if everyone else os.kill)(os.getpgrp() if everyone else os.getpid(), signal.SIGKILL)
+        os.kill(0 if everyone else os.getpid(), signal.SIGKILL)  # 0: the group, see kill(2)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -1,5 +1,6 @@
 """`accelerate launch … -m sdnb.train` in place of the reference's script, on two CPU ranks, as real processes."""
 
+import gc
 import os
 import re
 import signal
@@ -12,7 +13,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from sdnb import run_folder
+from sdnb import run_folder, terminal
+from sdnb.config import TrainConfig
+from sdnb.errors import ConfigError
 from sdnb.ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,8 +68,6 @@ def test_the_reference_command(tmp_path):
             ["--max_train_stesp=3"],
             "error: unrecognized arguments: --max_train_stesp=3; did you mean --max_train_steps?",
         ),
-        (["--mixed_precision=fp16"], "error: mixed_precision = fp16 needs a GPU"),
-        (["--num_processes=8"], "error: num_processes = 8"),
         (["--resume_from_checkpoint=checkpoint-7"], "error: resume_from_checkpoint = checkpoint-7: no such checkpoint"),
     ],
 )
@@ -76,6 +77,32 @@ def test_a_mistake_is_said_once_and_shortly(tmp_path, flags, said):
     assert process.returncode != 0
     assert errors.count(said) == 1
     assert 'File "' not in errors.partition(said)[2].partition("torch")[0], "no traceback of ours"
+
+
+def test_what_accelerate_launch_says_of_the_ranks(monkeypatch):
+    config = TrainConfig(
+        pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=64, train_batch_size=2
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("GROUP_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    settled = terminal._as_launched(config, world=4)
+    assert (settled.num_processes, settled.ranks_here, settled.machine_rank) == (4, 2, 1)
+    with pytest.raises(ConfigError, match="num_processes = 8, num_machines = 1, but this is one of 4 ranks"):
+        terminal._as_launched(config.updated(num_processes=8), world=4)
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        terminal._as_launched(config.updated(mixed_precision="fp16"), world=4)
+
+
+def test_interrupted_before_there_is_a_run(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal.arguments, "parse", interrupted)
+    monkeypatch.setattr(terminal, "_end", lambda message, status: sys.exit(f"{status} {message}"))
+    with pytest.raises(SystemExit, match="^130 interrupted$"):
+        terminal.main()
+    gc.enable()
 
 
 def test_a_rank_that_fails_says_why(tmp_path, image_folder):

@@ -67,6 +67,8 @@ def test_the_embedded_set_at_another_resolution():
 
 def test_fewer_examples(image_folder):
     assert len(load_folder(image_folder(5), max_train_samples=3, seed=1)) == 3
+    one, other = (load_folder(image_folder(9, name=name), max_train_samples=4).captions for name in ("a", "b"))
+    assert list(one) == list(other), "without a seed too, on every rank and when it is resumed"
     with pytest.raises(DataError, match="max_train_samples = 9.* has 5"):
         load_folder(image_folder(5, name="more"), max_train_samples=9)
 

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from sdnb import launch, models, run_folder
 from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError, DataError, ModelError, RunError
 from sdnb.ranks import free_port
+from sdnb.run import Run
 
 QUIET = {"show": lambda *_: None}
 
@@ -82,7 +84,13 @@ def test_two_ranks_train_as_one(settings, image_folder):
     """After this process has computed with torch, so that a fork of it would hang."""
     torch.ones(500, 500) @ torch.ones(500, 500)
     folder = image_folder(37)
-    run = start(settings, dataset_name=None, train_data_dir=str(folder), num_processes=2, steps=12)
+
+    def ask():
+        for process in processes_of(settings["output_dir"]):
+            process.send_signal(signal.SIGUSR1)
+
+    mine = dict(dataset_name=None, train_data_dir=str(folder), num_processes=2, steps=12)
+    run = start(settings, **mine, show=at_step(1, ask))
     assert run.summary["world_size"] == 2
     assert run.summary["distributed_type"] == "MULTI_CPU"
     checksums = [rank["checksum"] for rank in run.summary["ranks"]]
@@ -93,6 +101,8 @@ def test_two_ranks_train_as_one(settings, image_folder):
     assert list(run.steps.epoch) == [0] * 5 + [1] * 5 + [2] * 2
     log = run.log
     assert "rank 0 INFO" in log and "rank 1 INFO" in log
+    assert log.count("(most recent call first)") >= 3, "both ranks and their launcher said where they were, and went on"
+    assert "sdnb/train.py" in log
     assert none_left(run.folder)
 
 
@@ -117,13 +127,8 @@ def test_two_machines_train_as_one(settings, tmp_path, ranks):
     assert none_left(first.folder)
 
 
-def test_both_ranks_losses_count(settings, tmp_path):
-    """The mean over two ranks is not what one of them has."""
-    run = start(settings, num_processes=2, gradient_accumulation_steps=1, steps=2)
-    assert abs(run.steps.loss - run.steps.step_loss).min() > 1e-4
-
-
 def test_a_run_after_a_run_and_two_at_once(settings, tmp_path):
+    settings = {**settings, "gradient_accumulation_steps": 1}
     plans = [
         launch.prepare(TrainConfig(**{**settings, "num_processes": 2, "output_dir": str(tmp_path / name)}))
         for name in ("a", "b")
@@ -132,6 +137,28 @@ def test_a_run_after_a_run_and_two_at_once(settings, tmp_path):
     assert list(both[0].steps.loss) == list(both[1].steps.loss)
     again = start(settings, num_processes=2, output_dir=str(tmp_path / "c"))
     assert list(again.steps.loss) == list(both[0].steps.loss)
+    assert abs(again.steps.loss - again.steps.step_loss).min() > 1e-4, "the mean over two ranks is not that of one"
+
+
+def test_following_a_run_that_is_resumed(settings, tmp_path):
+    """What was recorded beyond the checkpoint is recorded again, and what the attempt before logged is not shown."""
+    config = TrainConfig(**{**settings, "num_processes": 1, "mixed_precision": "no"})
+    folder = run_folder.begin(config, {"host": "a"})
+    records = [dict(step=step, loss=0.5, images=4, seconds=1.0) for step in range(1, 13)]
+    for record in records[:10]:
+        run_folder.append(folder / run_folder.STEPS, record)
+    followed, seen = [], []
+
+    def show(line, log, so_far, ended):
+        seen.append([one["step"] for one in so_far])
+        if not ended:
+            run_folder.go_back(folder, 6)
+            for record in records[6:]:
+                run_folder.append(folder / run_folder.STEPS, record)
+
+    process = SimpleNamespace(poll=iter([None, 0]).__next__)
+    launch._follow(process, Run(folder), run_folder.Tail(folder / run_folder.LOG), 12, followed, show)
+    assert seen == [list(range(1, 11)), list(range(1, 13))]
 
 
 def test_a_rank_that_cannot_go_on_says_why(settings, image_folder):
@@ -190,17 +217,6 @@ def test_an_interrupt_ends_every_rank(settings):
     assert time.time() - moment[0] < 8
     assert none_left(folder, within=2)
     assert len(run_folder.RunFolder(folder).steps) >= 2
-
-
-def test_processes_that_are_asked_say_where_they_are(settings):
-    def ask():
-        for process in processes_of(settings["output_dir"]):
-            process.send_signal(signal.SIGUSR1)
-
-    run = start(settings, num_processes=2, steps=4, show=at_step(1, ask))
-    assert len(run.steps) == 4, "and go on"
-    assert run.log.count("(most recent call first)") >= 3, "both ranks and their launcher"
-    assert "sdnb/train.py" in run.log
 
 
 def test_the_death_of_the_one_who_launched_ends_every_rank(settings):

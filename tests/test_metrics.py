@@ -1,5 +1,8 @@
 import io
 import math
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -61,6 +64,17 @@ def test_smoothing_is_what_a_real_progress_bar_shows():
         10 / bar.format_dict["rate"], 1e-3
     )
     bar.close()
+
+
+def test_the_environment_does_not_change_the_smoothing():
+    """tqdm takes its defaults from there, when it is loaded."""
+    program = (
+        "import numpy as np; from sdnb.throughput import smoothed_seconds_per_step as smoothed; "
+        "print(smoothed(np.array([1.0, 2, 4, 3])))"
+    )
+    own = {"TQDM_DISABLE": "1", "TQDM_SMOOTHING": "0.9", "TQDM_MININTERVAL": "9", "TQDM_MINITERS": "3"}
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **own}, capture_output=True, text=True)
+    assert float(done.stdout) == throughput.smoothed_seconds_per_step(np.array([1.0, 2, 4, 3]))
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():

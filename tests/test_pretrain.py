@@ -114,8 +114,9 @@ def test_other_settings_need_another_folder(trained):
 
 def test_interrupted_before_anything_was_kept_it_begins_again(pictures, tmp_path):
     asked = config(pictures, tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps it, and with it all that its frames hold
         pretrain.train_vae(asked, **VAE, show=interrupted_after(1))
+    assert kept.tb
     assert pretrain.train_vae(asked, **VAE, show=quiet).steps.step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
@@ -145,6 +146,9 @@ def test_what_it_cannot_do_is_said(pictures, image_folder, tmp_path):
     ):
         both = config(pictures, tmp_path, gradient_accumulation_steps=2, dream_training=True)
         pretrain.train_vae(both, **VAE, show=quiet)
+    for ignored in (dict(num_processes=2), dict(center_crop=False), dict(channels_last=True)):
+        with pytest.raises(ConfigError, match=next(iter(ignored))):
+            pretrain.train_vae(config(pictures, tmp_path, **ignored), **VAE, show=quiet)
     one_split = config(pictures, tmp_path, dataset_name=None, train_data_dir=str(image_folder(3)))
     with pytest.raises(DataError, match="no held-out pictures"):
         pretrain.train_vae(one_split, **VAE, show=quiet)

@@ -1,6 +1,7 @@
 import base64
 import getpass
 import hashlib
+import importlib
 import re
 import subprocess
 import sys
@@ -163,6 +164,16 @@ def test_no_home_folder_and_no_user_name_reaches_the_page(tmp_path, monkeypatch)
     paths = "/home/li/data, /root/.cache/x, /Users/Ann/y, /scratch/li/z, /root, /rooted, /data/lively"
     html = page_of(tmp_path, printed(paths)).read_text()
     assert "~/data, ~/.cache/x, ~/y, /scratch/…/z, ~, /rooted, /data/lively" in html
+
+
+def test_a_user_whose_home_is_the_root(monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    importlib.reload(report)
+    try:
+        assert report.redacted("<br/> //x /home/li/y /") == "<br/> //x ~/y /"
+    finally:
+        monkeypatch.undo()
+        importlib.reload(report)
 
 
 def test_pictures_are_left_as_they_are(tmp_path, monkeypatch):

@@ -94,11 +94,14 @@ def test_going_back(tmp_path):
     again = run_folder.begin(config(output_dir=str(made), resume_from_checkpoint="latest"), {"host": "b"})
     run_folder.go_back(again, 2)
     run = run_folder.RunFolder(again)
+    assert run.config.resume_from_checkpoint is None, "the settings make another run elsewhere"
     assert list(run.steps.step) == list(run.validation.step) == [1, 2]
     assert not run.failure and run.environment["host"] == "b"
     assert [(one["host"], one["after_step"]) for one in run.environment["resumed"]] == [("a", 2)]
+    run_folder.append(made / run_folder.VALIDATION, {"step": 0, "loss": 0.5})
     run_folder.go_back(again, 0)
     assert run.steps.empty and run.environment["resumed"] == []
+    assert run.validation.empty, "what comes before the first step comes again"
 
 
 def test_a_watched_file_that_is_cut(tmp_path):
@@ -108,6 +111,9 @@ def test_a_watched_file_that_is_cut(tmp_path):
     assert tail.new() == ["1", "2", "3"]
     path.write_text("1\n")
     assert tail.new() == ["1"]
+    (tmp_path / "longer").write_text("1\n2\n3\n4\n")
+    (tmp_path / "longer").replace(path)
+    assert tail.new() == ["1", "2", "3", "4"]
 
 
 def test_the_lock_is_one_trainings(tmp_path):

@@ -20,21 +20,36 @@ def grid_file(tmp_path, **content):
     return path
 
 
-def test_past_a_failure_and_taken_up_again(tmp_path):
+def test_past_a_failure_and_taken_up_again(tmp_path, monkeypatch):
     path = grid_file(tmp_path, pretrained_model_name_or_path="tiny", **BASE, grid=dict(max_train_samples=[8, 5000, 16]))
-    said = []
-    page, failed = sweep.run(sweep.load(path), tmp_path / "runs", said.append)
+    said, runs = [], tmp_path / "runs"
+    page, failed = sweep.run(sweep.load(path), runs, said.append)
     assert set(failed) == {"max_train_samples=5000"} and "has 833" in failed["max_train_samples=5000"]
     text = page.read_text()
     assert "Over max_train_samples" in text
     assert f'<pre class="command">python -m sdnb sweep {path}' in text
-    first, last = (tmp_path / "runs" / f"max_train_samples={count}" for count in (8, 16))
+    first = runs / "max_train_samples=8"
     assert len(run_folder.RunFolder(first).steps) == 3 and (first / "train.ipynb").exists()
-    before = [(run / run_folder.SUMMARY).stat().st_mtime for run in (first, last)]
+
+    executed = []
+
+    def execute(notebook, out, parameters):
+        executed.append(str(out.relative_to(runs)))
+        return "it broke" if notebook == sweep.NOTEBOOK else None
+
+    monkeypatch.setattr(sweep, "_execute", execute)
     said.clear()
-    sweep.run(sweep.load(path), tmp_path / "runs", said.append)
+    assert sweep.run(sweep.load(path), runs, said.append)[1] == {"max_train_samples=5000": "it broke"}
     assert sum("complete already" in line for line in said) == 2
-    assert [(run / run_folder.SUMMARY).stat().st_mtime for run in (first, last)] == before
+    assert executed == ["max_train_samples=5000/train.ipynb", "comparison.ipynb"]
+
+    executed.clear()
+    changed = {**BASE, "learning_rate": 1e-6}
+    path = grid_file(tmp_path, pretrained_model_name_or_path="tiny", **changed, grid=dict(max_train_samples=[8, 16]))
+    with pytest.raises(RunError, match="0 of 2 trainings succeeded"):
+        sweep.run(sweep.load(path), runs, said.append)
+    assert len(executed) == 2, "what was complete was another training"
+    assert len(run_folder.RunFolder(runs / "max_train_samples=8.before-1").steps) == 3, "and is kept"
 
 
 def test_a_training_that_did_not_reach_its_end_is_begun_again(tmp_path, monkeypatch):
@@ -51,7 +66,7 @@ def test_a_training_that_did_not_reach_its_end_is_begun_again(tmp_path, monkeypa
     with pytest.raises(RunError, match="0 of 2 trainings succeeded"):
         sweep.run(sweep.load(path), tmp_path / "runs", lambda line: None)
     assert executed == ["train_batch_size=1", "train_batch_size=2"]
-    assert len(run_folder.RunFolder(tmp_path / "runs" / "train_batch_size=1.incomplete-1").steps) == 40
+    assert len(run_folder.RunFolder(tmp_path / "runs" / "train_batch_size=1.before-1").steps) == 40
 
 
 @pytest.mark.parametrize(
@@ -75,6 +90,11 @@ def test_mistakes_show_before_anything_runs(tmp_path, content, said):
 def test_the_grids_that_come_along_are_right():
     for path in (sweep.PROJECT / "params").glob("sweep-*.yaml"):
         assert len(sweep.load(path).trainings) > 1
+
+
+def test_the_short_form_of_max_train_steps_can_be_swept(tmp_path):
+    settings = dict(pretrained_model_name_or_path="tiny", dataset_name="openmoji")
+    assert sweep.load(grid_file(tmp_path, **settings, grid=dict(steps=[3, 4]))).swept == ("max_train_steps",)
 
 
 def test_the_figure_of_a_sweep(tmp_path):

@@ -3,15 +3,15 @@
 import json
 import math
 import time
+from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
 from PIL import Image
 from training import train
 
-from sdnb import environment, metrics, models, run_folder
+from sdnb import environment, metrics, models
 from sdnb import train as training
 from sdnb.clock import PHASES, StepClock
 from sdnb.compat import has_stances
@@ -256,11 +256,6 @@ def test_the_clock_adds_up():
     assert clock.read()[0] < 0.05, "what came before the restart belongs to no step"
 
 
-def test_the_records_make_a_table(run):
-    assert isinstance(run.steps, pd.DataFrame)
-    assert run_folder.RunFolder(run.folder).steps.equals(run.steps)
-
-
 def test_the_tracker_has_the_losses_and_the_pictures(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -305,15 +300,24 @@ def test_dream_needs_a_model_that_predicts_noise(settings, tmp_path):
         set_up(parts, TrainConfig(**settings, dream_training=True), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("setting", ["offload_ema", "foreach_ema"])
-def test_where_the_average_is_kept_does_not_change_it(settings, tmp_path, setting):
-    plain = train(settings, use_ema=True, output_dir=str(tmp_path / "plain"))
-    other = train(settings, use_ema=True, output_dir=str(tmp_path / "other"), **{setting: True})
-    one, two = (
-        models.load(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)})).unet.state_dict()
-        for run in (plain, other)
+def test_what_a_scheduler_cannot_train_is_refused(settings):
+    parts = models.load(TrainConfig(**settings))
+    parts.noise_scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ConfigError, match="scheduler says sample: set it to epsilon"):
+        set_up(parts, TrainConfig(**settings), torch.device("cpu"))
+
+
+def test_where_the_average_is_kept_does_not_change_it(settings, tmp_path):
+    plain, *others = (
+        train(settings, use_ema=True, output_dir=str(tmp_path / str(number)), **how)
+        for number, how in enumerate(({}, dict(offload_ema=True), dict(foreach_ema=True)))
     )
-    assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+    weights = [
+        models.load(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)})).unet.state_dict()
+        for run in (plain, *others)
+    ]
+    for other in weights[1:]:
+        assert all(torch.allclose(weights[0][name], other[name], atol=1e-7) for name in other)
 
 
 def test_the_average_lies_in_memory_as_the_weights_do(settings, tmp_path):
@@ -345,11 +349,19 @@ def test_a_package_that_is_not_there_is_named_with_its_install_command(settings,
         environment.require(TrainConfig(**{**settings, **asked}))
 
 
-def test_the_schedule_of_epochs_on_several_ranks_is_the_references_and_said_to_be(settings):
+def test_the_schedule_of_epochs_on_several_ranks_is_the_references_and_said_to_be(settings, caplog):
     """v0.26.3 counts the epochs' steps as if one rank had all the data."""
-    made = TrainConfig(**{**settings, "steps": None, "num_train_epochs": 3, "num_processes": 2})
+    made = TrainConfig(
+        **{**settings, "steps": None, "num_train_epochs": 3, "num_processes": 2, "lr_scheduler": "cosine"}
+    )
     assert (made.total_steps(40), made.schedule_steps(40)) == (15, 30)
     assert made.updated(max_train_steps=15).schedule_steps(40) == 15
+    two = SimpleNamespace(
+        num_processes=2, is_main_process=True, device="cpu", distributed_type=SimpleNamespace(value="MULTI_CPU")
+    )
+    for config, said in ((made.updated(max_train_steps=15), 0), (made, 1)):
+        training._say_what_begins(two, config, 40, 0)
+        assert caplog.text.count("laid out for 30 steps") == said
 
 
 @pytest.mark.skipif(not has_stances(), reason="torch compiles for each size of a batch before 2.6")
