@@ -32,7 +32,7 @@ from sdnb import embedded, environment, models
 from sdnb.clock import StepClock
 from sdnb.config import TrainConfig
 from sdnb.device import keep_freed_memory, reachable_tflops
-from sdnb.ema import Average
+from sdnb.ema import EMA
 from sdnb.encoders import WEIGHT_DTYPES
 from sdnb.train import adam, set_up
 
@@ -69,12 +69,12 @@ def unet_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, devic
     dtype, side = WEIGHT_DTYPES[config.mixed_precision], architecture["unet"]["sample_size"]
     text = architecture["text_encoder"]
     latents = torch.randn(way.pictures, unet.config.in_channels, side, side, dtype=dtype)
-    words = torch.randn(way.pictures, text["max_position_embeddings"], text["hidden_size"], dtype=dtype)
+    encoder_hidden_states = torch.randn(way.pictures, text["max_position_embeddings"], text["hidden_size"], dtype=dtype)
     timesteps = torch.randint(0, 1000, (way.pictures,))
 
     def run() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            prediction = unet(latents, timesteps, words, return_dict=False)[0]
+            prediction = unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0]
         prediction.float().square().mean().backward()
 
     return run
@@ -97,7 +97,7 @@ def update(architecture: dict[str, Any], config: TrainConfig, way: Way, device: 
     """Clipping, AdamW, and the average."""
     unet = UNet2DConditionModel(**architecture["unet"])
     optimizer = adam(config, device)(unet.parameters(), lr=config.learning_rate)
-    average = Average(unet, config)
+    average = EMA(unet, config)
     average.settle(device)
     for parameter in unet.parameters():
         parameter.grad = torch.randn_like(parameter)

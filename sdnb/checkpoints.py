@@ -2,19 +2,15 @@
 
 A checkpoint is laid out as the reference's (`unet`, `unet_ema`, and what accelerate keeps), with two things more: each
 rank's place among the micro-batches with its generators, and `checkpoint.json`, which says what is in it and which
-settings it belongs to. With these a training goes on bit for bit; the reference's own checkpoints can be gone on from,
-but their epoch begins again.
+settings it belongs to. With these a training goes on bit for bit; the reference's own checkpoints can be resumed as
+well, but their epoch begins again.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,136 +22,19 @@ from diffusers import UNet2DConditionModel
 
 from . import run_folder
 from .batches import Batches
+from .checkpoint_folder import MANIFEST, Checkpoint, Found, differences, identity, numbered
 from .config import TrainConfig
 from .data import ImageCaptions
-from .ema import Average
+from .ema import EMA
 from .errors import RunError
 from .settings import Data
 
 logger = logging.getLogger("sdnb")
 
-MANIFEST = "checkpoint.json"
-LATEST = "latest"
-_REFERENCE_FILES = ("unet/config.json", "optimizer.bin", "scheduler.bin")
 # Where one of these differs, a place among the micro-batches means nothing any more.
 _DECIDE_ORDER = {
     *Data.model_fields, "train_batch_size", "gradient_accumulation_steps", "whole_steps", "num_processes", "the data"
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint folder. `manifest` is None for one that the reference made."""
-
-    folder: Path
-    step: int
-    manifest: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Found:
-    """What there is to resume from: usable checkpoints, the first to be tried first, and why others are not."""
-
-    usable: tuple[Checkpoint, ...]
-    passed_over: tuple[str, ...]
-
-
-def find(config: TrainConfig, examples: ImageCaptions) -> Found:
-    """What `resume_from_checkpoint` stands for in the run folder. Nothing, if it is not set, or if it is `latest` and
-    there is no checkpoint yet.
-
-    Raises:
-        RunError: if a checkpoint that is named is not there or incomplete, if none of several is complete, or if it was
-            made with other settings that decide how a training goes.
-    """
-    wanted = config.resume_from_checkpoint
-    if wanted is None:
-        return Found((), ())
-    if config.output_dir is None:
-        raise RunError(f"resume_from_checkpoint = {wanted}: set output_dir to the folder of the run to resume")
-    where = Path(config.output_dir).expanduser().absolute()
-    there = [folder for _, folder in sorted(_numbered(where), reverse=True)]
-    if wanted != LATEST:
-        named = where / Path(wanted).name  # as the reference takes it: a path's last part, in output_dir
-        if named not in there:
-            names = ", ".join(folder.name for folder in there) or "none"
-            raise RunError(f"resume_from_checkpoint = {wanted}: no such checkpoint in {where}; there are: {names}")
-        there = [named]
-    elif there:
-        there = _not_given_up(where, there)
-    usable, passed_over = [], []
-    for folder in there:
-        try:
-            usable.append(_inspect(folder))
-        except RunError as error:
-            passed_over.append(str(error))
-    if there and not usable:
-        raise RunError("\n".join([f"resume_from_checkpoint = {wanted}: nothing to resume from", *passed_over]))
-    if usable and not config.resume_with_changes and (differ := _differences(usable[0], config, examples)):
-        raise RunError(
-            f"{usable[0].folder} was made with other settings, so the training would not go on as it was:\n  "
-            + "\n  ".join(differ.values())
-            + "\nSet them back, or set resume_with_changes to go on with those of now."
-        )
-    return Found(tuple(usable), tuple(passed_over))
-
-
-def _numbered(where: Path) -> Iterator[tuple[int, Path]]:
-    for folder in where.glob("checkpoint-*"):
-        if folder.is_dir() and (number := re.fullmatch(r"checkpoint-(\d+)", folder.name)):
-            yield int(number[1]), folder
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def _not_given_up(folder: Path, there: list[Path]) -> list[Path]:
-    """Those no later than the records: later ones are of a training that was given up for an earlier checkpoint."""
-    last = run_folder.last_step(folder)
-    return [one for one in there if _step(one) <= last] or there
-
-
-def _inspect(folder: Path) -> Checkpoint:
-    """Raises RunError if a file is missing or is not as long as it was."""
-    path = folder / MANIFEST
-    if not path.exists():
-        missing = [name for name in _REFERENCE_FILES if not (folder / name).is_file()]
-        if missing:
-            raise RunError(f"{folder}: incomplete, it has no {', '.join(missing)}")
-        return Checkpoint(folder, _step(folder), None)
-    try:
-        manifest = json.loads(path.read_text())
-        wrong = [
-            f"{name} has {_size(folder / name)} of {size} bytes"
-            for name, size in manifest["files"].items()
-            if _size(folder / name) != size
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder}: unreadable, its {MANIFEST} is damaged: {error}") from None
-    if wrong:
-        raise RunError(f"{folder}: incomplete: {'; '.join(wrong)}")
-    return Checkpoint(folder, _step(folder), manifest)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _identity(config: TrainConfig, examples: ImageCaptions) -> dict[str, Any]:
-    return {**config.trajectory(), "the data": examples.digest()}
-
-
-def _differences(checkpoint: Checkpoint, config: TrainConfig, examples: ImageCaptions) -> dict[str, str]:
-    """Which settings that decide how a training goes are others now, and how; none for a checkpoint that says none."""
-    if checkpoint.manifest is None:
-        return {}
-    then, now = checkpoint.manifest["settings"], _identity(config, examples)
-    return {
-        name: f"{name}: {then.get(name)} in the checkpoint, {now.get(name)} now"
-        for name in {**then, **now}
-        if then.get(name) != now.get(name)
-    }
 
 
 class Checkpoints:
@@ -169,7 +48,7 @@ class Checkpoints:
         batches: Batches,
         optimizer: AcceleratedOptimizer,
         lr_scheduler: AcceleratedScheduler,
-        ema: Average | None,
+        ema: EMA | None,
     ) -> None:
         self.accelerator, self.config, self.examples = accelerator, config, examples
         self.batches, self.optimizer, self.lr_scheduler, self.ema = batches, optimizer, lr_scheduler, ema
@@ -229,7 +108,7 @@ class Checkpoints:
             self.batches.epoch = int(checkpoint.step // self.config.steps_per_epoch(len(self.examples)))
             logger.warning("the epoch begins again, in another order: %s does not say where it was", checkpoint.folder)
             return
-        differ = _differences(checkpoint, self.config, self.examples)
+        differ = differences(checkpoint, self.config, self.examples)
         for difference in differ.values():
             logger.warning("resuming with changes: %s", difference)
         if differ:
@@ -277,7 +156,7 @@ class Checkpoints:
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = {
             "step": step,
-            "settings": _identity(self.config, self.examples),
+            "settings": identity(self.config, self.examples),
             "files": {str(path.relative_to(aside)): path.stat().st_size for path in files},
         }
         run_folder.write(aside / MANIFEST, manifest)
@@ -293,7 +172,7 @@ class Checkpoints:
 
     def _remove_oldest(self, keep: int | None, step: int) -> None:
         # What lies ahead is of a training that was given up, and goes first.
-        best_first = sorted(_numbered(self.folder), key=lambda one: (one[0] > step, -one[0]))
+        best_first = sorted(numbered(self.folder), key=lambda one: (one[0] > step, -one[0]))
         for _, folder in best_first[keep:] if keep else ():
             removed = folder.with_name(f".{folder.name}.removed")
             folder.rename(removed)  # so that one half removed is not taken for a checkpoint
@@ -304,7 +183,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free / 2**30
         copies = 4 if self.ema is not None else 3  # the weights, Adam's two averages, and the weights' own
         needed = copies * sum(weight.nbytes for weight in self.optimizer.param_groups[0]["params"]) / 2**30
-        before = [folder.name for _, folder in sorted(_numbered(self.folder))]
+        before = [folder.name for _, folder in sorted(numbered(self.folder))]
         kept = f"the one before it, {before[-1]}, is whole" if before else "there is none before it"
         return RunError(
             f"{final} could not be written: {error}\n"

@@ -49,7 +49,7 @@ def dream(
     scheduler: DDPMScheduler,
     noisy_latents: Tensor,
     timesteps: Tensor,
-    words: Tensor,
+    encoder_hidden_states: Tensor,
     noise: Tensor,
     target: Tensor,
     detail_preservation: float,
@@ -62,7 +62,7 @@ def dream(
     """
     deviation = (1 - scheduler.alphas_cumprod.to(timesteps.device)[timesteps, None, None, None]) ** 0.5
     with torch.no_grad():
-        missed = noise - unet(noisy_latents, timesteps, words, return_dict=False)[0]
+        missed = noise - unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
     missed = missed * deviation**detail_preservation
     return noisy_latents + deviation * missed, target + missed
 

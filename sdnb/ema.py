@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from .config import TrainConfig
 
 
-class Average(EMAModel):
+class EMA(EMAModel):
     """diffusers' EMAModel, which can wait in the host's memory between steps, and is saved without a random draw."""
 
     def __init__(self, unet: UNet2DConditionModel, config: TrainConfig) -> None:

@@ -45,7 +45,7 @@ class Encoders:
         self.device, self.examples = device, examples
         self.vae = parts.vae.to(device, dtype)
         self.text_encoder = parts.text_encoder.to(device, dtype)
-        self.moments = self.words = None
+        self.moments = self.hidden_states = None
         self._new: dict[Table, dict[int, tuple[Tensor, Tensor]]] = {}
         self._layouts: dict[int, Tensor] = {}
         self.encoded_images = self.encoded_captions = 0
@@ -84,10 +84,10 @@ class Encoders:
             return self._encode_captions(self.token_ids[captions])
 
         moments, new = self._look_up(self.moments, batch["views"], encode_views)
-        words, new_captions = self._look_up(self.words, batch["captions"], encode_captions)
+        hidden_states, new_captions = self._look_up(self.hidden_states, batch["captions"], encode_captions)
         self.encoded_images += new
         self.encoded_captions += new_captions
-        return torch.empty_like(self._laid_out(len(moments))).copy_(moments), words
+        return torch.empty_like(self._laid_out(len(moments))).copy_(moments), hidden_states
 
     def take_counts(self) -> tuple[int, int]:
         """How many pictures and captions were encoded since the last time that this was asked."""
@@ -149,10 +149,10 @@ class Encoders:
         side = config.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
         moments = (2 * parts.vae.config.latent_channels, side, side)
         captions = examples.distinct_captions
-        words = (parts.tokenizer.model_max_length, parts.text_encoder.config.hidden_size)
+        hidden_states = (parts.tokenizer.model_max_length, parts.text_encoder.config.hidden_size)
         folder = cache_root(config.cache_dir) / "encodings"
         limit = config.encoder_cache_gib * 2**30
-        needed = size_of(examples.views, moments, dtype) + size_of(len(captions), words, dtype)
+        needed = size_of(examples.views, moments, dtype) + size_of(len(captions), hidden_states, dtype)
         if needed > limit:
             raise CacheError(
                 f"{needed / 2**30:.2f} GiB would be needed to keep what they give, and encoder_cache_gib is "
@@ -166,9 +166,9 @@ class Encoders:
         token_ids = hashlib.sha256(self.token_ids.numpy()).hexdigest()
         tables = (
             ("moments", [*computed_with, _digest(parts.vae), examples.pixels_digest()], examples.views, moments),
-            ("words", [*computed_with, _digest(parts.text_encoder), token_ids], len(captions), words),
+            ("hidden_states", [*computed_with, _digest(parts.text_encoder), token_ids], len(captions), hidden_states),
         )
-        self.moments, self.words = (
+        self.moments, self.hidden_states = (
             Table(folder, kind, json.dumps(key), rows, shape, dtype, limit) for kind, key, rows, shape in tables
         )
         logger.info(

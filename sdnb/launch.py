@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from . import data, environment, memory, models, run_folder
-from .checkpoints import find
+from .checkpoint_folder import find
 from .config import TrainConfig
 from .errors import ConfigError, RunError
 from .live import Live, progress

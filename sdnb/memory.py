@@ -272,10 +272,11 @@ def _dry_run(where: str, resolution: int, precision: str, on_gpu: bool, gradient
                 pictures = torch.empty(_PICTURES, 3, resolution, resolution)
                 latents = vae.encode(pictures.to(dtype)).latent_dist.mean
                 token_ids = torch.zeros(_PICTURES, text_encoder.config.max_position_embeddings, dtype=torch.long)
-                words = text_encoder(token_ids, return_dict=False)[0]
+                encoder_hidden_states = text_encoder(token_ids, return_dict=False)[0]
             encoded = len(alive.bytes)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
-                prediction = unet(latents, torch.zeros(_PICTURES, dtype=torch.long), words, return_dict=False)[0]
+                timesteps = torch.zeros(_PICTURES, dtype=torch.long)
+                prediction = unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0]
             F.mse_loss(prediction.float(), latents.float()).backward()
     return dict(
         unet_parameters=sum(parameter.numel() for parameter in unet.parameters()),

@@ -175,9 +175,9 @@ def flop_per_image(parts: Parts, resolution: int) -> dict[str, float]:
 
         with torch.no_grad():
             vae_encoder, latents = _flop(lambda: vae.encode(picture).latent_dist.mean)
-            text, words = _flop(lambda: text_encoder(token_ids)[0])
+            text, encoder_hidden_states = _flop(lambda: text_encoder(token_ids)[0])
         timesteps = torch.empty(1, dtype=torch.long)
-        forward, prediction = _flop(lambda: unet(latents, timesteps, words, return_dict=False)[0])
+        forward, prediction = _flop(lambda: unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0])
         backward, _ = _flop(prediction.sum().backward)
     return dict(unet_forward=forward, unet_training=forward + backward, vae_encoder=vae_encoder, text_encoder=text)
 

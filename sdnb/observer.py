@@ -17,7 +17,7 @@ from . import data, hub, models, run_folder
 from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .device import EnergyMeter, give_back_freed_memory, peak_bytes
-from .ema import Average
+from .ema import EMA
 from .encoders import Encoders
 from .errors import RunError
 from .evaluate import HeldOutLoss, draw_samples
@@ -88,7 +88,7 @@ class Observer:
         parts: models.Parts,
         held_out: data.ImageCaptions | None,
         unet: torch.nn.Module,
-        ema: Average | None,
+        ema: EMA | None,
         checkpoints: Checkpoints,
     ) -> None:
         self.accelerator, self.config, self.parts = accelerator, config, parts

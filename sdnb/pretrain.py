@@ -147,15 +147,15 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
         noise, added_noise = draw_noise(latents, config)
         timesteps = draw_timesteps(scheduler, latents)
         noisy_latents = scheduler.add_noise(latents, added_noise, timesteps)
-        words = text_encoder(input_ids.to(device))[0]
-        prediction = unet(noisy_latents, timesteps, words, return_dict=False)[0]
+        encoder_hidden_states = text_encoder(input_ids.to(device))[0]
+        prediction = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
         target = target_of(scheduler, latents, noise, timesteps)
         return loss_of(prediction, target, scheduler, timesteps, config.snr_gamma)
 
     pipeline = models.pipeline(config, parts)
 
     def measure(step: int) -> None:
-        held_out_loss = HeldOutLoss(training.splits.held_out, parts, config, device)  # its words: the encoder learns
+        held_out_loss = HeldOutLoss(training.splits.held_out, parts, config, device)  # anew: the text encoder learns
         run_folder.append(training.folder / run_folder.VALIDATION, dict(step=step, **held_out_loss(unet)))
         if config.validation_prompts:
             draw_samples(pipeline, config, training.accelerator, training.folder, step)

@@ -35,7 +35,7 @@ def main() -> None:
         config = _as_launched(arguments.parse(sys.argv[1:]), world)
         if rank == 0:
             from . import data
-            from .checkpoints import find
+            from .checkpoint_folder import find
 
             splits = data.load(config)
             config.total_steps(len(splits.train))  # which there may be too few examples for

@@ -34,13 +34,14 @@ from torch.utils.data import DataLoader
 
 from . import data, linear, models, run_folder
 from .batches import Batches
-from .checkpoints import Checkpoints, clean_up, find
+from .checkpoint_folder import find
+from .checkpoints import Checkpoints, clean_up
 from .clock import StepClock
 from .compat import has_fused_adam, has_stances, save_contiguous
 from .config import TrainConfig
 from .device import give_back_freed_memory, keep_freed_memory, reachable_tflops
 from .diffusion import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
-from .ema import Average
+from .ema import EMA
 from .encoders import WEIGHT_DTYPES, Encoders
 from .errors import ConfigError, RunError
 from .observer import Observer, Tally
@@ -78,7 +79,7 @@ def train(
         parts = models.load(config)
         splits = splits or data.load(config)
         encoders = Encoders(parts, splits.train, config, accelerator.device)
-        ema = Average(models.start_of_average(config, parts), config) if config.use_ema else None
+        ema = EMA(models.start_of_average(config, parts), config) if config.use_ema else None
     found = find(config, splits.train)
     set_up(parts, config, accelerator.device)
     if accelerator.is_main_process:
@@ -134,27 +135,27 @@ def train(
         epoch, waiting = batches.epoch, []
         for batch, ends_step in batches.of_a_step():
             clock.lap("data")
-            moments, words = encoders(batch)
+            moments, encoder_hidden_states = encoders(batch)
             latents = draw_latents(moments, scaling_factor)
             noise, added_noise = draw_noise(latents, config)
             timesteps = draw_timesteps(scheduler, latents)
             noisy_latents = scheduler.add_noise(latents, added_noise, timesteps)
             target = target_of(scheduler, latents, noise, timesteps)
-            waiting.append((noisy_latents, timesteps, words, noise, target))
+            waiting.append((noisy_latents, timesteps, encoder_hidden_states, noise, target))
             clock.lap("encode")
             if len(waiting) < config.fold_micro_batches and not ends_step:
                 continue
 
             sizes = [len(latents) for latents, *_ in waiting]
-            noisy_latents, timesteps, words, noise, target = map(torch.cat, zip(*waiting))
+            noisy_latents, timesteps, encoder_hidden_states, noise, target = map(torch.cat, zip(*waiting))
             waiting = []
             with nullcontext() if ends_step else accelerator.no_sync(unet):
                 if config.dream_training:
                     noisy_latents, target = dream(
-                        unet, scheduler, noisy_latents, timesteps, words, noise, target,
+                        unet, scheduler, noisy_latents, timesteps, encoder_hidden_states, noise, target,
                         config.dream_detail_preservation,
                     )  # fmt: skip
-                prediction = unet(noisy_latents, timesteps, words, return_dict=False)[0]
+                prediction = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
                 losses = losses_of(prediction, target, scheduler, timesteps, config.snr_gamma, sizes)
                 clock.lap("forward")
                 accelerator.backward(losses.sum() / config.gradient_accumulation_steps)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from training import train
 
-from sdnb import checkpoints, data, environment, launch, run_folder, terminal
+from sdnb import checkpoint_folder, data, environment, launch, run_folder, terminal
 from sdnb.config import TrainConfig
 from sdnb.errors import RunError
 
@@ -172,7 +172,7 @@ def copy(stopped, tmp_path):
 
 def found(settings):
     config = TrainConfig(**settings).resolved("cpu", 0)
-    return checkpoints.find(config, data.load(config).train)
+    return checkpoint_folder.find(config, data.load(config).train)
 
 
 def cut_short(folder):

@@ -39,10 +39,10 @@ def gathered(examples, rows):
 
 def micro_batch(encoders, examples, rows, seed=0):
     torch.manual_seed(seed)
-    moments, words = encoders(gathered(examples, rows))
+    moments, hidden_states = encoders(gathered(examples, rows))
     draw = torch.rand(1)
     encoders.keep_new()
-    return moments, words, draw
+    return moments, hidden_states, draw
 
 
 def test_kept_or_not_the_encoders_give_the_same(settings):

@@ -17,7 +17,7 @@ from sdnb.clock import PHASES, StepClock
 from sdnb.compat import has_stances
 from sdnb.config import TrainConfig
 from sdnb.diffusion import draw_noise, dream, loss_of, target_of
-from sdnb.ema import Average
+from sdnb.ema import EMA
 from sdnb.errors import ConfigError
 from sdnb.evaluate import HeldOutLoss
 from sdnb.train import set_up
@@ -324,9 +324,9 @@ def test_the_average_lies_in_memory_as_the_weights_do(settings, tmp_path):
     """Also one that was saved before the weights were laid out so."""
     config = TrainConfig(**settings, use_ema=True, mixed_precision="no")
     parts = models.load(config)
-    Average(parts.unet, config).save(tmp_path)
+    EMA(parts.unet, config).save(tmp_path)
     config = config.updated(channels_last=True)
-    average = Average(parts.unet, config)
+    average = EMA(parts.unet, config)
     set_up(parts, config, torch.device("cpu"))
     strides = [parameter.stride() for parameter in parts.unet.parameters()]
     for have in (lambda: average.settle(torch.device("cpu")), lambda: average.load(tmp_path)):
