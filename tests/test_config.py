@@ -11,15 +11,6 @@ def config(**settings):
     return TrainConfig(**MODEL_AND_DATA, **settings)
 
 
-def test_defaults_are_the_references():
-    made = config()
-    assert (made.resolution, made.train_batch_size, made.gradient_accumulation_steps) == (512, 16, 1)
-    assert (made.num_train_epochs, made.max_train_steps, made.learning_rate) == (100, None, 1e-4)
-    assert (made.lr_scheduler, made.lr_warmup_steps, made.max_grad_norm) == ("constant", 500, 1.0)
-    assert (made.adam_beta1, made.adam_beta2, made.adam_weight_decay, made.adam_epsilon) == (0.9, 0.999, 1e-2, 1e-8)
-    assert not (made.center_crop or made.random_flip or made.use_ema or made.scale_lr or made.gradient_checkpointing)
-
-
 def test_it_cannot_be_changed():
     with pytest.raises(ValueError):
         config().seed = 3

@@ -193,7 +193,7 @@ def test_where_nothing_is_kept_it_is_said(settings, change, said):
 def test_a_second_run_trains_the_same_without_encoding(settings, tmp_path):
     plain = train(settings, encoder_cache_gib=0, output_dir=str(tmp_path / "plain"))
     first = train(settings, output_dir=str(tmp_path / "first"))
-    second = train(settings, output_dir=str(tmp_path / "second"), dataloader_num_workers=0)
+    second = train(settings, output_dir=str(tmp_path / "second"))
     assert first.steps.encoded_images.sum() > 11 and second.steps.encoded_images.sum() == 0
     assert list(first.steps.loss) == list(second.steps.loss), "bit for bit"
     assert list(first.steps.loss) == pytest.approx(list(plain.steps.loss), rel=1e-5)

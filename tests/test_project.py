@@ -73,11 +73,6 @@ def test_what_is_tested_is_what_the_constraints_say():
         assert constraints(python)[name].specifier.contains(version(name))
 
 
-@pytest.mark.parametrize("name", ["demo", "reference"])
-def test_parameter_files_are_valid(name):
-    TrainConfig.from_yaml(ROOT / "params" / f"{name}.yaml")
-
-
 REFERENCE_COMMAND = """
     --pretrained_model_name_or_path=CompVis/stable-diffusion-v1-4 --dataset_name=lambdalabs/pokemon-blip-captions
     --use_ema --resolution=512 --center_crop --random_flip --train_batch_size=8 --gradient_accumulation_steps=4
@@ -122,8 +117,9 @@ def test_demo_yaml_is_the_notebooks_default():
     assert "".join(cell["source"]).startswith("# Parameters ")
 
 
-def test_notebooks_are_committed_without_outputs():
-    notebook = json.loads((ROOT / "notebooks" / "train.ipynb").read_text())
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs(path):
+    notebook = json.loads(path.read_text())
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert not [cell for cell in notebook["cells"] if cell.get("outputs") or cell.get("execution_count")]
 
@@ -136,7 +132,9 @@ def test_whoever_reads_runs_does_not_wait_for_torch():
 
 def test_make_help_lists_every_target():
     said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert all(re.search(rf"^{target}\s", said, re.M) for target in ("train", "test", "lab", "lint", "help"))
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert "train" in targets.split()
+    assert [target for target in targets.split() if not re.search(rf"^{target}\s+\w", said, re.M)] == []
 
 
 def test_an_old_python_is_refused(tmp_path):
