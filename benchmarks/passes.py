@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from speed import MODELS, a_folder, at_least, heading
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -60,12 +60,13 @@ WAYS = [
     *(Way("update", 0, {"fused_optimizer": fused}) for fused in (False, True)),
     *(Way("UNet", pictures, BLOCKS) for pictures in (8, 32)),
     *(Way("UNet", pictures, WHOLE) for pictures in (32, 64, 96)),
+    Way("UNet", 32, {"compile_unet": "whole"}),
 ]
 
 
 def unet_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
     unet = UNet2DConditionModel(**architecture["unet"]).train()
-    set_up(models.Parts(None, None, torch.nn.Module(), unet, None), config, device)
+    set_up(models.Parts(None, None, torch.nn.Module(), unet, DDPMScheduler()), config, device)
     dtype, side = WEIGHT_DTYPES[config.mixed_precision], architecture["unet"]["sample_size"]
     text = architecture["text_encoder"]
     latents = torch.randn(way.pictures, unet.config.in_channels, side, side, dtype=dtype)

@@ -10,7 +10,7 @@ All is measured from outside, alike on both sides; "own" is what sdnb itself has
 - images/s: the pictures of the steps after the warm-up (the first tenth, as sdnb has it) over the time from the last
   TensorBoard event of the warm-up to that of the last step. A short step counts the pictures that it has.
 - wall time: from the start of the process to its end, when the pipeline is saved.
-- peak memory: VmHWM of the process, mapped files included; of a GPU, what nvidia-smi says is used, once a second.
+- peak memory: VmHWM of the process, mapped files included; of a GPU, what NVML says is used.
 
 On a CPU, a pair is two runs of each side. The first has an empty cache folder (HF_HOME, XDG_CACHE_HOME, --cache_dir),
 where `datasets` prepares the pictures and sdnb keeps encodings; the second goes on with what the first left. sdnb has a
@@ -25,6 +25,7 @@ nothing else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -171,27 +172,38 @@ def follow(command: list[str], device: str, cache: Path) -> dict[str, float]:
     Raises:
         RuntimeError: with the end of what it printed, if it fails.
     """
-    log, polled, peak_kib = cache / "printed.txt", cache / "gpu-mib.txt", 0
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    poll = f"nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --loop=1 --id={gpu}".split()
-    with log.open("w") as printed, polled.open("w") as used:
-        started = [subprocess.Popen(poll, stdout=used)] if device == "cuda" and shutil.which(poll[0]) else []
+    log, peak_kib, gpu_used_gib = cache / "printed.txt", 0, 0.0
+    used_gib = used_gib_of_gpu() if device == "cuda" else None
+    with log.open("w") as printed:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=printed, stderr=printed, env=variables(device, cache))
         try:
             while process.poll() is None:
                 found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
                 peak_kib = int(found[1]) if found else peak_kib
+                gpu_used_gib = max(gpu_used_gib, used_gib()) if used_gib else 0.0
                 time.sleep(0.05)
             wall_seconds = time.perf_counter() - began
         finally:  # also when the measuring is interrupted
-            for one in (process, *started):
-                one.kill()
+            process.kill()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}\nfailed ({process.returncode}):\n{log.read_text()[-3000:]}")
-    used_mib = [int(number) for number in polled.read_text().split() if number.isdigit()]
-    on_gpu = {"gpu_used_gib": max(used_mib) / 1024} if used_mib else {}
+    on_gpu = {"gpu_used_gib": gpu_used_gib} if used_gib else {}
     return {"wall_seconds": wall_seconds, "peak_gib": peak_kib / 2**20, **on_gpu}
+
+
+def used_gib_of_gpu() -> Callable[[], float] | None:
+    """Reads how much of the first GPU's memory is used, by all that use it; None where NVML does not say."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    with contextlib.suppress(Exception):
+        import pynvml
+
+        pynvml.nvmlInit()
+        by = pynvml.nvmlDeviceGetHandleByIndex if first.isdigit() else pynvml.nvmlDeviceGetHandleByUUID
+        handle = by(int(first) if first.isdigit() else first)
+        pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
+    return None
 
 
 def measure(kind: Kind, python: str, device: str, flags: list[str], images: list[int], cache: Path) -> dict[str, Any]:

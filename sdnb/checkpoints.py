@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import SCALER_NAME
 from diffusers import UNet2DConditionModel
 
 from . import run_folder
@@ -83,8 +84,8 @@ class Checkpoints:
         """What is wrong with it, on this rank or another."""
         problem = None
         try:
-            self.accelerator.load_state(str(checkpoint.folder))
-            self._lay_out_as_the_weights()
+            self._load_state(checkpoint.folder)
+            self._compute_as_now()
             self._take_up_place(checkpoint)
         except Exception as error:  # torch, safetensors, pickle and json each have their own for a damaged file
             problem = f"{checkpoint.folder}: unreadable: {type(error).__name__}: {error}"
@@ -93,14 +94,29 @@ class Checkpoints:
             return problem or f"{checkpoint.folder}: unreadable for another rank"
         return None
 
-    def _lay_out_as_the_weights(self) -> None:
-        """Put what the optimizer has loaded into the order in memory that the weights have now (`channels_last`): a
-        fused AdamW goes through both as they lie. Not what has been quantised, whose scales go by the order it had."""
+    def _load_state(self, folder: Path) -> None:
+        scaler = self.accelerator.scaler
+        if not (folder / SCALER_NAME).exists():  # made in another precision: accelerate would look for it
+            self.accelerator.scaler = None
+        try:
+            self.accelerator.load_state(str(folder))
+        finally:
+            self.accelerator.scaler = scaler
+
+    def _compute_as_now(self) -> None:
+        """Have the optimizer compute as it does now, not as the saved one did. A fused AdamW counts its steps on the
+        device, and goes through weights and averages as they lie, so that these need the order in memory that the
+        weights have now (`channels_last`). Not what has been quantised, whose scales go by the order it had."""
+        defaults = self.optimizer.defaults
+        for group in self.optimizer.param_groups:
+            group.update({name: defaults[name] for name in ("fused", "foreach", "capturable") if name in defaults})
         for weights, state in self.optimizer.state.items():
             for name, values in state.items():
                 if not isinstance(values, torch.Tensor) or not values.is_floating_point():
                     continue
-                if values.shape == weights.shape and values.stride() != weights.stride():
+                if name == "step":
+                    state[name] = values.to(weights.device if defaults.get("fused") else "cpu")
+                elif values.shape == weights.shape and values.stride() != weights.stride():
                     state[name] = torch.empty_like(weights, dtype=values.dtype).copy_(values)
 
     def _take_up_place(self, checkpoint: Checkpoint) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import re
 import time
 from pathlib import Path
@@ -16,7 +17,8 @@ from . import linear
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices: large enough to keep the device busy
-_ROUNDS, _PRODUCTS = 3, 4
+_ROUNDS, _PRODUCTS = 3, 4  # of a round at the least
+_ROUND = 0.1  # seconds, in which a GPU comes to the clock that it keeps
 _TOO_LONG = 0.5  # seconds for one product, to measure several
 
 
@@ -40,7 +42,8 @@ def reachable_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
     once = min(seconds(1), seconds(1))  # the first is a warm-up
     # A processor that does without half precision takes seconds for a product.
-    fastest = once if once > _TOO_LONG else min(seconds(_PRODUCTS) for _ in range(_ROUNDS))
+    products = max(_PRODUCTS, math.ceil(_ROUND / once))
+    fastest = once if once > _TOO_LONG else min(seconds(products) for _ in range(_ROUNDS))
     return 2 * side**3 / fastest / 1e12
 
 

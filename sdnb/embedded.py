@@ -97,11 +97,12 @@ def _build(architecture: dict[str, dict[str, Any]], weights: Path | None, target
         **{"vocab_size": len(tokenizer), **text},
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+    generator = torch.default_generator  # torch.manual_seed would seed the GPUs too, where a training draws
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        generator.manual_seed(SEED)
         vae, unet = AutoencoderKL(**architecture["vae"]), UNet2DConditionModel(**architecture["unet"])
         text_encoder = CLIPTextModel(text_config)
-        torch.manual_seed(SEED)  # transformers' versions differ in what they draw
+        generator.manual_seed(SEED)  # transformers' versions differ in what they draw
         for name, parameter in sorted(text_encoder.named_parameters()):
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -176,8 +176,15 @@ class Observer:
             tracker.finish()
 
     def _save_pipeline(self) -> None:
+        encoders, dtype = (self.pipeline.vae, self.pipeline.text_encoder), self.pipeline.vae.dtype
         try:
+            # transformers loads in the precision that weights lie in, diffusers in float32, and the two would not go
+            # together.
+            for encoder in encoders:
+                encoder.float()
             self.pipeline.save_pretrained(self.folder)
+            for encoder in encoders:
+                encoder.to(dtype)
         except Exception as error:  # torch and safetensors do not raise OSError when the disk is full
             free = shutil.disk_usage(self.folder).free / 2**30
             raise RunError(

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -126,7 +126,8 @@ def train(
     if config.keep_freed_memory and accelerator.device.type == "cpu":
         give_back_freed_memory()  # the holes that loading has left
         keep_freed_memory()
-    observer.before_training(step)
+    with _uncompiled(config):  # what is measured and drawn has sizes that no step has
+        observer.before_training(step)
 
     tally = Tally(accelerator, config, encoders)
     clock = StepClock(accelerator.device)
@@ -248,6 +249,12 @@ def _compile(unet: UNet2DConditionModel, config: TrainConfig) -> None:
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
     for module in blocks if config.compile_unet == "blocks" else [unet]:
         module.compile(dynamic=False, mode="reduce-overhead" if config.cuda_graphs else None)
+
+
+def _uncompiled(config: TrainConfig) -> AbstractContextManager:
+    if config.compile_unet == "no" or not has_stances():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _compile_no_more() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what they expect, to the bit in places, is what a CPU computes
 os.environ["OMP_NUM_THREADS"] = "1"  # two test workers, with two ranks each, on two cores
 
 # A shell turns interrupts off for what it starts in the background, and the tests' own processes would inherit that.

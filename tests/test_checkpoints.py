@@ -17,6 +17,8 @@ import torch
 from training import train
 
 from sdnb import checkpoint_folder, data, environment, launch, run_folder, terminal
+from sdnb import train as training
+from sdnb.compat import has_fused_adam
 from sdnb.config import TrainConfig
 from sdnb.errors import RunError
 
@@ -360,6 +362,26 @@ def test_a_quantised_optimizer_goes_on_too(stopped, tmp_path, monkeypatch):
     assert list(resumed.steps.step) == [1, 2, 3]
     kept = torch.load(resumed.folder / "checkpoint-3" / "optimizer.bin", weights_only=True)["state"]
     assert all(one["step"] == 3 for one in kept.values())
+
+
+@pytest.mark.skipif(not has_fused_adam(torch.device("cpu")), reason="no fused AdamW on the CPU before torch 2.4")
+def test_a_fused_optimizer_with_scaled_losses_takes_up_one_without(stopped, tmp_path, monkeypatch):
+    """As a training in float16 does that goes on from a checkpoint of the reference's, or of another precision."""
+    plain, scaler = training._accelerator, torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def with_scaled_losses(config):
+        accelerator = plain(config)
+        accelerator.scaler = scaler
+        return accelerator
+
+    settings = {**stopped[1], "fused_optimizer": False, "output_dir": str(tmp_path / "run")}
+    train(settings)
+    monkeypatch.setattr(training, "_accelerator", with_scaled_losses)
+    resumed = train(settings, fused_optimizer=True, steps=3, resume_from_checkpoint="latest", checkpointing_steps=3)
+    kept = torch.load(resumed.folder / "checkpoint-3" / "optimizer.bin", weights_only=True)
+    assert list(resumed.steps.step) == [1, 2, 3] and kept["param_groups"][0]["fused"]
+    assert all(one["step"] == 3 for one in kept["state"].values())
+    assert torch.load(resumed.folder / "checkpoint-3" / "scaler.pt")["scale"] == 4
 
 
 def test_one_training_at_a_time(copy):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from training import train
 
@@ -188,6 +189,9 @@ def test_gradients_are_clipped(settings, tmp_path):
 def test_bfloat16_on_the_cpu(settings):
     run = train(settings, mixed_precision="bf16", steps=1)
     assert 0.5 < run.steps.loss[0] < 2
+    pipeline = StableDiffusionPipeline.from_pretrained(run.folder)
+    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    assert pipeline("sun", height=64, width=64, num_inference_steps=1).images[0].size == (64, 64)
 
 
 def scheduler(prediction_type="epsilon"):
@@ -366,15 +370,18 @@ def test_the_schedule_of_epochs_on_several_ranks_is_the_references_and_said_to_b
 
 @pytest.mark.skipif(not has_stances(), reason="torch compiles for each size of a batch before 2.6")
 def test_what_is_compiled_trains_the_same_and_only_whole_steps_are_compiled_for(settings, image_folder, tmp_path):
-    """5 pictures: epochs of a whole step and one of a single picture."""
+    """5 pictures: epochs of a whole step and one of a single picture. Pictures are drawn in yet another size."""
     settings = {**settings, "dataset_name": None, "train_data_dir": str(image_folder(5)), "steps": 4}
     plain = train(settings, output_dir=str(tmp_path / "plain"))
     graphs = []
-    for steps in (1, 4):
+    for steps, prompts in ((1, []), (4, ["sun"])):
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
-        run = train(settings, compile_unet="blocks", steps=steps, output_dir=str(tmp_path / f"compiled-{steps}"))
+        run = train(
+            settings, compile_unet="blocks", steps=steps, validation_prompts=prompts,
+            output_dir=str(tmp_path / f"compiled-{steps}"),
+        )  # fmt: skip
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert list(run.steps.images) == [4, 1, 4, 1]
+    assert list(run.steps.images) == [4, 1, 4, 1] and len(run.drawn) == 3
     assert graphs[0] == graphs[1] > 0
     assert list(run.steps.loss) == pytest.approx(list(plain.steps.loss), rel=1e-4)
