@@ -1,7 +1,8 @@
-"""Does sdnb train as the reference does? Runs both with the same settings, model and data, on the CPU in float32, and
-compares the `train_loss` of each optimizer step and the weights at the end.
+"""Does sdnb train as the reference does? Runs both with the same settings, model and data, and compares the
+`train_loss` of each optimizer step and the weights at the end.
 
     python benchmarks/parity.py --reference PATH/train_text_to_image.py --python PATH/OF/AN/ENVIRONMENT/bin/python
+    python benchmarks/parity.py --mixed_precision bf16 --reference …
     python benchmarks/parity.py --device cuda --mixed_precision fp16 --reference …
 
 On a GPU, of its cases those of one rank, and the reference runs twice: it need not repeat itself to the bit there, and
@@ -328,9 +329,9 @@ def main() -> None:
         parser.error(f"no such case: {'; '.join(unknown)}. There are: {'; '.join(CASES)}")
     if not options.reference.is_file():
         parser.error(f"--reference {options.reference}: there is no such file")
+    if options.record and (options.device, options.mixed_precision) != ("cpu", "no"):
+        parser.error("--record: the tests compare with what the CPU gives in float32")
     if options.device == "cuda":
-        if options.record:
-            parser.error("--record: the tests compare with what the CPU gives")
         options.cases = [name for name in options.cases if CASES[name].ranks == 1]
     on, precision, flags = options.device, options.mixed_precision, options.flags.split()
     with tempfile.TemporaryDirectory(prefix="sdnb-parity-") as work:
@@ -346,7 +347,7 @@ def main() -> None:
         quantities += [f"{quantity}, the reference against itself" for quantity in quantities]
     head = [f"| case | {' | '.join(quantities)} |", "|---" * (1 + len(quantities)) + "|"]
     title, file = options.name, f"parity-{options.name}"
-    if on == "cuda":
+    if (on, precision) != ("cpu", "no"):
         from sdnb import environment
 
         title += f" on {environment.devices().names[0]}, mixed_precision {precision}"

@@ -124,6 +124,11 @@ class Checkpoints:
             self.batches.epoch = int(checkpoint.step // self.config.steps_per_epoch(len(self.examples)))
             logger.warning("the epoch begins again, in another order: %s does not say where it was", checkpoint.folder)
             return
+        made_on, device = checkpoint.manifest.get("device"), self.accelerator.device.type
+        if made_on not in (None, device):
+            logger.warning(
+                "the draws are others from here on: %s was made on %s, this is %s", checkpoint.folder, made_on, device
+            )
         differ = differences(checkpoint, self.config, self.examples)
         for difference in differ.values():
             logger.warning("resuming with changes: %s", difference)
@@ -172,6 +177,7 @@ class Checkpoints:
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = {
             "step": step,
+            "device": self.accelerator.device.type,
             "settings": identity(self.config, self.examples),
             "files": {str(path.relative_to(aside)): path.stat().st_size for path in files},
         }

@@ -306,6 +306,13 @@ def test_the_references_own_checkpoint(copy):
     assert list(train(settings).steps.step) == [1, 2, 3]
 
 
+def test_going_on_on_another_device_is_said(copy):
+    folder, settings = copy
+    manifest = folder / "checkpoint-2" / "checkpoint.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "device": "cuda"}))
+    assert "checkpoint-2 was made on cuda, this is cpu" in train(settings).log
+
+
 def test_the_newest_are_kept(copy):
     folder, settings = copy
     train(settings, steps=5, checkpoints_total_limit=2)
