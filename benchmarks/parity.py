@@ -6,7 +6,7 @@
     python benchmarks/parity.py --device cuda --mixed_precision fp16 --reference …
 
 On a GPU, of its cases those of one rank, and the reference runs twice: it need not repeat itself to the bit there, and
-sdnb is to be no farther from it than it is from itself. `--flags` are further ones of sdnb's, such as
+sdnb is to be no farther from it than ten times what it is from itself. `--flags` are further ones of sdnb's, such as
 `--flags="--encoder_cache_gib=0 --fold_micro_batches=1"` for the reference's work. The reference is diffusers'
 `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or any later one; its environment needs torchvision.
 `--record` writes the reference's trajectories to where the tests find them.
@@ -191,8 +191,7 @@ def relative_differences(ours: list[float], theirs: list[float]) -> list[float]:
 
 
 def weights_differ(ours: Path, theirs: Path) -> float:
-    """The largest difference between the two saved UNets, of a weight, over the largest change that there can be of it:
-    as a share of the largest weight."""
+    """The largest difference of a weight between the two saved UNets, as a share of its tensor's largest weight."""
     from safetensors.torch import load_file
 
     name = "unet/diffusion_pytorch_model.safetensors"

@@ -8,12 +8,16 @@ _PEAK_TFLOPS = {
     "A100": {"fp16": 312, "bf16": 312, "tf32": 156},
     "A10": {"fp16": 125, "bf16": 125, "tf32": 62.5},
     "H100 PCIe": {"fp16": 756, "bf16": 756, "tf32": 378},
+    "H100 NVL": {"fp16": 835, "bf16": 835, "tf32": 417},
     "H100": {"fp16": 989, "bf16": 989, "tf32": 494},
+    "H200 NVL": {"fp16": 835, "bf16": 835, "tf32": 417},
     "H200": {"fp16": 989, "bf16": 989, "tf32": 494},
     "L40S": {"fp16": 362, "bf16": 362, "tf32": 183},
     "L4": {"fp16": 121, "bf16": 121, "tf32": 60},
     "T4": {"fp16": 65, "no": 8.1},
+    "V100 PCIE": {"fp16": 112, "no": 14},
     "V100": {"fp16": 125, "no": 15.7},
+    "4090 D": {},  # slower than the 4090; its rate is not known here
     "4090": {"fp16": 165, "bf16": 165, "tf32": 82.6},
     "MI250X": {"fp16": 191.5, "bf16": 191.5, "no": 47.9},
     "MI300X": {"fp16": 1307, "bf16": 1307, "no": 163},
@@ -23,6 +27,6 @@ _PEAK_TFLOPS = {
 def peak_tflops(device: str, precision: str) -> float | None:
     """A device's peak for matrix products, in TFLOP/s; None where it is not known. In float32 that is TF32's where the
     device has it: convolutions use it unless they are told not to."""
-    rates = next((rates for name, rates in _PEAK_TFLOPS.items() if name in device.replace("-", " ").split()
-                  or (" " in name and name in device)), {})  # fmt: skip
+    words = f" {device.replace('-', ' ')} "
+    rates = next((rates for name, rates in _PEAK_TFLOPS.items() if f" {name} " in words), {})
     return rates.get("tf32", rates.get("no")) if precision == "no" else rates.get(precision)

@@ -94,6 +94,7 @@ def test_a_log_with_a_gap(tmp_path):
     assert measured["seconds per micro-batch"].value == pytest.approx(0.558, abs=0.002)
     assert measured["images/s per GPU"].value == pytest.approx(14.3, abs=0.05)
     assert measured["images/s, all GPUs"].value == pytest.approx(8 * 14.3, abs=0.5)
+    assert measured["images/s per GPU, whole log"].value == pytest.approx((25 * (3 * 256 + 128) + 256) / 212 / 8)
     assert measured["short steps"].text == "25 of 101"
     assert measured["total time"].text == "212 s"
     assert not any(row.text == "nan" for row in measured.results)
