@@ -149,8 +149,8 @@ def main() -> None:
             for setting in options.vary:
                 for value in points(side, ranks)[setting]:
                     if time.monotonic() > ends:
-                        print(f"stopped after {len(results)} trainings: {options.minutes:g} minutes are over")
-                        return
+                        failed.append(f"{setting} = {value} ({options.minutes:g} minutes are over)")
+                        continue
                     try:
                         result = measure(options.model, setting, value, options, device, further, Path(work))
                     except (RuntimeError, errors.SdnbError) as error:

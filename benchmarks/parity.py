@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -221,15 +221,21 @@ def compare(
     device: str = "cpu",
     precision: str = "no",
     flags: Sequence[str] = (),
-) -> dict[str, dict]:
-    """Run the cases on both sides, sdnb with further `flags`; what the reference does not know is left out."""
+) -> Iterator[tuple[str, dict]]:
+    """Run the cases on both sides, sdnb with further `flags`; what the reference does not know is left out.
+
+    Returns:
+        Each case's name and what came of it, as soon as it is there.
+
+    Raises:
+        RuntimeError, ValueError: if a training fails, or has another number of steps.
+    """
     source = reference.read_text()
     # v0.26.3 resizes bilinearly and has no flag for it; later ones have, with another default.
     bilinear = ("--image_interpolation_mode=bilinear",) if "image_interpolation_mode" in source else ()
     make_model(work / "model")
     for name in ("openmoji", "shapes"):
         make_data(name, work / name)
-    results = {}
     for name in names:
         case = CASES[name]
         if case.later and not _is_later(reference):
@@ -254,7 +260,7 @@ def compare(
         if device == "cuda":
             own_spread["again"] = max(relative_differences(losses_of_reference(again), expected))
             own_spread["weights_again"] = weights_differ(again, theirs)
-        results[name] = dict(
+        result = dict(
             reference=expected, sdnb=got, largest=max(differences), weights=weights_differ(ours, theirs),
             command=" ".join([*(["accelerate launch --num_processes=2"] if case.ranks > 1 else ["python"]),
                               "train_text_to_image.py --pretrained_model_name_or_path=MODEL "
@@ -264,9 +270,9 @@ def compare(
         print(f"\n{name}\n{'step':>4} {'reference':>12} {'sdnb':>12} {'difference':>11}")
         for step, (one, other, difference) in enumerate(zip(expected, got, differences), 1):
             print(f"{step:>4} {one:12.8f} {other:12.8f} {difference:11.1e}")
-        print(f"largest {max(differences):.1e}, weights at the end {results[name]['weights']:.1e}")
+        print(f"largest {max(differences):.1e}, weights at the end {result['weights']:.1e}")
         print(f"the reference against itself: {own_spread}" if own_spread else "", flush=True)
-    return results
+        yield name, result
 
 
 def versions(python: str) -> dict[str, str]:
@@ -336,9 +342,20 @@ def main() -> None:
         options.cases = [name for name in options.cases if CASES[name].ranks == 1]
     on, precision, flags = options.device, options.mixed_precision, options.flags.split()
     with tempfile.TemporaryDirectory(prefix="sdnb-parity-") as work:
-        results = compare(options.reference.absolute(), options.python, options.cases, Path(work), on, precision, flags)
+        results, failed = {}, ""
+        try:
+            for name, result in compare(
+                options.reference.absolute(), options.python, options.cases, Path(work), on, precision, flags
+            ):
+                results[name] = result
+        except (RuntimeError, ValueError) as error:
+            failed = f"error: {options.cases[len(results)]}: {error}"
+    if not results:
+        sys.exit(failed or "error: the reference knows none of these cases")
     made_by = dict(reference=options.name, versions=versions(options.python), date=str(date.today()))
     changed = {name: CASES[name].changed for name in results if _is_later(options.reference) and CASES[name].changed}
+    from sdnb import environment
+
     columns = ["largest", "weights", *(["again", "weights_again"] if on == "cuda" else [])]
     table = ["| " + " | ".join([name, *(f"{result[column]:.1e}" for column in columns)]) + " |"
              for name, result in results.items()]  # fmt: skip
@@ -349,8 +366,6 @@ def main() -> None:
     head = [f"| case | {' | '.join(quantities)} |", "|---" * (1 + len(quantities)) + "|"]
     title, file = options.name, f"parity-{options.name}"
     if (on, precision) != ("cpu", "no"):
-        from sdnb import environment
-
         title += f" on {environment.devices().names[0]}, mixed_precision {precision}"
         file += f"-{on}-{precision}"
     sdnb = f"sdnb with `{options.flags}`" if flags else "sdnb"
@@ -360,6 +375,8 @@ def main() -> None:
         + ", ".join(f"{name} {version}" for name, version in made_by["versions"].items())
         + ".\n\n" + "\n".join([*head, *table, *notes]) + "\n"
     )  # fmt: skip
+    whole = {**made_by, "sdnb_commit": environment.capture()["git_commit"], "flags": options.flags, "cases": results}
+    (options.out / f"{file}.json").write_text(json.dumps(whole, indent=1) + "\n")
     plot(results, f"sdnb against the reference, {title}", TOLERANCE[precision], options.out / f"{file}.png")
     if options.record:
         recorded_here = recorded_under(made_by["versions"]["transformers"])
@@ -372,7 +389,8 @@ def main() -> None:
     print("\n" + "\n".join([*head, *table, *notes]))
     # On a GPU the reference itself differs from run to run: ten times that, for it is but one pair.
     limits = {name: max(TOLERANCE[precision], 10 * result.get("again", 0)) for name, result in results.items()}
-    sys.exit(any(result["largest"] > limits[name] for name, result in results.items() if name not in changed))
+    apart = [name for name in results if results[name]["largest"] > limits[name] and name not in changed]
+    sys.exit(failed or (f"error: farther apart than it may be: {'; '.join(apart)}" if apart else 0))
 
 
 if __name__ == "__main__":

@@ -203,7 +203,8 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for way in ways:
         if time.monotonic() > ends:
-            break
+            print(f"{way.label}: not measured, {options.minutes:g} minutes are over")
+            continue
         try:
             result = measure(way, architecture, config, device, options.rounds)
         except torch.cuda.OutOfMemoryError as error:
