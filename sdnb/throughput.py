@@ -34,8 +34,8 @@ def images_per_second(images: np.ndarray, seconds: np.ndarray) -> Estimate:
     """Σ images / Σ seconds over steps, with its 95 % confidence interval.
 
     The variance is that of a ratio estimate (Cochran, Sampling Techniques, 1977, section 6.3), its residuals'
-    autocorrelation taken into account as in Newey and West (Econometrica 55, 1987) with 4 (n/100)^(2/9) lags. With
-    fewer than three steps the interval is unknown (NaN).
+    autocorrelation taken into account as in Newey and West (Econometrica 55, 1987), with the 4 (n/100)^(2/9) lags of
+    their second paper (Review of Economic Studies 61, 1994). With fewer than three steps the interval is unknown (NaN).
     """
     images, seconds = np.asarray(images, float), np.asarray(seconds, float)
     n, ratio = len(images), images.sum() / seconds.sum()
