@@ -18,7 +18,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 _SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices: large enough to keep the device busy
 _ROUNDS, _PRODUCTS = 3, 4  # of a round at the least
-_ROUND = 0.1  # seconds, in which a GPU comes to the clock that it keeps
+_ROUND = 0.1  # seconds, about, at the least
 _TOO_LONG = 0.5  # seconds for one product, to measure several
 
 

@@ -140,7 +140,7 @@ def measure(run: Any) -> Measurements:
     each = Estimate(*(part / config.num_processes for part in (together.value, together.low, together.high)))
     log = environment.get("imported")
     if log:
-        each, throughput = _throughput_of_a_log(steps, config, noun, each, log, run.summary)
+        each, throughput = _throughput_of_a_log(steps, config, noun, each, log, run.summary["total_seconds"])
     else:
         throughput = _throughput_results(steps, config, noun, each, together)
     return Measurements(
@@ -162,12 +162,7 @@ def measure(run: Any) -> Measurements:
 
 
 def _throughput_of_a_log(
-    steps: pd.DataFrame,
-    config: TrainConfig,
-    noun: str,
-    measured: Estimate,
-    log: dict[str, Any],
-    summary: dict[str, Any],
+    steps: pd.DataFrame, config: TrainConfig, noun: str, measured: Estimate, log: dict[str, Any], seconds: float
 ) -> tuple[Estimate, list[Result]]:
     """Of a training that sdnb did not run: from the times of its steps if the log has most of them, and otherwise from
     what the progress bar shows near the end."""
@@ -195,7 +190,7 @@ def _throughput_of_a_log(
     if ranks > 1:
         rows.append(Result(f"images/s, all {noun}s", f"{each.value * ranks:.2f}", f"{ranks} times as many",
                            each.value * ranks))  # fmt: skip
-    if (seconds := summary["total_seconds"]) and steps.images.notna().all():
+    if seconds:
         whole = steps.images.sum() / seconds / ranks
         how = f"{steps.images.sum():.0f} pictures / {seconds:.0f} s / {noun}s: the start and every pause count"
         rows.append(Result(f"images/s per {noun}, whole log", f"{whole:.2f}", how, whole))
