@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # who reads a run needs the phases, and not torch, which takes seconds to load
     import torch
 
 PHASES = ("data", "encode", "forward", "backward", "optimizer", "ema", "other")
+
+
+class Moment(NamedTuple):
+    wall: float  # seconds
+    event: Any  # the same moment on the GPU, or None
 
 
 class StepClock:
@@ -28,8 +33,7 @@ class StepClock:
 
     def restart(self) -> None:
         """Begin a step now; what came since the last one (a validation, a picture drawn) belongs to none."""
-        self._laps: list[tuple[str, Any]] = [("", self._now())]
-        self._began = time.perf_counter()
+        self._laps = [("", self._now())]
 
     def lap(self, phase: str) -> None:
         """End a phase: the time since the last lap was its."""
@@ -41,20 +45,21 @@ class StepClock:
         Returns:
             The step's seconds on the wall, and the seconds of each phase; `other` is what no lap claimed.
         """
-        end_of_step, event = time.perf_counter(), self._now()
-        seconds = end_of_step - self._began
+        end_of_step = self._now()
+        seconds = end_of_step.wall - self._laps[0][1].wall
         if self._on_gpu:
-            self._laps[-1][1].synchronize()
+            self._laps[-1][1].event.synchronize()
         phases = dict.fromkeys(PHASES, 0.0)
         for (_, start), (phase, end) in zip(self._laps, self._laps[1:]):
-            phases[phase] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+            phases[phase] += start.event.elapsed_time(end.event) / 1000 if self._on_gpu else end.wall - start.wall
         phases["other"] += max(0.0, seconds - sum(phases.values()))
-        self._laps, self._began = [("", event)], end_of_step
+        self._laps = [("", end_of_step)]
         return seconds, phases
 
-    def _now(self) -> Any:
+    def _now(self) -> Moment:
+        wall = time.perf_counter()
         if not self._on_gpu:
-            return time.perf_counter()
+            return Moment(wall, None)
         event = self._event(enable_timing=True)
         event.record()
-        return event
+        return Moment(wall, event)

@@ -214,7 +214,7 @@ def test_an_interrupt_ends_every_rank(settings):
 
     with pytest.raises(KeyboardInterrupt):
         start(settings, num_processes=2, steps=2000, show=at_step(2, interrupt))
-    assert time.time() - moment[0] < 8
+    assert time.time() - moment[0] < 20
     assert none_left(folder, within=2)
     assert len(run_folder.RunFolder(folder).steps) >= 2
 
