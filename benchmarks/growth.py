@@ -25,9 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import pandas as pd
-from parity import a_python
-from speed import MODELS, a_folder, at_least, follow, heading, inspect
+from common import MODELS, a_python, at_least, describe, file_of, follow, inspect, write
 
 from sdnb import charts, embedded, errors, memory, metrics, openmoji, run_folder, throughput
 
@@ -112,7 +112,7 @@ def plot(results: pd.DataFrame, title: str) -> charts.Chart:
     return chart
 
 
-def write(results: list[dict[str, Any]], about: dict[str, Any], path: str) -> None:
+def save(results: list[dict[str, Any]], about: dict[str, Any], path: str) -> None:
     frame = pd.DataFrame(results)
     plot(frame, about["title"]).savefig(f"{path}.png")
     lines = ["| setting | | images/s | peak memory, GiB | predicted, GiB |", "|---" * 5 + "|"]
@@ -120,19 +120,17 @@ def write(results: list[dict[str, Any]], about: dict[str, Any], path: str) -> No
         speed = throughput.Estimate(row.images_per_second, row.low, row.high)
         lines.append(f"| {row.setting} | {row.value} | {speed} | {row.peak_gib:.2f} | {row.predicted_gib:.2f} |")
     about_each = f"{about['steps']} steps each: `{about['flags']}`."
-    Path(f"{path}.md").write_text("\n".join([heading(about), "", *lines, "", about_each, ""]))
-    Path(f"{path}.json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
+    write(path, "\n".join([*lines, "", about_each]), about, runs=results)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--python", type=a_python, default=sys.executable, help="of the environment to train in")
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--vary", nargs="+", choices=list(LABELS), default=list(LABELS), help="settings, one by one")
     parser.add_argument("--flags", default="", help='of sdnb, for every training: --flags="--name …"')
     parser.add_argument("--steps", type=at_least(3), default=31, help="optimizer steps of a training")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many")
-    parser.add_argument("--out", type=a_folder, default=Path("benchmarks/results"), help="folder for what was measured")
     options = parser.parse_args()
     ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[options.model]
     further = f"{further} {options.flags}".rstrip()
@@ -140,10 +138,8 @@ def main() -> None:
         try:
             seen = inspect(options.python, device, {PROGRAM}, Path(work))
             ranks = len(seen["devices"]["names"]) if device == "cuda" else os.cpu_count() or 1
-            about = dict(
-                title=f"How the cost grows: {options.model} at {side}×{side}, batch 8, {device}", environment=seen,
-                date=time.strftime("%Y-%m-%d"), steps=options.steps, flags=f"{FLAGS}{further}",
-            )  # fmt: skip
+            title = f"How the cost grows: {options.model} at {side}×{side}, batch 8, {device}"
+            about = describe(title, seen, steps=options.steps, flags=f"{FLAGS}{further}")
             results: list[dict[str, Any]] = []
             failed: list[str] = []
             for setting in options.vary:
@@ -159,7 +155,7 @@ def main() -> None:
                         continue
                     results.append(result)
                     print(json.dumps(result), flush=True)
-                    write(results, about, f"{options.out}/growth-{options.model}")
+                    save(results, about, file_of(options, "growth", options.model))
             if failed:
                 sys.exit(f"error: not measured: {', '.join(failed)}")
         except (RuntimeError, errors.SdnbError) as error:

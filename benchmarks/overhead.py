@@ -13,19 +13,18 @@ counted either. The machine should do nothing else.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 
+import common
 import nbformat
 import numpy as np
+from common import at_least, describe, file_of, write
 from nbclient import NotebookClient
-from speed import a_folder, at_least, heading
 
-from sdnb import environment, run_folder
+from sdnb import run_folder
 
 SETTINGS = dict(
     pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=64, center_crop=True, random_flip=True,
@@ -61,10 +60,9 @@ def measure(steps: int, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--steps", type=at_least(1), default=101)
     parser.add_argument("--rounds", type=at_least(1), default=3)
-    parser.add_argument("--out", type=a_folder, default=Path("benchmarks/results"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="sdnb-overhead-") as work:
         rounds = []
@@ -72,18 +70,13 @@ def main() -> None:
         for number in range(options.rounds):
             rounds.append(measure(options.steps, Path(work) / str(number)))
             print(json.dumps(rounds[-1]), flush=True)
-    about = dict(
-        title="Live display and recording", date=time.strftime("%Y-%m-%d"), environment=environment.capture(),
-        steps=options.steps, settings=SETTINGS,
-    )  # fmt: skip
-    about["environment"].pop("host", None)
+    about = describe("Live display and recording", steps=options.steps, settings=SETTINGS)
     lines = ["| | share of the training, median (lowest to highest) |", "|---|---|"]
     for name, what in (("display", "following and showing, processor time"), ("recording", "recording, wall time")):
         shares = np.array([one[name] for one in rounds]) * 100
         lines.append(f"| {what} | {np.median(shares):.2f} % ({shares.min():.2f} to {shares.max():.2f}) |")
-    text = "\n".join([heading(about), "", *lines, "", f"{options.rounds} trainings of {options.steps} steps.", ""])
-    (options.out / "overhead.md").write_text(text)
-    (options.out / "overhead.json").write_text(json.dumps({**about, "rounds": rounds}, indent=1) + "\n")
+    text = "\n".join([*lines, "", f"{options.rounds} trainings of {options.steps} steps."])
+    write(file_of(options, "overhead"), text, about, rounds=rounds)
     print("\n".join(lines))
 
 

@@ -14,9 +14,7 @@ sdnb is to be no farther from it than ten times what it is from itself. `--flags
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,15 +23,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
+
+import common
+from common import a_python, describe, file_of, variables, versions, write
 
 STEPS = 24
 # The largest relative difference of a loss: in half precision one rounding, for what is run as another batch is summed
 # in another order.
 TOLERANCE = {"no": 1e-4, "fp16": 2**-10, "bf16": 2**-7}
 _RECORDED = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "ftfy", "pillow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -158,11 +157,8 @@ def train(
         else []
     )
     command = [python, *launcher, *program, *flags_of(case, work, output), *extra]
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    if device == "cpu":
-        settings |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    caches = {"HF_HOME": str(work / "huggingface"), "HF_DATASETS_CACHE": str(work / "huggingface" / Path(python).name)}
-    done = subprocess.run(command, env={**os.environ, **settings, **caches}, capture_output=True, text=True)
+    own = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(work / "huggingface" / Path(python).name)}
+    done = subprocess.run(command, env={**variables(device, work), **own}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
@@ -258,7 +254,7 @@ def compare(
         differences = relative_differences(got, expected)
         own_spread = {}
         if device == "cuda":
-            own_spread["again"] = max(relative_differences(losses_of_reference(again), expected))
+            own_spread["largest_again"] = max(relative_differences(losses_of_reference(again), expected))
             own_spread["weights_again"] = weights_differ(again, theirs)
         result = dict(
             reference=expected, sdnb=got, largest=max(differences), weights=weights_differ(ours, theirs),
@@ -275,17 +271,18 @@ def compare(
         yield name, result
 
 
-def versions(python: str) -> dict[str, str]:
-    """What is installed beside a Python, of what decides the numbers."""
-    program = (
-        "import importlib.metadata, json\n"
-        "print(json.dumps({one.name.lower(): one.version for one in importlib.metadata.distributions()}))"
-    )
-    installed = json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)
-    return {name: installed[name] for name in PACKAGES if name in installed}
+def table(results: dict[str, dict]) -> str:
+    """How far apart the two are, a row a case; on a GPU, how far the reference is from itself, too."""
+    columns = {"largest": "largest relative difference of train_loss", "weights": "of a weight at the end"}
+    if any("largest_again" in result for result in results.values()):
+        columns |= {f"{name}_again": f"{text}, the reference against itself" for name, text in columns.items()}
+    lines = [f"| case | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
+    for name, result in results.items():
+        lines.append(f"| {name} | {' | '.join(f'{result[column]:.1e}' for column in columns)} |")
+    return "\n".join(lines)
 
 
-def plot(results: dict[str, dict], title: str, tolerance: float, path: Path) -> None:
+def plot(results: dict[str, dict], title: str, tolerance: float, path: str) -> None:
     """The trajectories, and how far they are apart, a row a case."""
     import matplotlib
 
@@ -311,15 +308,8 @@ def plot(results: dict[str, dict], title: str, tolerance: float, path: Path) -> 
     figure.savefig(path, dpi=70)
 
 
-def a_python(text: str) -> str:
-    """A type for argparse: a Python that can be run."""
-    if shutil.which(text) is None:
-        raise argparse.ArgumentTypeError(f"{text}: there is no such program")
-    return text
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--reference", type=Path, required=True, help="its train_text_to_image.py")
     parser.add_argument(
         "--python", type=a_python, default=sys.executable, help="of the reference's environment, with torchvision"
@@ -329,7 +319,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--mixed_precision", choices=list(TOLERANCE), default="no")
     parser.add_argument("--flags", default="", help="further flags of sdnb's trainings")
-    parser.add_argument("--out", type=Path, default=Path("parity"), help="folder for the table and the plot")
     parser.add_argument("--record", action="store_true", help="keep the reference's trajectories for the tests")
     options = parser.parse_args()
     if unknown := [name for name in options.cases if name not in CASES]:
@@ -352,43 +341,32 @@ def main() -> None:
             failed = f"error: {options.cases[len(results)]}: {error}"
     if not results:
         sys.exit(failed or "error: the reference knows none of these cases")
-    made_by = dict(reference=options.name, versions=versions(options.python), date=str(date.today()))
+    made_by = dict(reference=options.name, versions=versions(options.python))
     changed = {name: CASES[name].changed for name in results if _is_later(options.reference) and CASES[name].changed}
-    from sdnb import environment
-
-    columns = ["largest", "weights", *(["again", "weights_again"] if on == "cuda" else [])]
-    table = ["| " + " | ".join([name, *(f"{result[column]:.1e}" for column in columns)]) + " |"
-             for name, result in results.items()]  # fmt: skip
-    notes = [f"\n{name}: this reference does otherwise: {what}." for name, what in changed.items()]
-    quantities = ["largest relative difference of train_loss", "of a weight at the end"]
-    if on == "cuda":
-        quantities += [f"{quantity}, the reference against itself" for quantity in quantities]
-    head = [f"| case | {' | '.join(quantities)} |", "|---" * (1 + len(quantities)) + "|"]
-    title, file = options.name, f"parity-{options.name}"
+    installed = ", ".join(f"{package} {version}" for package, version in made_by["versions"].items())
+    notes = [f"{name}: this reference does otherwise: {what}." for name, what in changed.items()]
+    text = "\n\n".join([f"The reference's environment: {installed}.", table(results), *notes])
+    title, names = options.name, ["parity", options.name]
     if (on, precision) != ("cpu", "no"):
-        title += f" on {environment.devices().names[0]}, mixed_precision {precision}"
-        file += f"-{on}-{precision}"
+        title += f" on the {on.upper()}, mixed_precision {precision}"
+        names += [on, precision]
     sdnb = f"sdnb with `{options.flags}`" if flags else "sdnb"
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{file}.md").write_text(
-        f"{sdnb} against train_text_to_image.py of {title}, {made_by['date']}; the reference's environment: "
-        + ", ".join(f"{name} {version}" for name, version in made_by["versions"].items())
-        + ".\n\n" + "\n".join([*head, *table, *notes]) + "\n"
-    )  # fmt: skip
-    whole = {**made_by, "sdnb_commit": environment.capture()["git_commit"], "flags": options.flags, "cases": results}
-    (options.out / f"{file}.json").write_text(json.dumps(whole, indent=1) + "\n")
-    plot(results, f"sdnb against the reference, {title}", TOLERANCE[precision], options.out / f"{file}.png")
+    about = describe(f"{sdnb} against train_text_to_image.py of {title}", **made_by)
+    write(file_of(options, *names), text, about, flags=options.flags, cases=results)
+    plot(results, f"sdnb against the reference, {title}", TOLERANCE[precision], f"{file_of(options, *names)}.png")
     if options.record:
         recorded_here = recorded_under(made_by["versions"]["transformers"])
         recorded_here.mkdir(parents=True, exist_ok=True)
         for name, result in results.items():
             if _is_later(options.reference) and not CASES[name].later:  # v0.26.3 is the one to agree with
                 continue
-            recorded = dict(case=name, **made_by, command=result["command"], train_loss=result["reference"])
+            recorded = dict(
+                case=name, **made_by, date=about["date"], command=result["command"], train_loss=result["reference"]
+            )  # fmt: skip
             (recorded_here / f"{slug(name)}.json").write_text(json.dumps(recorded, indent=1) + "\n")
-    print("\n" + "\n".join([*head, *table, *notes]))
+    print(f"\n{text}")
     # On a GPU the reference itself differs from run to run: ten times that, for it is but one pair.
-    limits = {name: max(TOLERANCE[precision], 10 * result.get("again", 0)) for name, result in results.items()}
+    limits = {name: max(TOLERANCE[precision], 10 * result.get("largest_again", 0)) for name, result in results.items()}
     apart = [name for name in results if results[name]["largest"] > limits[name] and name not in changed]
     sys.exit(failed or (f"error: farther apart than it may be: {'; '.join(apart)}" if apart else 0))
 

@@ -13,22 +13,20 @@ A GPU's memory is the most that was allocated, with the gradients, but without o
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import common
 import torch
+from common import MODELS, at_least, describe, file_of, write
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from speed import MODELS, a_folder, at_least, heading
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdnb import embedded, environment, models
+from sdnb import embedded, models
 from sdnb.clock import StepClock
 from sdnb.config import TrainConfig
 from sdnb.device import keep_freed_memory, reachable_tflops
@@ -48,7 +46,7 @@ class Way(NamedTuple):
     def label(self) -> str:
         how = ", ".join(name if value is True else f"{name} {value}" for name, value in self.settings.items())
         pictures = f", {self.pictures} pictures" if self.pictures else ""
-        return f"{self.part}{pictures}{': ' if how else ''}{how}"
+        return f"{self.part}{pictures}: {how or 'plain'}"
 
 
 LAST = {"channels_last": True}
@@ -161,13 +159,12 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--precision", choices=list(WEIGHT_DTYPES), default="no")
     parser.add_argument("--only", nargs="+", default=[""], help="ways that have one of these in their name")
     parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after so many")
-    parser.add_argument("--out", type=a_folder, default=Path("benchmarks/results"), help="folder for what was measured")
     options = parser.parse_args()
     ways = [way for way in WAYS if any(words in way.label for words in options.only)]
     if not ways:
@@ -195,11 +192,8 @@ def main() -> None:
     if device.type == "cpu":
         keep_freed_memory()  # as a training does
     dtype = WEIGHT_DTYPES[options.precision]
-    about = dict(
-        title=f"The parts of a step: {options.model} at {side}×{side}, {str(dtype)[6:]}, {device}",
-        date=time.strftime("%Y-%m-%d"), flop_per_image=flop,
-        environment={name: value for name, value in environment.capture().items() if name != "host"},
-    )  # fmt: skip
+    title = f"The parts of a step: {options.model} at {side}×{side}, {str(dtype)[6:]}, {device}"
+    about = describe(title, flop_per_image=flop)
     results: list[dict[str, Any]] = []
     for way in ways:
         if time.monotonic() > ends:
@@ -216,12 +210,9 @@ def main() -> None:
                 torch.cuda.empty_cache()
         results.append(dict(result, pictures=way.pictures, flop_per_image=flop.get(FLOP.get(way.part), 0)))
         print(table(results[-1:]).splitlines()[-1], flush=True)
-        path = f"{options.out}/passes-{options.model}-{options.precision}"
         rates = [rate for one in results for rate in one["reachable_tflops"]]
-        ends_of_rates = f"Matrix products reached {min(rates):.3g} to {max(rates):.3g} TFLOP/s.\n"
-        text = f"{heading(about)}\n\n{table(results)}\n\n{ends_of_rates}"
-        Path(f"{path}.md").write_text(text)
-        Path(f"{path}.json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
+        text = f"{table(results)}\n\nMatrix products reached {min(rates):.3g} to {max(rates):.3g} TFLOP/s."
+        write(file_of(options, "passes", options.model, options.precision), text, about, runs=results)
 
 
 if __name__ == "__main__":

@@ -25,22 +25,18 @@ nothing else.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import pandas as pd
 import yaml
-from parity import a_python, versions
+from common import MODELS, a_python, at_least, describe, file_of, follow, inspect, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdnb import arguments, charts, embedded, environment, errors, metrics, openmoji, run_folder
@@ -63,19 +59,6 @@ QUANTITIES = {
     "images_per_second": "images/s", "wall_seconds": "wall time, s", "peak_gib": "peak memory, GiB",
     "gpu_used_gib": "GPU memory, GiB", "own_images_per_second": "own images/s", "own_peak_gib": "own peak memory, GiB",
 }  # fmt: skip
-# A small UNet under a heavy VAE of factor 8: most of a step is encoding. Pictures of 128×128, latents of 16×16.
-embedded.ARCHITECTURES["small-unet"] = dict(
-    vae={**embedded.TINY["vae"], "block_out_channels": (64, 128, 128, 128), "sample_size": 128,
-         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
-    text_encoder=embedded.TINY["text_encoder"],
-    unet={**embedded.TINY["unet"], "block_out_channels": (32, 48, 64), "norm_num_groups": 16},
-)  # fmt: skip
-# Of each model: the side of its pictures in pixels, its device, and its further flags.
-MODELS = {
-    "tiny": (64, "cpu", ""),
-    "small-unet": (128, "cpu", ""),
-    "sd-v1-4-random": (512, "cuda", " --mixed_precision=fp16"),  # as params/reference.yaml
-}
 
 
 class Kind(NamedTuple):
@@ -136,74 +119,6 @@ def images_of_steps(examples: int, steps: int) -> list[int]:
     batches = [min(BATCH, examples - start) for start in range(0, examples, BATCH)]
     epoch = [sum(batches[start : start + ACCUMULATION]) for start in range(0, len(batches), ACCUMULATION)]
     return [epoch[step % len(epoch)] for step in range(steps)]
-
-
-def variables(device: str, cache: Path) -> dict[str, str]:
-    """The environment variables of both sides."""
-    on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    folders = {"HF_HOME": "huggingface", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-    caches = {"XDG_CACHE_HOME": str(cache), **{name: str(cache / folder) for name, folder in folders.items()}}
-    path = os.pathsep.join([str(environment.PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, **on_cpu, **caches, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-
-
-def inspect(python: str, device: str, programs: set[tuple[str, ...]], work: Path) -> dict[str, Any]:
-    """What a Python runs on. Imports the programs there, so that no run pays for files that are not in memory yet.
-
-    Raises:
-        RuntimeError: if one cannot be imported, or the device is not there.
-    """
-    capture = "import json; from sdnb import environment; print(json.dumps(environment.capture()))"
-    for command in [*([*program, "--help"] for program in programs), ["-c", capture]]:
-        done = subprocess.run([python, *command], capture_output=True, text=True, env=variables(device, work))
-        if done.returncode:
-            needs = "It needs what sdnb trains with, see pyproject.toml, and torchvision for the reference."
-            raise RuntimeError(f"{python} {' '.join(command)} fails:\n{done.stderr[-2000:]}\n{needs}")
-    captured = json.loads(done.stdout)
-    if captured["devices"]["type"] != device:
-        raise RuntimeError(f"this model is measured on {device}, and the torch of {python} has none here")
-    captured["packages"] |= versions(python)
-    return {name: value for name, value in captured.items() if name != "host"}
-
-
-def follow(command: list[str], device: str, cache: Path) -> dict[str, float]:
-    """Run a process to its end: its wall time, its peak memory, and its GPU's.
-
-    Raises:
-        RuntimeError: with the end of what it printed, if it fails.
-    """
-    log, peak_kib, gpu_used_gib = cache / "printed.txt", 0, 0.0
-    used_gib = used_gib_of_gpu() if device == "cuda" else None
-    with log.open("w") as printed:
-        began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=printed, stderr=printed, env=variables(device, cache))
-        try:
-            while process.poll() is None:
-                found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-                peak_kib = int(found[1]) if found else peak_kib
-                gpu_used_gib = max(gpu_used_gib, used_gib()) if used_gib else 0.0
-                time.sleep(0.05)
-            wall_seconds = time.perf_counter() - began
-        finally:  # also when the measuring is interrupted
-            process.kill()
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}\nfailed ({process.returncode}):\n{log.read_text()[-3000:]}")
-    on_gpu = {"gpu_used_gib": gpu_used_gib} if used_gib else {}
-    return {"wall_seconds": wall_seconds, "peak_gib": peak_kib / 2**20, **on_gpu}
-
-
-def used_gib_of_gpu() -> Callable[[], float] | None:
-    """Reads how much of the first GPU's memory is used, by all that use it; None where NVML does not say."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    with contextlib.suppress(Exception):
-        import pynvml
-
-        pynvml.nvmlInit()
-        by = pynvml.nvmlDeviceGetHandleByIndex if first.isdigit() else pynvml.nvmlDeviceGetHandleByUUID
-        handle = by(int(first) if first.isdigit() else first)
-        pynvml.nvmlDeviceGetMemoryInfo(handle)
-        return lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
-    return None
 
 
 def measure(kind: Kind, python: str, device: str, flags: list[str], images: list[int], cache: Path) -> dict[str, Any]:
@@ -268,64 +183,31 @@ def plot(results: list[dict], kinds: list[Kind], title: str, caption: str) -> ch
     return chart
 
 
-def heading(about: dict[str, Any]) -> str:
-    """What was measured, when, and on what."""
-    where = about["environment"]
-    commit = where["git_commit"][:12] + " with changes" * where["git_changed"]
-    return (
-        f"{about['title']}; {about['date']}, commit {commit}. {', '.join(where['devices']['names'])}, "
-        f"{where['cpu_cores']} CPU cores, {where['memory_gib']} GiB; Python {where['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
-        + "."
-    )
-
-
-def write(results: list[dict], kinds: list[Kind], about: dict[str, Any], path: str) -> None:
+def save(results: list[dict], kinds: list[Kind], about: dict[str, Any], path: str) -> None:
     """The table, the figure and the raw figures, to `path` with three endings. Kinds that did not run are left out."""
     kinds = [kind for kind in kinds if any(one["run"] == kind.label for one in results)]
     ratios = ", ".join(kind.label + figures(results, kind, "images_per_second")[1] for kind in kinds if kind.against)
     caption = f"Images/s against {about['baseline']}: {ratios}; bars are medians, dots single runs."
     plot(results, kinds, about["title"], caption).savefig(f"{path}.png")
     model = next((one["model"]["parameters"] for one in results if "model" in one), {})
-    Path(f"{path}.md").write_text(
-        f"{heading(about)}\n\n{table(results, kinds)}\n\n"
-        f"Medians; × is the ratio to {about['baseline']}, median (from – to). "
+    text = (
+        f"{table(results, kinds)}\n\nMedians; × is the ratio to {about['baseline']}, median (from – to). "
         f"Every run on one rank: `{about['flags']}`. Parameters: "
-        + ", ".join(f"{part} {count / 1e6:.2f} million" for part, count in model.items()) + ".\n"
+        + ", ".join(f"{part} {count / 1e6:.2f} million" for part, count in model.items()) + "."
     )  # fmt: skip
-    Path(f"{path}.json").write_text(json.dumps({**about, "runs": results}, indent=1) + "\n")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number that is not smaller."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: {least} at least")
-        return int(text)
-
-    return number
-
-
-def a_folder(text: str) -> Path:
-    """A type for argparse: a folder, which may have to be made."""
-    try:
-        Path(text).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return Path(text)
+    write(path, text, about, runs=results)
 
 
 def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
     ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[name]
     orders = comparison(options.reference.absolute(), device) if options.reference else ablation()
     title = f"sdnb and train_text_to_image.py of {options.name}" if options.reference else "sdnb without its techniques"
-    about = dict(
-        title=f"{title}: {name} at {side}×{side}, {device}", date=time.strftime("%Y-%m-%d"),
+    about = describe(
+        f"{title}: {name} at {side}×{side}, {device}",
+        inspect(options.python, device, {kind.program for kind in orders[0]}, work),
         flags=f"--resolution={side} --max_train_steps={options.steps} {FLAGS}{further}", turned_off_by=TECHNIQUES,
         baseline="the reference's run beside it" if options.reference else "all on in the same round",
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
-        environment=inspect(options.python, device, {kind.program for kind in orders[0]}, work),
     )  # fmt: skip
     shutil.copytree(openmoji.folder(side) / "train", work / "data")
     flags = [f"--pretrained_model_name_or_path={embedded.folder(name)}", f"--train_data_dir={work / 'data'}",
@@ -344,11 +226,12 @@ def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
             results.append(dict(run=kind.label, round=number, **result))
             shown = ", ".join(f"{text} {result[one]:.2f}" for one, text in QUANTITIES.items() if one in result)
             print(f"{number + 1}: {kind.label}: {shown}", flush=True)
-            write(results, orders[0], about, f"{options.out}/{'speed' if options.reference else 'ablation'}-{name}")
+            path = file_of(options, "speed" if options.reference else "ablation", name)
+            save(results, orders[0], about, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--reference", type=Path, help="its train_text_to_image.py; left out: sdnb's techniques")
     parser.add_argument("--name", default="the reference", help="what to call this reference, such as v0.26.3")
     parser.add_argument("--python", type=a_python, default=sys.executable, help="of the environment that both run in")
@@ -356,7 +239,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=at_least(1), default=3, help="pairs; without a reference, rounds")
     parser.add_argument("--steps", type=at_least(2), default=101, help="optimizer steps of a run, two at least")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would not end in them")
-    parser.add_argument("--out", type=a_folder, default=Path("benchmarks/results"), help="folder for what was measured")
     options = parser.parse_args()
     if options.reference and not options.reference.is_file():
         parser.error(f"--reference {options.reference}: there is no such file")

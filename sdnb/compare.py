@@ -59,6 +59,7 @@ class Comparison:
             columns[label] = {
                 "devices": f"{len(devices)} × {devices[0]}",
                 "CPU": seen.get("cpu", "not known"),
+                "CPU instructions": seen.get("cpu_capability", "not known"),
                 "CPU cores": _say(seen.get("cpu_cores", "not known")),
                 "system": seen.get("system", "not known"),
                 "Python": seen.get("python", "not known"),

@@ -164,8 +164,8 @@ class Run(RunFolder):
 def _machine(seen: dict[str, Any]) -> dict[str, str]:
     devices = seen.get("devices", {})
     names, gib = devices.get("names") or ["not known"], devices.get("memory_gib")
-    cpu = [f"{seen[name]}{unit}" for name, unit in (("cpu", ""), ("cpu_cores", " cores"), ("memory_gib", " GiB"))
-           if seen.get(name)]  # fmt: skip
+    units = {"cpu": "", "cpu_capability": "", "cpu_cores": " cores", "memory_gib": " GiB"}
+    cpu = [f"{seen[name]}{unit}" for name, unit in units.items() if seen.get(name)]
     said = {
         "devices": f"{len(names)} × {names[0]}" + (f", {gib[0]} GiB" if gib else ""),
         "CPU": ", ".join(cpu),

@@ -4,10 +4,10 @@ import json
 import sys
 from importlib.metadata import version
 
+import parity
 import pytest
 from training import train
 
-from benchmarks import parity
 from sdnb import arguments
 
 RECORDED = sorted(parity.recorded_under(version("transformers")).glob("*.json"))

@@ -1,0 +1,176 @@
+"""What the benchmarks share: the models that they train, a program run to its end and watched from outside, and the
+files that results are written to."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sdnb import embedded, environment
+
+# A small UNet under a heavy VAE of factor 8: most of a step is encoding. Pictures of 128×128, latents of 16×16.
+embedded.ARCHITECTURES["small-unet"] = dict(
+    vae={**embedded.TINY["vae"], "block_out_channels": (64, 128, 128, 128), "sample_size": 128,
+         "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4},
+    text_encoder=embedded.TINY["text_encoder"],
+    unet={**embedded.TINY["unet"], "block_out_channels": (32, 48, 64), "norm_num_groups": 16},
+)  # fmt: skip
+# Of each model: the side of its pictures in pixels, its device, and the further flags of a training.
+MODELS = {
+    "tiny": (64, "cpu", ""),
+    "small-unet": (128, "cpu", ""),
+    "sd-v1-4-random": (512, "cuda", " --mixed_precision=fp16"),  # as params/reference.yaml
+}
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "ftfy", "pillow", "numpy")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Of a benchmark's command line, with the options that say where its results go."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=a_folder, default=Path("benchmarks/results"), help="folder for what was measured")
+    made.add_argument("--label", default="", help="ends the files' names, such as avx2, and keeps others' from loss")
+    return made
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number that is not smaller."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: {least} at least")
+        return int(text)
+
+    return number
+
+
+def a_folder(text: str) -> Path:
+    """A type for argparse: a folder, which may have to be made."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def a_python(text: str) -> str:
+    """A type for argparse: a Python that can be run."""
+    if shutil.which(text) is None:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such program")
+    return text
+
+
+def versions(python: str) -> dict[str, str]:
+    """What is installed beside a Python, of what decides the numbers."""
+    program = (
+        "import importlib.metadata, json\n"
+        "print(json.dumps({one.name.lower(): one.version for one in importlib.metadata.distributions()}))"
+    )
+    installed = json.loads(subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout)
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def variables(device: str, cache: Path) -> dict[str, str]:
+    """The environment variables of a program: with caches of its own, and without GPUs if it is to run on the CPU."""
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    folders = {"HF_HOME": "huggingface", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    caches = {"XDG_CACHE_HOME": str(cache), **{name: str(cache / folder) for name, folder in folders.items()}}
+    path = os.pathsep.join([str(environment.PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, **on_cpu, **caches, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+
+
+def inspect(python: str, device: str, programs: set[tuple[str, ...]], work: Path) -> dict[str, Any]:
+    """What a Python runs on. Imports the programs there, so that no run pays for files that are not in memory yet.
+
+    Raises:
+        RuntimeError: if one cannot be imported, or the device is not there.
+    """
+    capture = "import json; from sdnb import environment; print(json.dumps(environment.capture()))"
+    for command in [*([*program, "--help"] for program in programs), ["-c", capture]]:
+        done = subprocess.run([python, *command], capture_output=True, text=True, env=variables(device, work))
+        if done.returncode:
+            needs = "It needs what sdnb trains with, see pyproject.toml, and torchvision for the reference."
+            raise RuntimeError(f"{python} {' '.join(command)} fails:\n{done.stderr[-2000:]}\n{needs}")
+    captured = json.loads(done.stdout)
+    if captured["devices"]["type"] != device:
+        raise RuntimeError(f"this model is measured on {device}, and the torch of {python} has none here")
+    captured["packages"] |= versions(python)
+    return {name: value for name, value in captured.items() if name != "host"}
+
+
+def follow(command: list[str], device: str, cache: Path) -> dict[str, float]:
+    """Run a program to its end: its wall time, its peak memory, and its GPU's.
+
+    Raises:
+        RuntimeError: with the end of what it printed, if it fails.
+    """
+    log, peak_kib, gpu_used_gib = cache / "printed.txt", 0, 0.0
+    used_gib = _used_gib_of_gpu() if device == "cuda" else None
+    with log.open("w") as printed:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=printed, stderr=printed, env=variables(device, cache))
+        try:
+            while process.poll() is None:
+                found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+                peak_kib = int(found[1]) if found else peak_kib
+                gpu_used_gib = max(gpu_used_gib, used_gib()) if used_gib else 0.0
+                time.sleep(0.05)
+            wall_seconds = time.perf_counter() - began
+        finally:  # also when the measuring is interrupted
+            process.kill()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}\nfailed ({process.returncode}):\n{log.read_text()[-3000:]}")
+    on_gpu = {"gpu_used_gib": gpu_used_gib} if used_gib else {}
+    return {"wall_seconds": wall_seconds, "peak_gib": peak_kib / 2**20, **on_gpu}
+
+
+def _used_gib_of_gpu() -> Callable[[], float] | None:
+    """Reads how much of the first GPU's memory is used, by all that use it; None where NVML does not say."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    with contextlib.suppress(Exception):
+        import pynvml
+
+        pynvml.nvmlInit()
+        by = pynvml.nvmlDeviceGetHandleByIndex if first.isdigit() else pynvml.nvmlDeviceGetHandleByUUID
+        handle = by(int(first) if first.isdigit() else first)
+        pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
+    return None
+
+
+def describe(title: str, seen: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """What was measured, when, and on what: this Python's environment unless another was `seen`; and more."""
+    where = {name: value for name, value in (seen or environment.capture()).items() if name != "host"}
+    return dict(title=title, date=time.strftime("%Y-%m-%d"), environment=where, **more)
+
+
+def heading(about: dict[str, Any]) -> str:
+    """What was described, in a line."""
+    where = about["environment"]
+    commit = where["git_commit"][:12] + " with changes" * where["git_changed"]
+    return (
+        f"{about['title']}; {about['date']}, commit {commit}. {', '.join(where['devices']['names'])}, "
+        f"{where['cpu_cores']} CPU cores ({where['cpu_capability']}), {where['memory_gib']} GiB; "
+        f"Python {where['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
+        + "."
+    )
+
+
+def file_of(options: argparse.Namespace, *names: str) -> str:
+    """The path of a result's files, without their endings."""
+    return f"{options.out}/{'-'.join(filter(None, [*names, options.label]))}"
+
+
+def write(path: str, text: str, about: dict[str, Any], **results: Any) -> None:
+    """`path`.md with the heading and a text, and `path`.json with all the figures."""
+    Path(f"{path}.md").write_text(f"{heading(about)}\n\n{text}\n")
+    Path(f"{path}.json").write_text(json.dumps({**about, **results}, indent=1) + "\n")
