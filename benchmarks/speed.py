@@ -4,6 +4,7 @@ pictures, settings and seed, one rank; of the reference nothing is changed.
     python benchmarks/speed.py --reference PATH/train_text_to_image.py --python PATH/OF/AN/ENVIRONMENT/bin/python
     python benchmarks/speed.py --model sd-v1-4-random --pairs 2 --steps 41 --minutes 10 --reference …    # on a GPU
     python benchmarks/speed.py    # sdnb alone, each of its techniques turned off
+    python benchmarks/speed.py --only "all on" "kept memory"    # one of them
 
 The environment needs what sdnb trains with, and torchvision for the reference; sdnb itself is taken from this checkout.
 All is measured from outside, alike on both sides; "own" is what sdnb itself has in its run folder:
@@ -14,12 +15,12 @@ All is measured from outside, alike on both sides; "own" is what sdnb itself has
 
 On a CPU, a pair is two runs of each side. The first has an empty cache folder (HF_HOME, XDG_CACHE_HOME, --cache_dir),
 where `datasets` prepares the pictures and sdnb keeps encodings; the second goes on with what the first left. sdnb has a
-third one like the second, with no micro-batches folded: its memory is what compares. On a GPU, it is one run of the
-reference and four of sdnb: as much work as the reference does (nothing kept, nothing folded), the same with
-micro-batches folded, each with an empty cache folder, and params/fast.yaml's settings, twice in one, where compiled
-kernels are kept as well. Each side has its own folder, each pair new ones. Both programs are imported once before, and
-which side comes first alternates. The number of threads is torch's default, or OMP_NUM_THREADS. The machine should do
-nothing else.
+third one like the second, with no micro-batches folded: its memory is what compares; and a fourth without any of its
+techniques. On a GPU, it is one run of the reference and four of sdnb: as much work as the reference does (nothing kept,
+nothing folded), the same with micro-batches folded, each with an empty cache folder, and params/fast.yaml's settings,
+twice in one, where compiled kernels are kept as well. Each side has its own folder, each pair new ones. Both programs
+are imported once before, and which side comes first alternates. The number of threads is torch's default, or
+OMP_NUM_THREADS. The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {
     "linear layers by oneDNN": ("--no-onednn_linear",),
     "kept memory": ("--no-keep_freed_memory",),
 }
+ALL_OFF = tuple(flag for flags in TECHNIQUES.values() for flag in flags)
 BATCH, ACCUMULATION = 8, 4
 FLAGS = (
     f"--use_ema --center_crop --random_flip --train_batch_size={BATCH} --gradient_accumulation_steps={ACCUMULATION} "
@@ -98,17 +100,19 @@ def comparison(reference: Path, device: str) -> list[list[Kind]]:
         return [[theirs, *same, *fast], [*fast, *same[::-1], theirs]]
     theirs = [Kind(f"reference, {which} run", (str(reference),), flags, "reference") for which in ("first", "second")]
     ours = [Kind(one.label.replace("reference", "sdnb"), against=one.label) for one in theirs]
-    unfolded = Kind(
-        "sdnb, second run, nothing folded", flags=TECHNIQUES["folded micro-batches"], against=theirs[1].label
-    )
-    return [[theirs[0], ours[0], theirs[1], ours[1], unfolded], [ours[0], theirs[0], unfolded, ours[1], theirs[1]]]
+    less = {"nothing folded": TECHNIQUES["folded micro-batches"], "all off": ALL_OFF}
+    further = [Kind(f"sdnb, second run, {off}", flags=flags, against=theirs[1].label) for off, flags in less.items()]
+    return [
+        [theirs[0], ours[0], theirs[1], ours[1], *further],
+        [ours[0], theirs[0], *further[::-1], ours[1], theirs[1]],
+    ]
 
 
 def ablation() -> list[list[Kind]]:
     """The runs of a round in their order, for even rounds and for odd ones. The first fills the cache for the others:
     what a technique does to a step is not to drown in what a first run encodes."""
     off = {f"without {name}": flags for name, flags in TECHNIQUES.items()}
-    off["all off"] = tuple(flag for flags in TECHNIQUES.values() for flag in flags)
+    off["all off"] = ALL_OFF
     first, second = Kind("all on, first run", against="all on"), Kind("all on")
     less = [Kind(label, flags=flags, against="all on") for label, flags in off.items()]
     return [[first, second, *less], [first, *less[::-1], second]]
@@ -201,6 +205,9 @@ def save(results: list[dict], kinds: list[Kind], about: dict[str, Any], path: st
 def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
     ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[name]
     orders = comparison(options.reference.absolute(), device) if options.reference else ablation()
+    orders = [[kind for kind in order if any(words in kind.label for words in options.only)] for order in orders]
+    if not orders[0]:
+        raise RuntimeError(f"--only {' '.join(options.only)}: no run of {name} has that in its name")
     title = f"sdnb and train_text_to_image.py of {options.name}" if options.reference else "sdnb without its techniques"
     about = describe(
         f"{title}: {name} at {side}×{side}, {device}",
@@ -236,6 +243,7 @@ def main() -> None:
     parser.add_argument("--name", default="the reference", help="what to call this reference, such as v0.26.3")
     parser.add_argument("--python", type=a_python, default=sys.executable, help="of the environment that both run in")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["tiny"])
+    parser.add_argument("--only", nargs="+", default=[""], help="runs that have one of these in their name")
     parser.add_argument("--pairs", type=at_least(1), default=3, help="pairs; without a reference, rounds")
     parser.add_argument("--steps", type=at_least(2), default=101, help="optimizer steps of a run, two at least")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would not end in them")
