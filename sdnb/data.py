@@ -154,7 +154,7 @@ class ImageCaptions(torch.utils.data.Dataset):
         self.split = split
         self.tokenizer: Any = None
         self._kept: Container[int] | None = None
-        self._map: Callable[..., Iterable[torch.Tensor]] = map
+        self._map: Callable[..., Iterable[Any]] = map
         self.pass_over(0)
         self.captions = rows[self._column(rows, config.caption_column, "caption_column")][:]
         column = self._column(rows, config.image_column, "image_column")
@@ -213,10 +213,15 @@ class ImageCaptions(torch.utils.data.Dataset):
             ) from error
 
     def __getitem__(self, row: int) -> Drawn:
-        corner = picture = None
-        if not self.config.center_crop:
-            picture = self._resized(row)
-            corner = draw_corner(picture.size, self.config)
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[Drawn]:  # which torch's loader asks for, a micro-batch at once
+        if self.config.center_crop:
+            return [self._draw(row, None) for row in rows]
+        return [self._draw(row, picture) for row, picture in zip(rows, self._map(self._resized, rows))]
+
+    def _draw(self, row: int, picture: Image.Image | None) -> Drawn:
+        corner = draw_corner(picture.size, self.config) if picture else None
         return Drawn(row, corner, draw_mirrored(self.config), _one_of(self.captions[row]), picture)
 
     def collate(self, drawn: list[Drawn]) -> dict[str, Any]:
@@ -243,7 +248,8 @@ class ImageCaptions(torch.utils.data.Dataset):
         return {**batch, "pixels": pixels}
 
     def load_in_threads(self, threads: int) -> None:
-        """From now on, `collate` has threads load the pictures, while this one goes on."""
+        """From now on, have threads load the pictures: of a fixed crop while this one goes on; else, as their sizes
+        decide what is drawn, all of a micro-batch's at once."""
         self._map = ThreadPoolExecutor(threads, "pictures").map
 
     def _cut(self, drawn: Drawn) -> torch.Tensor:

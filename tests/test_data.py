@@ -1,4 +1,5 @@
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -181,7 +182,9 @@ def coordinates(width, height):
 
 
 def loaded(examples, rows):
-    return torch.stack([*examples.collate([examples[row] for row in rows])["pixels"]])
+    """As a training loads them."""
+    (batch,) = torch.utils.data.DataLoader(examples, batch_sampler=[rows], collate_fn=examples.collate)
+    return torch.stack([*batch["pixels"]])
 
 
 def examples_of(folder, **settings):
@@ -253,10 +256,25 @@ def test_threads_load_the_same_in_the_same_order(image_folder, center_crop):
     assert all(torch.equal(one, other) for one, other in zip(*batches))
 
 
-def test_what_a_thread_cannot_load_is_named(image_folder):
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_pictures_are_loaded_at_the_same_time(image_folder, monkeypatch, center_crop):
+    examples = examples_of(image_folder(3, (90, 70)), center_crop=center_crop)
+    examples.load_in_threads(3)
+    together, picture = threading.Barrier(3, timeout=30), examples.picture
+
+    def wait_for_the_others(row):
+        together.wait()
+        return picture(row)
+
+    monkeypatch.setattr(examples, "picture", wait_for_the_others)
+    assert loaded(examples, [0, 1, 2]).shape == (3, 3, 64, 64)
+
+
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_what_a_thread_cannot_load_is_named(image_folder, center_crop):
     folder = image_folder(3)
     (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:60])
-    examples = examples_of(folder, center_crop=True)
+    examples = examples_of(folder, center_crop=center_crop)
     examples.load_in_threads(2)
     with pytest.raises(DataError, match=r"row 1.*001\.png.*cannot be used"):
         loaded(examples, [0, 1, 2])
