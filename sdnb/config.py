@@ -73,6 +73,9 @@ class TrainConfig(*reversed(GROUPS)):
                 f"cuda_graphs = True needs all {steps} micro-batches of a step to run as one: leave fold_micro_batches "
                 f"out, or set it to {steps}"
             )
+        if self.cuda_graphs and self.gradient_checkpointing and self.compile_unet == "blocks":
+            # a block that runs again within the backward pass begins new graphs, in the place of the gradients so far
+            raise ValueError("cuda_graphs = True with gradient_checkpointing needs compile_unet = whole")
         if self.machine_rank >= self.num_machines:
             raise ValueError(
                 f"machine_rank = {self.machine_rank}: num_machines = {self.num_machines} machines are counted from 0"

@@ -186,11 +186,11 @@ def require_fit(config: TrainConfig, device_type: str, free_gib: float, folded: 
 def _remedies(config: TrainConfig, device_type: str, folded: int) -> Iterator[list[dict[str, Any]]]:
     """Changes that leave an optimizer step as many pictures as it has; where a setting has several values, the one that
     changes least comes first."""
-    no_graphs = {"cuda_graphs": False} if config.cuda_graphs else {}  # they need a step to run as one batch
+    no_graphs = {"cuda_graphs": False} if config.cuda_graphs else {}  # a step as one batch, a block once in it
     if folded > 1:
         yield [{"fold_micro_batches": count, **no_graphs} for count in range(folded - 1, 0, -1) if folded % count == 0]
     if not config.gradient_checkpointing:
-        yield [{"gradient_checkpointing": True}]
+        yield [{"gradient_checkpointing": True, **(no_graphs if config.compile_unet == "blocks" else {})}]
     batch, steps = config.train_batch_size, config.gradient_accumulation_steps
     if batch > 1:
         yield [

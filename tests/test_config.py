@@ -125,6 +125,9 @@ def test_cuda_graphs_are_of_what_is_compiled():
         config(cuda_graphs=True)
     graphs = config(cuda_graphs=True, compile_unet="blocks", gradient_accumulation_steps=4)
     assert graphs.updated(fold_micro_batches=4).cuda_graphs
+    with pytest.raises(ConfigError, match="gradient_checkpointing needs compile_unet = whole"):
+        graphs.updated(gradient_checkpointing=True)
+    assert graphs.updated(gradient_checkpointing=True, compile_unet="whole").cuda_graphs
     with pytest.raises(ConfigError, match="needs all 4 micro-batches of a step to run as one: leave fold_micro"):
         graphs.updated(fold_micro_batches=2)
     assert config(compile_unet=False).compile_unet == "no", "no is a boolean in YAML"
