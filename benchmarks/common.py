@@ -37,7 +37,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """Of a benchmark's command line, with the options that say where its results go."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=a_folder, default=Path("benchmarks/results"), help="folder for what was measured")
-    made.add_argument("--label", default="", help="ends the files' names, such as avx2, and keeps others' from loss")
+    made.add_argument("--label", default="", help="ends the files' names, so that none is written over: avx2")
     return made
 
 
