@@ -103,7 +103,7 @@ def inspect(python: str, device: str, programs: set[tuple[str, ...]], work: Path
     if captured["devices"]["type"] != device:
         raise RuntimeError(f"this model is measured on {device}, and the torch of {python} has none here")
     captured["packages"] |= versions(python)
-    return {name: value for name, value in captured.items() if name != "host"}
+    return captured
 
 
 def follow(command: list[str], device: str, cache: Path) -> dict[str, float]:

@@ -74,7 +74,8 @@ class TrainConfig(*reversed(GROUPS)):
                 f"out, or set it to {steps}"
             )
         if self.cuda_graphs and self.gradient_checkpointing and self.compile_unet == "blocks":
-            # a block that runs again within the backward pass begins new graphs, in the place of the gradients so far
+            # By torch's cudagraph_trees.py: a block that runs again within the backward pass begins a new generation of
+            # graphs, which takes the memory of the gradients so far.
             raise ValueError("cuda_graphs = True with gradient_checkpointing needs compile_unet = whole")
         if self.machine_rank >= self.num_machines:
             raise ValueError(
