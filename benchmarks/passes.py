@@ -49,16 +49,16 @@ class Way(NamedTuple):
         return f"{self.part}{pictures}: {how or 'plain'}"
 
 
-LAST = {"channels_last": True}
-BLOCKS, WHOLE = ({**LAST, "compile_unet": how} for how in ("blocks", "whole"))
+LAST, BLOCKS, WHOLE = {"channels_last": True}, {"compile_unet": "blocks"}, {"compile_unet": "whole"}
 WAYS = [
     *(Way("UNet", pictures, settings) for settings in ({}, LAST) for pictures in (8, 32)),
     *(Way("VAE", pictures, {}) for pictures in (8, 32)),
     Way("text encoder", 8, {}),
     *(Way("update", 0, {"fused_optimizer": fused}) for fused in (False, True)),
     *(Way("UNet", pictures, BLOCKS) for pictures in (8, 32)),
-    *(Way("UNet", pictures, WHOLE) for pictures in (32, 64, 96)),
-    Way("UNet", 32, {"compile_unet": "whole"}),
+    Way("UNet", 32, {**LAST, **BLOCKS}),
+    Way("UNet", 32, WHOLE),
+    *(Way("UNet", pictures, {**LAST, **WHOLE}) for pictures in (32, 64, 96)),
 ]
 
 
@@ -72,6 +72,7 @@ def unet_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, devic
     timesteps = torch.randint(0, 1000, (way.pictures,))
 
     def run() -> None:
+        unet.zero_grad()  # a step's gradients are new, and are not added to those of the last
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             prediction = unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0]
         prediction.float().square().mean().backward()

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import data, models
 from .charts import BLUE, RED, Chart, grid_of, legend
 from .config import TrainConfig
+from .device import give_back_freed_memory
 from .environment import PROJECT
 from .errors import DataError, RunError
 from .evaluate import psnr
@@ -176,6 +177,8 @@ def draw(
             ).images[0]
             for prompt in prompts
         ])  # fmt: skip
+        pipeline.to("cpu")
+    give_back_freed_memory()  # on a GPU, for what is trained while this notebook is open
     how = f"Seed {seed}, {num_inference_steps} steps, guidance {guidance_scale:g}."
     return grid_of(rows, "Pictures of the same prompts and noise", how, columns=prompts, rows=list(pipelines))
 

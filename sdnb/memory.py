@@ -47,7 +47,7 @@ _PICTURES = 101
 
 
 # Of a rank's memory, for folded micro-batches: a prediction is none that a training should fail by.
-_FOR_FOLDING = 0.75
+_FOR_FOLDING = 0.8
 
 
 @dataclass(frozen=True)

@@ -244,6 +244,10 @@ def set_up(parts: models.Parts, config: TrainConfig, device: torch.device) -> No
 
 def _compile(unet: UNet2DConditionModel, config: TrainConfig) -> None:
     torch._dynamo.config.cache_size_limit = 64  # blocks of one kind, each of another shape
+    # Within DDP, torch cuts what it compiles at the buckets of gradients, so that their reduction begins before the
+    # backward pass ends. Blocks are such pieces already; cut further, a large one of SD v1-4 was four graphs. And torch
+    # 2.1 cannot cut what is checkpointed.
+    torch._dynamo.config.optimize_ddp = config.compile_unet == "whole" and not config.gradient_checkpointing
     if has_stances():
         torch.compiler.set_stance("default")
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
@@ -298,6 +302,11 @@ def _say_what_begins(accelerator: Accelerator, config: TrainConfig, examples: in
             "ranks, and the training has %d: set max_train_steps = %d to have it end with the training",
             config.lr_scheduler, laid_out, steps, steps,
         )  # fmt: skip
+    if config.cuda_graphs and ranks > 1 and accelerator.is_main_process:
+        logger.warning(
+            "cuda_graphs: torch is known to fail with these and several ranks (its issues 113809 and 140395): if this "
+            "training does, leave them out"
+        )
 
 
 def _log_to(path: Path, accelerator: Accelerator) -> None:

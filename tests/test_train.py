@@ -367,6 +367,26 @@ def test_the_schedule_of_epochs_on_several_ranks_is_the_references_and_said_to_b
         assert caplog.text.count("laid out for 30 steps") == said
 
 
+def test_cuda_graphs_on_several_ranks_are_warned_of(settings, caplog):
+    graphs, kind = TrainConfig(**settings, compile_unet="whole", cuda_graphs=True), SimpleNamespace(value="MULTI_GPU")
+    for ranks in (1, 2):
+        accelerator = SimpleNamespace(num_processes=ranks, is_main_process=True, device="cuda", distributed_type=kind)
+        training._say_what_begins(accelerator, graphs.updated(num_processes=ranks), 40, 0)
+        assert ("known to fail" in caplog.text) == (ranks > 1)
+
+
+def test_what_is_compiled_in_blocks_is_not_cut_again_for_several_ranks(settings, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: None)
+    for how, cut in (
+        (dict(compile_unet="blocks"), False),
+        (dict(compile_unet="whole"), True),
+        (dict(compile_unet="whole", gradient_checkpointing=True), False),
+    ):
+        config = TrainConfig(**settings, **how, mixed_precision="no")
+        set_up(models.load(config), config, torch.device("cpu"))
+        assert torch._dynamo.config.optimize_ddp == cut
+
+
 @pytest.mark.skipif(not has_stances(), reason="torch compiles for each size of a batch before 2.6")
 def test_what_is_compiled_trains_the_same_and_only_whole_steps_are_compiled_for(settings, image_folder, tmp_path):
     """5 pictures: epochs of a whole step and one of a single picture. Pictures are drawn in yet another size."""
