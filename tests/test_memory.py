@@ -204,6 +204,14 @@ def test_a_machine_settles_how_much_is_folded():
         memory.settle(settings, machine(100, 0.8))
 
 
+def test_the_published_training_is_folded_whole_on_gpus_of_80_gb():
+    """Alone, and where the buckets of DDP come on top; on half as much memory, not at all."""
+    for ranks, gib, folded in ((1, 79.1, 4), (8, 79.1, 4), (1, 39.4, 1)):
+        gpus = Devices("cuda", ("a GPU",) * ranks, (gib,) * ranks, (gib - 0.5,) * ranks, True)
+        settled, _ = memory.settle(sd(train_batch_size=8, gradient_accumulation_steps=4, num_processes=ranks), gpus)
+        assert settled.fold_micro_batches == folded
+
+
 def test_a_step_that_runs_as_cuda_graphs_is_one_batch():
     """Whatever the memory; and what would help is what can then be done."""
     graphs = dict(cuda_graphs=True, compile_unet="blocks")
