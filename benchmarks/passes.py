@@ -213,7 +213,8 @@ def main() -> None:
         print(table(results[-1:]).splitlines()[-1], flush=True)
         rates = [rate for one in results for rate in one["reachable_tflops"]]
         text = f"{table(results)}\n\nMatrix products reached {min(rates):.3g} to {max(rates):.3g} TFLOP/s."
-        write(file_of(options, "passes", options.model, options.precision), text, about, runs=results)
+        precision = options.precision if options.precision != "no" else ""
+        write(file_of(options, "passes", options.model, precision), text, about, runs=results)
 
 
 if __name__ == "__main__":
