@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from . import __version__, embedded, models
 from .cache import computed_once
+from .compat import has_fused_adam
 from .config import TrainConfig
 from .environment import Devices
 from .errors import ConfigError, SdnbError
@@ -127,7 +128,8 @@ def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Predictio
     # After the backward pass: a foreach AdamW makes a temporary copy of the weights' size, and an average that is
     # offloaded comes back, in the place of the gradients unless these are in buckets. The further forward pass of DREAM
     # keeps nothing, and stays below the one that is trained.
-    copies = on_gpu and (not (config.fused_optimizer or config.use_8bit_adam) or (offloaded and several))
+    in_one_pass = config.use_8bit_adam or (config.fused_optimizer and has_fused_adam(device_type))
+    copies = on_gpu and (not in_one_pass or (offloaded and several))
     batches = config.train_batch_size, config.train_batch_size * folded, accumulates or several
     activations = max(trace.peak(*batches), weights if copies else 0)
     tensors = dict(

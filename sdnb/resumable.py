@@ -87,7 +87,7 @@ class Training:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
-            fused=has_fused_adam(self.device),
+            fused=has_fused_adam(self.device.type),
         )
         schedule = get_scheduler(
             config.lr_scheduler,

@@ -98,7 +98,7 @@ def train(
         drop_last=config.whole_steps,
     )
     optimizer = adam(config, accelerator.device)(
-        parts.unet.to(accelerator.device).parameters(),  # torch 2.1 fuses only what is there already
+        parts.unet.parameters(),
         lr=config.peak_learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
@@ -269,12 +269,12 @@ def _compile_no_more() -> None:
 
 
 def adam(config: TrainConfig, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
-    """The AdamW that the settings ask for, fused where the device has it."""
+    """The AdamW that the settings ask for, fused where torch has it for the device."""
     if config.use_8bit_adam:
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit
-    if config.fused_optimizer and has_fused_adam(device):
+    if config.fused_optimizer and has_fused_adam(device.type):
         return partial(torch.optim.AdamW, fused=True)
     return torch.optim.AdamW
 

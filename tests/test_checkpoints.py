@@ -371,7 +371,7 @@ def test_a_quantised_optimizer_goes_on_too(stopped, tmp_path, monkeypatch):
     assert all(one["step"] == 3 for one in kept.values())
 
 
-@pytest.mark.skipif(not has_fused_adam(torch.device("cpu")), reason="no fused AdamW on the CPU before torch 2.4")
+@pytest.mark.skipif(not has_fused_adam("cpu"), reason="no fused AdamW on the CPU before torch 2.4")
 def test_a_fused_optimizer_with_scaled_losses_takes_up_one_without(stopped, tmp_path, monkeypatch):
     """As a training in float16 does that goes on from a checkpoint of the reference's, or of another precision."""
     plain, scaler = training._accelerator, torch.amp.GradScaler("cpu", init_scale=4.0)
