@@ -60,11 +60,12 @@ def devices() -> Devices:
 
 def _free_gib(devices: list[Any]) -> tuple[float, ...]:
     """By the driver's own tool: to ask torch takes memory on each GPU until the process ends. All of a GPU's, where
-    that tool is not there or counts other GPUs than torch."""
+    that tool is not there or counts other GPUs than torch; and no more than that, where torch has a slice of one."""
+    all_gib = [device.total_memory / 2**30 for device in devices]
     free = _output("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits").split()
     if len(free) != len(devices) or not all(mib.isdigit() for mib in free):
-        return tuple(round(device.total_memory / 2**30, 1) for device in devices)
-    return tuple(round(int(mib) / 1024, 1) for mib in free)
+        return tuple(round(gib, 1) for gib in all_gib)
+    return tuple(round(min(int(mib) / 1024, gib), 1) for mib, gib in zip(free, all_gib))
 
 
 def require(config: TrainConfig) -> None:

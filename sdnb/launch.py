@@ -223,7 +223,9 @@ def _process_environment(plan: Plan) -> dict[str, str]:
     # CPU ranks with a thread for every core each are in each other's way: two on two cores took 1.8 times as long.
     threads = {"OMP_NUM_THREADS": str(max(1, plan.environment["cpu_cores"] // plan.config.ranks_here))}
     if plan.environment["devices"]["type"] != "cpu":
-        return threads
+        # torch's launcher asks, before it forks, whether there are GPUs: without this the driver, and then no rank can
+        # use one. accelerate sees to that itself since 1.14.
+        return {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **threads}
     # Without the first, accelerate's launcher takes CPU ranks for GPU ranks, and each of them trains alone.
     network = {"GLOO_SOCKET_IFNAME": "lo"} if plan.config.num_machines == 1 else {}
     return {"ACCELERATE_USE_CPU": "true", **network, **threads}

@@ -115,7 +115,7 @@ class Observer:
             self._measure_held_out(step)
             self._draw(step)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.device.type == "cuda":  # the peak that is reported is the training's
+        if self.accelerator.device.type == "cuda":  # the peak that is reported is that from the first step on
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 

@@ -282,6 +282,14 @@ def test_the_ranks_of_a_machine_share_its_cores(settings):
         assert launch._process_environment(plan)["OMP_NUM_THREADS"] == threads
 
 
+def test_a_process_that_forks_ranks_for_gpus_does_not_use_these_itself(settings):
+    plan = launch.Plan(
+        TrainConfig(**{**settings, "num_processes": 2}), {"cpu_cores": 8, "devices": {"type": "cuda"}},
+        examples=None, predicted=None,
+    )  # fmt: skip
+    assert launch._process_environment(plan) == {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "4"}
+
+
 def test_the_plan_says_what_will_run(settings):
     made = TrainConfig(**{**settings, "train_batch_size": 8, "gradient_accumulation_steps": 4, "num_processes": 2})
     plan = launch.prepare(made)

@@ -2,14 +2,16 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from conftest import ROOT
 
-from sdnb import embedded, memory, models, run_folder
+from sdnb import embedded, environment, memory, models, run_folder
 from sdnb.cache import cache_root
+from sdnb.compat import has_fused_adam
 from sdnb.config import TrainConfig
 from sdnb.environment import Devices
 from sdnb.errors import ConfigError
@@ -129,9 +131,35 @@ def test_optimizer_and_average():
     assert foreach.activations_gib == foreach.weights_gib, "more than so small a batch takes"
 
 
+def test_a_torch_whose_adamw_is_not_fused_on_a_gpu(monkeypatch):
+    small = config(train_batch_size=1)
+    fused, foreach = predict(small, "cuda"), predict(small.updated(fused_optimizer=False), "cuda")
+    monkeypatch.setattr(torch, "__version__", "2.4.1")
+    assert (has_fused_adam("cpu"), has_fused_adam("cuda")) == (True, False)
+    assert fused != predict(small, "cuda") == foreach
+    monkeypatch.setattr(torch, "__version__", "2.5.0+cu124")
+    assert has_fused_adam("cuda") and predict(small, "cuda") == fused
+
+
 def test_a_model_in_a_folder():
     embedded, folder = predict(config()), predict(config(models.source(config())))
     assert (folder.weights_gib, folder.activations_gib) == (embedded.weights_gib, embedded.activations_gib)
+
+
+@pytest.mark.parametrize(
+    "said, free",
+    (
+        ("40960\n81559", (40.0, 79.2)),
+        ("143771\n1024", (79.2, 1.0)),
+        ("40960", (79.2, 79.2)),
+        ("[N/A]\n0", (79.2, 79.2)),
+    ),
+)
+def test_what_is_free_on_gpus(monkeypatch, said, free):
+    """As nvidia-smi says it, for as many GPUs as torch has, and no more than torch has of each."""
+    monkeypatch.setattr(environment, "_output", lambda *command: said)
+    gpus = [SimpleNamespace(total_memory=85_045_000_000)] * 2  # 79.2 GiB
+    assert environment._free_gib(gpus) == free
 
 
 def test_as_many_micro_batches_as_fit():

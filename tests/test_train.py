@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 from training import train
 
 from sdnb import environment, metrics, models
@@ -385,6 +388,25 @@ def test_what_is_compiled_in_blocks_is_not_cut_again_for_several_ranks(settings,
         config = TrainConfig(**settings, **how, mixed_precision="no")
         set_up(models.load(config), config, torch.device("cpu"))
         assert torch._dynamo.config.optimize_ddp == cut
+
+
+@pytest.mark.skipif(not has_stances(), reason="torch 2.1 makes ten graphs of it")
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_compiled_as_a_whole_the_unet_is_one_graph(settings, monkeypatch, checkpointing):
+    """Within accelerate's autocast, which it is prepared for after it is set up."""
+    graphs, compile_with = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compile_with(module, backend=graphs))
+    config = TrainConfig(**settings, compile_unet="whole", gradient_checkpointing=checkpointing, mixed_precision="bf16")
+    parts = models.load(config)
+    set_up(parts, config, torch.device("cpu"))
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    unet = accelerator.prepare(parts.unet.train())
+    tokens = torch.zeros(1, 77, parts.text_encoder.config.hidden_size)
+    prediction = unet(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.long), tokens, return_dict=False)[0]
+    accelerator.backward(prediction.sum())
+    assert graphs.frame_count == 1
+    assert parts.unet.conv_in.weight.grad is not None
 
 
 @pytest.mark.skipif(not has_stances(), reason="torch compiles for each size of a batch before 2.6")
