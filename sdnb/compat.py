@@ -40,8 +40,8 @@ def clip_tokenizer(tokens: list[str], merges: list[tuple[str, str]], max_length:
 
 def has_fused_adam(device_type: str) -> bool:
     """Whether torch's AdamW updates all weights on such a device in one pass: on a CPU since torch 2.4, on a GPU since
-    2.5. Until then it refused there what its ATen/native/ForeachUtils.h takes for another order in memory: gradients of
-    1×1 convolutions that cuDNN, or what is compiled, gives with the channels last."""
+    2.5. Until then it refused there gradients whose strides are not the weights', in dimensions of size 1 as well (its
+    ATen/native/ForeachUtils.h)."""
     import torch
 
     return torch.torch_version.TorchVersion(torch.__version__) >= ((2, 5) if device_type == "cuda" else (2, 4))
