@@ -87,7 +87,7 @@ class Training:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
-            fused=has_fused_adam(self.device.type),
+            fused=has_fused_adam(self.device.type) or None,  # with False torch takes the weights one by one
         )
         schedule = get_scheduler(
             config.lr_scheduler,
