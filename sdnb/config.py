@@ -148,7 +148,7 @@ class TrainConfig(*reversed(GROUPS)):
         Args:
             device_type: torch's name, `cuda` or `cpu`.
             device_count: GPUs that are visible; of no meaning on a CPU.
-            bf16: whether the device computes in bfloat16.
+            bf16: whether the device computes in bfloat16. A CPU always can, however slowly.
 
         Raises:
             ConfigError: if the machine cannot do what is asked for.
@@ -158,7 +158,7 @@ class TrainConfig(*reversed(GROUPS)):
         ranks = self.num_processes or self.num_machines * (device_count if on_gpu else 1)
         if precision == "fp16" and not on_gpu:
             raise ConfigError("mixed_precision = fp16 needs a GPU, and this machine shows none: use no, or bf16")
-        if precision == "bf16" and not bf16:
+        if precision == "bf16" and on_gpu and not bf16:
             raise ConfigError("mixed_precision = bf16: this GPU does not compute in bfloat16: use fp16, or no")
         if on_gpu and ranks > device_count * self.num_machines:
             raise ConfigError(

@@ -55,7 +55,10 @@ def devices() -> Devices:
         )
     memory = psutil.virtual_memory()
     total_gib, free_gib = round(memory.total / 2**30, 1), round(memory.available / 2**30, 1)
-    return Devices("cpu", (_cpu_name(),), (total_gib,), (free_gib,), True)
+    # torch convolves and multiplies in bfloat16 by oneDNN where that has the instructions (AVX-512, say); elsewhere by
+    # loops of its own.
+    bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Devices("cpu", (_cpu_name(),), (total_gib,), (free_gib,), bf16)
 
 
 def _free_gib(devices: list[Any]) -> tuple[float, ...]:

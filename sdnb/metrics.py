@@ -283,7 +283,7 @@ def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:
     if not summary:
         return Result("peak memory", "not known: the run did not reach its end", "")
     peaks = [rank["peak_memory_gib"] for rank in summary["ranks"]]
-    how = "torch's allocator" if on_gpu else "resident memory of the process"
+    how = "torch's allocator, from the first step on" if on_gpu else "resident memory of the process, from its start"
     return Result(
         "peak memory",
         f"{max(peaks):.2f} GiB",

@@ -95,6 +95,7 @@ def test_what_the_machine_cannot_do():
         config(mixed_precision="fp16").resolved("cpu", 0)
     with pytest.raises(ConfigError, match="bfloat16: use fp16"):
         config(mixed_precision="bf16").resolved("cuda", 1, bf16=False)
+    assert config(mixed_precision="bf16").resolved("cpu", 0, bf16=False).mixed_precision == "bf16"
     with pytest.raises(ConfigError, match="shows 1 GPU"):
         config(num_processes=2).resolved("cuda", 1)
 
