@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import logging
 import math
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from pydantic import ValidationError, model_validator
 
 from .errors import ConfigError
 from .settings import EMBEDDED_DATA, GROUPS
+
+logger = logging.getLogger("sdnb")
 
 # The first line of a notebook's parameter cells: of the tagged cell, and of the one that papermill injects after it.
 PARAMETERS_COMMENT = "# Parameters"
@@ -148,7 +151,7 @@ class TrainConfig(*reversed(GROUPS)):
         Args:
             device_type: torch's name, `cuda` or `cpu`.
             device_count: GPUs that are visible; of no meaning on a CPU.
-            bf16: whether the device computes in bfloat16. A CPU always can, however slowly.
+            bf16: whether the device computes in bfloat16 with instructions of its own; a CPU without them is slow.
 
         Raises:
             ConfigError: if the machine cannot do what is asked for.
@@ -158,8 +161,13 @@ class TrainConfig(*reversed(GROUPS)):
         ranks = self.num_processes or self.num_machines * (device_count if on_gpu else 1)
         if precision == "fp16" and not on_gpu:
             raise ConfigError("mixed_precision = fp16 needs a GPU, and this machine shows none: use no, or bf16")
-        if precision == "bf16" and on_gpu and not bf16:
-            raise ConfigError("mixed_precision = bf16: this GPU does not compute in bfloat16: use fp16, or no")
+        if precision == "bf16" and not bf16:
+            if on_gpu:
+                raise ConfigError("mixed_precision = bf16: this GPU does not compute in bfloat16: use fp16, or no")
+            logger.warning(
+                "mixed_precision = bf16: this CPU has no instructions for it, and is many times slower than in float32 "
+                "(mixed_precision = no)"
+            )
         if on_gpu and ranks > device_count * self.num_machines:
             raise ConfigError(
                 f"num_processes = {ranks}, but this machine shows {device_count} GPUs: "

@@ -32,7 +32,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
-from . import data, environment, linear, models, run_folder
+from . import data, linear, models, run_folder
 from .batches import Batches
 from .checkpoint_folder import find
 from .checkpoints import Checkpoints, clean_up
@@ -306,11 +306,6 @@ def _say_what_begins(accelerator: Accelerator, config: TrainConfig, examples: in
         logger.warning(
             "cuda_graphs: torch is known to fail with these and several ranks (its issues 113809 and 140395): if this "
             "training does, leave them out"
-        )
-    if config.mixed_precision == "bf16" and accelerator.is_main_process and not environment.devices().bf16:
-        logger.warning(
-            "mixed_precision = bf16: this CPU has no instructions for it, and is many times slower than in float32 "
-            "(mixed_precision = no)"
         )
 
 

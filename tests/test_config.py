@@ -95,9 +95,14 @@ def test_what_the_machine_cannot_do():
         config(mixed_precision="fp16").resolved("cpu", 0)
     with pytest.raises(ConfigError, match="bfloat16: use fp16"):
         config(mixed_precision="bf16").resolved("cuda", 1, bf16=False)
-    assert config(mixed_precision="bf16").resolved("cpu", 0, bf16=False).mixed_precision == "bf16"
     with pytest.raises(ConfigError, match="shows 1 GPU"):
         config(num_processes=2).resolved("cuda", 1)
+
+
+def test_a_cpu_that_only_imitates_bfloat16_is_warned_of(caplog):
+    for precision, bf16, warned in (("bf16", True, False), ("no", False, False), ("bf16", False, True)):
+        assert config(mixed_precision=precision).resolved("cpu", 0, bf16).mixed_precision == precision
+        assert ("many times slower" in caplog.text) == warned
 
 
 def test_an_epoch_of_the_published_run():

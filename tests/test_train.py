@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -377,18 +376,6 @@ def test_cuda_graphs_on_several_ranks_are_warned_of(settings, caplog):
         accelerator = SimpleNamespace(num_processes=ranks, is_main_process=True, device="cuda", distributed_type=kind)
         training._say_what_begins(accelerator, graphs.updated(num_processes=ranks), 40, 0)
         assert ("known to fail" in caplog.text) == (ranks > 1)
-
-
-@pytest.mark.parametrize(
-    "precision, bf16, warned", [("bf16", True, False), ("no", False, False), ("bf16", False, True)]
-)
-def test_a_cpu_that_only_imitates_bfloat16_is_warned_of(settings, caplog, monkeypatch, precision, bf16, warned):
-    seen = replace(environment.devices(), bf16=bf16)
-    monkeypatch.setattr(environment, "devices", lambda: seen)
-    config, kind = TrainConfig(**settings, mixed_precision=precision, num_processes=1), SimpleNamespace(value="NO")
-    accelerator = SimpleNamespace(num_processes=1, is_main_process=True, device="cpu", distributed_type=kind)
-    training._say_what_begins(accelerator, config, 40, 0)
-    assert ("many times slower" in caplog.text) == warned
 
 
 def test_what_is_compiled_in_blocks_is_not_cut_again_for_several_ranks(settings, monkeypatch):
