@@ -63,6 +63,11 @@ def test_each_setting_is_a_flag_and_says_the_same(tmp_path):
     assert made.report_to == "comet_ml"
 
 
+def test_steps_is_short_for_max_train_steps():
+    assert arguments.parse([*MODEL_AND_DATA, "--steps=3"]).max_train_steps == 3
+    assert arguments.parse([*MODEL_AND_DATA, "--steps", "3"]).max_train_steps == 3
+
+
 def test_help_has_every_setting_once_in_its_group(capsys):
     with pytest.raises(SystemExit) as ended:
         arguments.parse(["--help"])
