@@ -13,8 +13,6 @@ from .config import TrainConfig
 from .errors import ConfigError
 from .settings import GROUPS
 
-_SHORT_FORMS = {"max_train_steps": ["--steps"]}  # the notebook's
-
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """Settings from a command line, such as that of diffusers' `train_text_to_image.py`. `--help` prints and exits.
@@ -35,10 +33,11 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=120),
     )
+    parser.add_argument("--steps", type=_int, metavar="INT", help="short for --max_train_steps")
     for group in GROUPS:
         arguments = parser.add_argument_group(group.__name__.lower())
         for name, field in group.model_fields.items():
-            arguments.add_argument(f"--{name}", *_SHORT_FORMS.get(name, []), **_how(name, field))
+            arguments.add_argument(f"--{name}", **_how(name, field))
     return parser
 
 
