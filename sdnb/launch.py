@@ -27,6 +27,7 @@ from .config import TrainConfig
 from .errors import ConfigError, RunError
 from .live import Live, progress
 from .run import Run
+from .threads import share
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 3.0
@@ -220,8 +221,7 @@ def _token(config: TrainConfig) -> dict[str, str]:
 
 def _process_environment(plan: Plan) -> dict[str, str]:
     """What the ranks' process needs in its environment before it loads torch; the user's own variables go before it."""
-    # CPU ranks with a thread for every core each are in each other's way: two on two cores took 1.8 times as long.
-    threads = {"OMP_NUM_THREADS": str(max(1, plan.environment["cpu_cores"] // plan.config.ranks_here))}
+    threads = {"OMP_NUM_THREADS": str(share(plan.environment["cpu_cores"], plan.config.ranks_here))}
     if plan.environment["devices"]["type"] != "cpu":
         # torch's launcher asks, before it forks, whether there are GPUs: without this the driver, and then no rank can
         # use one. accelerate sees to that itself since 1.14.

@@ -147,7 +147,10 @@ class Observer:
         self.accelerator.wait_for_everyone()
         return True
 
-    def after_training(self, steps: int) -> None:
+    def after_training(self, steps: int, threads: dict[str, Any]) -> None:
+        """Args:
+        threads: how they have waited for each other, see `threads.Waits.stop`.
+        """
         accelerator, trained = self.accelerator, time.perf_counter()
         ranks = self._ranks()
         if self.ema is not None:
@@ -160,6 +163,7 @@ class Observer:
                 world_size=accelerator.num_processes,
                 distributed_type=accelerator.distributed_type.value,
                 ranks=ranks,
+                threads=threads,
                 training_seconds=trained - self.began,
                 saving_seconds=time.perf_counter() - trained,
                 ended=time.time(),

@@ -40,6 +40,11 @@ def main() -> None:
 
     from .compat import first_failure
 
+    if os.environ.get("ACCELERATE_USE_CPU") == "true":
+        # Loaded once, for all ranks that are forked. Not where these use GPUs: what a library does with one while it
+        # is loaded would keep a forked rank from using it.
+        from . import train  # noqa: F401
+
     address, port = config.main_process_ip or "127.0.0.1", str(config.meeting_port or free_port())
     is_the_rank = config.ranks_here == 1 and config.num_machines > 1
     if is_the_rank:  # which the launcher would take for a training on its own

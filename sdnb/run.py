@@ -127,7 +127,7 @@ class Run(RunFolder):
                 "name": self.folder.name,
                 "title": self.title,
                 "settings": self.config.model_dump(mode="json", exclude=_NOT_REPEATED),
-                "machine": _machine(seen),
+                "machine": _machine(seen, self.summary),
                 "reproduce": self.reproduce(),
                 "changed": bool(seen.get("git_changed")),
             },
@@ -161,7 +161,7 @@ class Run(RunFolder):
         return f"<img alt='drawn last: {prompt}' style='height:96px' src='data:image/png;base64,{encoded}'>"
 
 
-def _machine(seen: dict[str, Any]) -> dict[str, str]:
+def _machine(seen: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
     devices = seen.get("devices", {})
     names, gib = devices.get("names") or ["not known"], devices.get("memory_gib")
     units = {"cpu": "", "cpu_capability": "", "cpu_cores": " cores", "memory_gib": " GiB"}
@@ -169,6 +169,7 @@ def _machine(seen: dict[str, Any]) -> dict[str, str]:
     said = {
         "devices": f"{len(names)} × {names[0]}" + (f", {gib[0]} GiB" if gib else ""),
         "CPU": ", ".join(cpu),
+        "threads": _threads(seen.get("threads"), summary.get("threads") or {}),
         "driver, CUDA, ROCm": ", ".join(str(seen[name]) for name in ("driver", "cuda", "rocm") if seen.get(name)),
         "system": seen.get("system", ""),
         "Python": seen.get("python", ""),
@@ -176,6 +177,18 @@ def _machine(seen: dict[str, Any]) -> dict[str, str]:
         "commit": seen.get("git_commit", "") + (", with changes" if seen.get("git_changed") else ""),
     }
     return {name: text for name, text in said.items() if text}
+
+
+def _threads(begun: dict[str, Any] | None, ended: dict[str, Any]) -> str:
+    """How many threads a rank computed with, and how they waited for each other."""
+    if not begun:
+        return ""
+    many = "1 thread a rank" if begun["threads"] == 1 else f"{begun['threads']} threads a rank"
+    if "cores_used_by_others" not in begun:
+        return f"{many}; {begun['waiting']}"
+    others = f"{begun['cores_used_by_others']:.2f} of the cores were used by other processes"
+    asleep = f"; asleep {ended['asleep_share']:.0%} of the time" if "asleep_share" in ended else ""
+    return f"{many}, {begun['waiting']} while they waited for each other when the training began, as {others}{asleep}"
 
 
 def runs(folder: str | Path | None = None) -> pd.DataFrame:

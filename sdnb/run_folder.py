@@ -152,6 +152,11 @@ def go_back(folder: Path, step: int) -> None:
         _write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
+def add_to_environment(folder: Path, **facts: Any) -> None:
+    """What is known of the machine only when the training is about to begin."""
+    write(folder / ENVIRONMENT, {**_read(folder / ENVIRONMENT), **facts})
+
+
 def _whole_lines(path: Path) -> Iterator[str]:
     """The lines up to the first that a loss of power has torn."""
     for line in Tail(path).new():

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from . import arguments, environment, run_folder
 from .config import TrainConfig
 from .errors import ConfigError, SdnbError
+from .threads import share
 from .watchdog import end_with_parent
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def main() -> None:
     folder = splits = None
     if world > 1:
         end_with_parent()  # accelerate launch, killed, would leave its ranks behind
+        cores, ranks_here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        os.environ.setdefault("OMP_NUM_THREADS", str(share(cores, ranks_here)))  # which torch reads when it is loaded
     try:
         config = _as_launched(arguments.parse(sys.argv[1:]), world)
         if rank == 0:

@@ -45,6 +45,7 @@ from .ema import EMA
 from .encoders import WEIGHT_DTYPES, Encoders
 from .errors import ConfigError, RunError
 from .observer import Observer, Tally
+from .threads import Waits
 
 logger = logging.getLogger("sdnb")
 
@@ -71,6 +72,7 @@ def train(
     _log_to(folder / run_folder.LOG, accelerator)
     _check_ranks_joined(accelerator, config)
     held = run_folder.lock(folder) if accelerator.is_main_process else None  # until this function ends, or its process
+    waits = Waits(accelerator.device.type)
     if config.seed is not None:
         set_seed(config.seed)
 
@@ -121,7 +123,7 @@ def train(
     checkpoints = Checkpoints(accelerator, config, splits.train, batches, optimizer, lr_scheduler, ema)
     observer = Observer(accelerator, config, parts, splits.held_out, unet, ema, checkpoints)
     step, total_steps = checkpoints.resume(found), config.total_steps(len(splits.train))
-    _start_records(accelerator, config, step)
+    _start_records(accelerator, config, step, waits)
     _say_what_begins(accelerator, config, len(splits.train), step)
     if config.keep_freed_memory and accelerator.device.type == "cpu":
         give_back_freed_memory()  # the holes that loading has left
@@ -191,7 +193,7 @@ def train(
         else:
             clock.lap("other")
 
-    observer.after_training(step)
+    observer.after_training(step, waits.stop())
     del held
 
 
@@ -279,11 +281,12 @@ def adam(config: TrainConfig, device: torch.device) -> Callable[..., torch.optim
     return torch.optim.AdamW
 
 
-def _start_records(accelerator: Accelerator, config: TrainConfig, step: int) -> None:
+def _start_records(accelerator: Accelerator, config: TrainConfig, step: int, waits: Waits) -> None:
     """Begin the records after `step`: what an interrupted training recorded beyond it is recorded again."""
     if accelerator.is_main_process:
         clean_up(Path(config.output_dir))
         run_folder.go_back(Path(config.output_dir), step)
+        run_folder.add_to_environment(Path(config.output_dir), threads=waits.now())
     settings = config.model_dump(mode="json", exclude={"validation_prompts", "hub_token"})
     purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers(config.tracker_project_name, settings, init_kwargs=purge)

@@ -1,0 +1,145 @@
+"""What does a busy machine cost? Trains the embedded model with the watch that has threads sleep while other processes
+use the cores (sdnb/threads.py), and without it: on a quiet machine, and beside processes that compute without end.
+
+    python benchmarks/contention.py
+    python benchmarks/contention.py --pairs 7 --steps 31 --busy 0 1 2 4
+
+A pair is two runs after each other, with and without; which comes first alternates. Without, GOMP_SPINCOUNT says what
+libgomp does by itself. Images/s are those of the steps after the warm-up; all encodings are there already. Nothing else
+should use the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import pandas as pd
+from common import at_least, describe, file_of, follow, write
+
+from sdnb import charts, embedded, openmoji
+from sdnb.run import Run
+
+WATCHED, AS_IT_COMES = "watched", "as OpenMP comes"
+OWN = {WATCHED: [], AS_IT_COMES: ["env", "GOMP_SPINCOUNT=300000"]}  # libgomp's own number
+FLAGS = (
+    "--dataset_name=openmoji --resolution=64 --center_crop --use_ema --train_batch_size=8 --lr_warmup_steps=0 "
+    "--gradient_accumulation_steps=4 --learning_rate=1e-05 --seed=42 --report_to=none --validation_loss_steps=0"
+)
+# One core, until the one that started it is gone.
+COMPUTE = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+
+
+@contextlib.contextmanager
+def beside(busy: int) -> Iterator[None]:
+    """So many processes that compute."""
+    running = [subprocess.Popen([sys.executable, "-c", COMPUTE]) for _ in range(busy)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def measure(way: str, busy: int, flags: list[str], work: Path) -> dict[str, Any]:
+    """Train once.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    output = work / "run"
+    with beside(busy):
+        follow([*OWN[way], sys.executable, "-m", "sdnb.train", f"--output_dir={output}", *flags], "cpu", work)
+    run = Run(output)
+    result = dict(
+        way=way, busy=busy, images_per_second=run.results.throughput.value, seconds=list(run.steps.seconds),
+        threads=run.environment["threads"], asleep_share=run.summary["threads"].get("asleep_share"),
+    )  # fmt: skip
+    shutil.rmtree(output)
+    return result
+
+
+def in_pairs(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """Images/s of both ways, and their ratio, a row a pair."""
+    pairs = pd.DataFrame(results).pivot(index=["busy", "pair"], columns="way", values="images_per_second").dropna()
+    return pairs.assign(ratio=pairs[WATCHED] / pairs[AS_IT_COMES])
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        f"| busy processes | pairs | {AS_IT_COMES}, images/s | {WATCHED}, images/s | ratio | asleep |",
+        "|---" * 6 + "|",
+    ]  # fmt: skip
+    asleep = pd.DataFrame(results).query("way == @WATCHED").groupby("busy").asleep_share.median()
+    for busy, pairs in in_pairs(results).groupby("busy"):
+        each = [", ".join(f"{value:.1f}" for value in pairs[way]) for way in (AS_IT_COMES, WATCHED)]
+        lines.append(
+            f"| {busy} | {len(pairs)} | {each[0]} | {each[1]} | {in_words(pairs.ratio)} | {asleep[busy]:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def in_words(ratios: pd.Series) -> str:
+    return f"×{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+
+
+def plot(results: list[dict[str, Any]], title: str) -> charts.Chart:
+    ratios = {busy: in_words(pairs.ratio) for busy, pairs in in_pairs(results).groupby("busy")}
+    caption = "; ".join(f"{busy} busy processes: {ratio}" for busy, ratio in ratios.items())
+    chart = charts.Chart(title, f"Images/s with the watch over images/s without, median of the pairs: {caption}.", 3.6)
+    axes = chart.panel()
+    for place, (_, pairs) in enumerate(in_pairs(results).groupby("busy")):
+        for without, watched in zip(pairs[AS_IT_COMES], pairs[WATCHED]):
+            axes.plot([place - 0.15, place + 0.15], [without, watched], color=charts.GREY, linewidth=0.8, zorder=1)
+        for offset, way, colour, marker in ((-0.15, AS_IT_COMES, charts.RED, "s"), (0.15, WATCHED, charts.BLUE, "o")):
+            axes.scatter([place + offset] * len(pairs), pairs[way], color=colour, marker=marker, zorder=2,
+                         label=way if place == 0 else None)  # fmt: skip
+    axes.set_xticks(range(len(ratios)), ["quiet" if busy == 0 else f"{busy} busy" for busy in ratios])
+    axes.set(ylabel="images/s", ylim=(0, None))
+    charts.legend(axes)
+    return chart
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--pairs", type=at_least(1), default=5)
+    parser.add_argument("--steps", type=at_least(2), default=21, help="optimizer steps of a run, two at least")
+    parser.add_argument("--busy", type=at_least(0), nargs="+", default=[0, 1, 2], help="processes beside the training")
+    options = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="sdnb-contention-") as work:
+        flags = [*FLAGS.split(), f"--max_train_steps={options.steps}", f"--cache_dir={work}"]
+        flags.append(f"--pretrained_model_name_or_path={embedded.folder('tiny')}")
+        openmoji.folder(64, work)
+        about = describe("A training beside busy processes: tiny at 64×64, cpu", flags=" ".join(flags[:-2]),
+                         omp_num_threads=os.environ.get("OMP_NUM_THREADS"))  # fmt: skip
+        try:
+            measure(AS_IT_COMES, 0, flags, Path(work))  # which keeps the encodings
+            for pair in range(options.pairs):
+                for busy in options.busy:
+                    for way in list(OWN)[:: 1 if pair % 2 else -1]:
+                        results.append({"pair": pair, **measure(way, busy, flags, Path(work))})
+                        print(
+                            f"{pair + 1}: {busy} busy, {way}: {results[-1]['images_per_second']:.1f} images/s",
+                            flush=True,
+                        )
+                path = file_of(options, "contention", "tiny")
+                text = f"{table(results)}\n\nRatio: median of the pairs (from – to). Every run: `{about['flags']}`."
+                write(path, text, about, runs=results)
+                plot(results, about["title"]).savefig(f"{path}.png")
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
+    print(f"\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()
