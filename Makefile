@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch 2.1.0 and its contemporaries, for Python 3.10 or 3.11
 VENV_2024 ?= .venv-2024
-TESTS_2024 = arguments cache checkpoints config hub launch linear metrics parity plots pretrain report run_folder tiny train
+TESTS_2024 = arguments cache checkpoints config hub launch linear metrics parity plots pretrain report run_folder threads tiny train
+# A worker for each core
+PYTEST = -q -n logical --dist worksteal --durations=10
 BIN := $(VENV)/bin
 STEPS ?= 101
 RUN ?= runs/$(shell date +%Y-%m-%d-%H%M%S)-demo
@@ -38,11 +40,10 @@ sweep: $(VENV)/.installed ## Run a grid of settings, GRID=params/sweep-….yaml,
 	$(BIN)/python -m sdnb sweep "$(GRID)"
 
 test: $(VENV)/.installed ## Run all tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 --ignore=tests/test_browser.py
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_browser.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST)
 
 test-2024: $(VENV_2024)/.installed ## Run the tests of training, parity and resuming on the versions of early 2024
-	HF_HUB_OFFLINE=1 $(VENV_2024)/bin/python -m pytest -q -n 2 $(addprefix tests/test_,$(addsuffix .py,$(TESTS_2024)))
+	HF_HUB_OFFLINE=1 $(VENV_2024)/bin/python -m pytest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,$(TESTS_2024)))
 
 lint: $(VENV)/.installed ## Check style and common mistakes
 	$(BIN)/ruff check .

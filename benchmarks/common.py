@@ -24,9 +24,17 @@ embedded.ARCHITECTURES["small-unet"] = dict(
     text_encoder=embedded.TINY["text_encoder"],
     unet={**embedded.TINY["unet"], "block_out_channels": (32, 48, 64), "norm_num_groups": 16},
 )  # fmt: skip
+# What the tests train: the kinds of layers that the embedded model has, with 0.5 million parameters in the UNet in
+# place of 10.7.
+embedded.ARCHITECTURES["small"] = dict(
+    vae={**embedded.TINY["vae"], "block_out_channels": (8, 16, 16), "norm_num_groups": 8},
+    text_encoder={**embedded.TINY["text_encoder"], "hidden_size": 32, "intermediate_size": 64, "projection_dim": 32},
+    unet={**embedded.TINY["unet"], "block_out_channels": (16, 24, 32), "norm_num_groups": 8, "cross_attention_dim": 32},
+)  # fmt: skip
 # Of each model: the side of its pictures in pixels, its device, and the further flags of a training.
 MODELS = {
     "tiny": (64, "cpu", ""),
+    "small": (64, "cpu", ""),
     "small-unet": (128, "cpu", ""),
     "sd-v1-4-random": (512, "cuda", " --mixed_precision=fp16"),  # as params/reference.yaml
 }

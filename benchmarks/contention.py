@@ -23,7 +23,7 @@ from typing import Any
 
 import common
 import pandas as pd
-from common import at_least, describe, file_of, follow, write
+from common import MODELS, at_least, describe, file_of, follow, write
 
 from sdnb import charts, embedded, openmoji
 from sdnb.run import Run
@@ -31,7 +31,7 @@ from sdnb.run import Run
 WATCHED, AS_IT_COMES = "watched", "as OpenMP comes"
 OWN = {WATCHED: [], AS_IT_COMES: ["env", "GOMP_SPINCOUNT=300000"]}  # libgomp's own number
 FLAGS = (
-    "--dataset_name=openmoji --resolution=64 --center_crop --use_ema --train_batch_size=8 --lr_warmup_steps=0 "
+    "--dataset_name=openmoji --center_crop --use_ema --train_batch_size=8 --lr_warmup_steps=0 "
     "--gradient_accumulation_steps=4 --learning_rate=1e-05 --seed=42 --report_to=none --validation_loss_steps=0"
 )
 # One core, until the one that started it is gone.
@@ -111,17 +111,19 @@ def plot(results: list[dict[str, Any]], title: str) -> charts.Chart:
 
 def main() -> None:
     parser = common.parser(__doc__)
+    parser.add_argument("--model", choices=("tiny", "small"), default="tiny")
     parser.add_argument("--pairs", type=at_least(1), default=5)
     parser.add_argument("--steps", type=at_least(2), default=21, help="optimizer steps of a run, two at least")
     parser.add_argument("--busy", type=at_least(0), nargs="+", default=[0, 1, 2], help="processes beside the training")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sdnb-contention-") as work:
-        flags = [*FLAGS.split(), f"--max_train_steps={options.steps}", f"--cache_dir={work}"]
-        flags.append(f"--pretrained_model_name_or_path={embedded.folder('tiny')}")
-        openmoji.folder(64, work)
-        about = describe("A training beside busy processes: tiny at 64×64, cpu", flags=" ".join(flags[:-2]),
-                         omp_num_threads=os.environ.get("OMP_NUM_THREADS"))  # fmt: skip
+        side = MODELS[options.model][0]
+        flags = [*FLAGS.split(), f"--resolution={side}", f"--max_train_steps={options.steps}", f"--cache_dir={work}"]
+        flags.append(f"--pretrained_model_name_or_path={embedded.folder(options.model)}")
+        openmoji.folder(side, work)
+        about = describe(f"A training beside busy processes: {options.model} at {side}×{side}, cpu",
+                         flags=" ".join(flags[:-2]), omp_num_threads=os.environ.get("OMP_NUM_THREADS"))  # fmt: skip
         try:
             measure(AS_IT_COMES, 0, flags, Path(work))  # which keeps the encodings
             for pair in range(options.pairs):
@@ -132,7 +134,7 @@ def main() -> None:
                             f"{pair + 1}: {busy} busy, {way}: {results[-1]['images_per_second']:.1f} images/s",
                             flush=True,
                         )
-                path = file_of(options, "contention", "tiny")
+                path = file_of(options, "contention", options.model)
                 text = f"{table(results)}\n\nRatio: median of the pairs (from – to). Every run: `{about['flags']}`."
                 write(path, text, about, runs=results)
                 plot(results, about["title"]).savefig(f"{path}.png")

@@ -9,7 +9,7 @@ On a GPU, of its cases those of one rank, and the reference runs twice: it need 
 sdnb is to be no farther from it than ten times what it is from itself. `--flags` are further ones of sdnb's, such as
 `--flags="--encoder_cache_gib=0 --fold_micro_batches=1"` for the reference's work. The reference is diffusers'
 `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or any later one; its environment needs torchvision.
-`--record` writes the reference's trajectories to where the tests find them.
+`--model small --record` writes the reference's trajectories to where the tests find them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ STEPS = 24
 # The largest relative difference of a loss: in half precision one rounding, for what is run as another batch is summed
 # in another order.
 TOLERANCE = {"no": 1e-4, "fp16": 2**-10, "bf16": 2**-7}
+RECORDED_MODEL = "small"
 _RECORDED = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
 
 
@@ -94,11 +95,11 @@ CASES = {
 }  # fmt: skip
 
 
-def make_model(folder: Path) -> None:
-    """The embedded model, as a folder that the reference reads too."""
+def make_model(name: str, folder: Path) -> None:
+    """A model with random weights, as a folder that the reference reads too."""
     from sdnb import embedded
 
-    shutil.copytree(embedded.folder("tiny-random"), folder)
+    shutil.copytree(embedded.folder(name), folder)
 
 
 def make_data(name: str, folder: Path) -> None:
@@ -214,6 +215,7 @@ def compare(
     python: str,
     names: list[str],
     work: Path,
+    model: str,
     device: str = "cpu",
     precision: str = "no",
     flags: Sequence[str] = (),
@@ -229,7 +231,7 @@ def compare(
     source = reference.read_text()
     # v0.26.3 resizes bilinearly and has no flag for it; later ones have, with another default.
     bilinear = ("--image_interpolation_mode=bilinear",) if "image_interpolation_mode" in source else ()
-    make_model(work / "model")
+    make_model(model, work / "model")
     for name in ("openmoji", "shapes"):
         make_data(name, work / name)
     for name in names:
@@ -315,6 +317,7 @@ def main() -> None:
         "--python", type=a_python, default=sys.executable, help="of the reference's environment, with torchvision"
     )
     parser.add_argument("--name", default="reference", help="what to call this reference, such as v0.26.3")
+    parser.add_argument("--model", choices=("tiny-random", RECORDED_MODEL), default="tiny-random")
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="some of: " + "; ".join(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--mixed_precision", choices=list(TOLERANCE), default="no")
@@ -325,17 +328,17 @@ def main() -> None:
         parser.error(f"no such case: {'; '.join(unknown)}. There are: {'; '.join(CASES)}")
     if not options.reference.is_file():
         parser.error(f"--reference {options.reference}: there is no such file")
-    if options.record and (options.device, options.mixed_precision) != ("cpu", "no"):
-        parser.error("--record: the tests compare with what the CPU gives in float32")
+    how = (options.model, options.device, options.mixed_precision)
+    if options.record and how != (RECORDED_MODEL, "cpu", "no"):
+        parser.error(f"--record: the tests compare with what the CPU gives in float32 for --model {RECORDED_MODEL}")
     if options.device == "cuda":
         options.cases = [name for name in options.cases if CASES[name].ranks == 1]
     on, precision, flags = options.device, options.mixed_precision, options.flags.split()
     with tempfile.TemporaryDirectory(prefix="sdnb-parity-") as work:
         results, failed = {}, ""
         try:
-            for name, result in compare(
-                options.reference.absolute(), options.python, options.cases, Path(work), on, precision, flags
-            ):
+            sides = options.reference.absolute(), options.python
+            for name, result in compare(*sides, options.cases, Path(work), options.model, on, precision, flags):
                 results[name] = result
         except (RuntimeError, ValueError) as error:
             failed = f"error: {options.cases[len(results)]}: {error}"
@@ -347,6 +350,9 @@ def main() -> None:
     notes = [f"{name}: this reference does otherwise: {what}." for name, what in changed.items()]
     text = "\n\n".join([f"The reference's environment: {installed}.", table(results), *notes])
     title, names = options.name, ["parity", options.name]
+    if options.model == RECORDED_MODEL:
+        title += ", the tests' model"
+        names.append(options.model)
     if (on, precision) != ("cpu", "no"):
         title += f" on the {on.upper()}, mixed_precision {precision}"
         names += [on, precision]

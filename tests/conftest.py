@@ -4,24 +4,21 @@ import json
 import os
 import signal
 import tempfile
-from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what they expect, to the bit in places, is what a CPU computes
-os.environ["OMP_NUM_THREADS"] = "1"  # two test workers, with two ranks each, on two cores
+os.environ["OMP_NUM_THREADS"] = "1"  # a test worker for each core, and some tests start two ranks
 
 # A shell turns interrupts off for what it starts in the background, and the tests' own processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-# Caches of the tests' own, so that nothing that is there already helps them; set before anything reads them.
-_CACHE = tempfile.TemporaryDirectory(prefix="sdnb-tests-")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
-os.environ["HF_HOME"] = f"{_CACHE.name}/huggingface"
+# Caches of the tests' own, which all workers share; set before anything reads them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="sdnb-tests-")
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
+    os.environ["HF_HOME"] = f"{_CACHE.name}/huggingface"
 
 
 @pytest.fixture
@@ -44,10 +41,12 @@ def image_folder(tmp_path):
 
 @pytest.fixture
 def settings(tmp_path):
-    """Settings of a training that takes seconds."""
+    """Settings of a training that takes a second."""
+    from training import small_data, small_model
+
     return dict(
-        pretrained_model_name_or_path="tiny-random",
-        dataset_name="openmoji",
+        pretrained_model_name_or_path=small_model(),
+        dataset_name=small_data(),
         resolution=64,
         center_crop=True,
         train_batch_size=2,
@@ -59,3 +58,16 @@ def settings(tmp_path):
         report_to="none",
         output_dir=str(tmp_path / "run"),
     )
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch):
+    """What a test launches begins with all loaded, which saves it seconds; else it is the same."""
+    import subprocess
+    from types import SimpleNamespace
+
+    from processes import Forked
+
+    from sdnb import launch
+
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))

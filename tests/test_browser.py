@@ -10,16 +10,14 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
-from test_launch import free_port, none_left
-from test_notebook import end_with_the_tests, papermill
+from processes import ROOT, end_with_parent, free_port, none_left, wait_for
 
+from notebooks import papermill
 from sdnb import report, run_folder
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -213,7 +211,7 @@ def lab(tmp_path):
     places["JUPYTERLAB_SETTINGS_DIR"] = str(tmp_path / "settings")
     with (tmp_path / "lab.log").open("w") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, preexec_fn=end_with_the_tests,
+            command, stdout=log, stderr=log, preexec_fn=end_with_parent,
             env={**os.environ, **places, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
@@ -231,14 +229,6 @@ def lab(tmp_path):
 def reached(address):
     with contextlib.suppress(OSError):
         return urllib.request.urlopen(f"{address}/api/status", timeout=2).status == 200
-
-
-def wait_for(condition, within):
-    end = time.time() + within
-    while not (found := condition()):
-        assert time.time() < end, "it did not come"
-        time.sleep(0.2)
-    return found
 
 
 def prepared(work, steps):

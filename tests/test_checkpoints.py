@@ -11,10 +11,10 @@ import sys
 import time
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
-from training import train
+from processes import Forked, processes_of
+from training import small_data, small_model, train
 
 from sdnb import checkpoint_folder, data, environment, launch, run_folder, terminal
 from sdnb import train as training
@@ -105,7 +105,7 @@ def test_killed_again_and_again_with_eight_loading_processes(settings, tmp_path)
     whole = train(settings, output_dir=str(tmp_path / "whole"))
     folder = tmp_path / "killed"
     for moment in ("metrics.jsonl", ".checkpoint-4.incomplete", "checkpoint-6/checkpoint.json", None):
-        process = subprocess.Popen(
+        process = Forked(
             command(settings, output_dir=folder, resume_from_checkpoint="latest"), stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
@@ -123,7 +123,7 @@ def test_killed_again_and_again_with_eight_loading_processes(settings, tmp_path)
     assert [one["step"] for one in records(run_folder.RunFolder(folder))] == list(range(1, STEPS + 1))
 
 
-def test_two_ranks_one_of_them_killed(settings, tmp_path):
+def test_two_ranks_one_of_them_killed(settings, tmp_path, forked_ranks):
     settings = {**settings, "num_processes": 2, "validation_loss_steps": 0}
     whole = launch.launch(launch.prepare(TrainConfig(**settings)), show=lambda *_: None)
     folder = tmp_path / "killed"
@@ -132,11 +132,7 @@ def test_two_ranks_one_of_them_killed(settings, tmp_path):
 
     def kill_a_rank(line, *_):
         if any(f" step {step}/" in line for step in (4, 5, 6)) and not killed_ranks:
-            (launcher,) = [
-                process for process in psutil.process_iter(["cmdline"])
-                if str(folder) in (process.info["cmdline"] or ()) and process.ppid() == os.getpid()
-            ]  # fmt: skip
-            killed_ranks.append(launcher.children()[-1])
+            killed_ranks.append(max(processes_of(folder), key=lambda process: process.pid))
             killed_ranks[0].kill()
 
     killed = TrainConfig(**{**settings, "output_dir": str(folder), "checkpointing_steps": 1})
@@ -156,7 +152,7 @@ def stopped(tmp_path_factory):
     """A run of two steps with a checkpoint after each, and its settings."""
     folder = tmp_path_factory.mktemp("stopped")
     settings = dict(
-        pretrained_model_name_or_path="tiny-random", dataset_name="openmoji", resolution=64, center_crop=True,
+        pretrained_model_name_or_path=small_model(), dataset_name=small_data(), resolution=64, center_crop=True,
         train_batch_size=2, steps=2, seed=7, report_to="none", lr_warmup_steps=0, use_ema=True, checkpointing_steps=1,
         output_dir=str(folder / "run"),
     )  # fmt: skip
@@ -246,7 +242,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(copy):
         (dict(train_batch_size=4), "train_batch_size: 2 in the checkpoint, 4 now"),
         (dict(seed=8), "seed: 7 in the checkpoint, 8 now"),
         (dict(num_processes=2), "num_processes: 1 in the checkpoint, 2 now"),
-        (dict(max_train_samples=50), "the data: 833 examples.* in the checkpoint, 50 examples"),
+        (dict(max_train_samples=5), "the data: 13 examples.* in the checkpoint, 5 examples"),
         (dict(learning_rate=0.5), "learning_rate: 0.0001 in the checkpoint, 0.5 now"),
         (dict(lr_scheduler="linear"), "lr_scheduler: constant in the checkpoint, linear now"),
         (dict(snr_gamma=5.0), "snr_gamma: None in the checkpoint, 5.0 now"),
@@ -334,7 +330,7 @@ def test_a_disk_that_takes_no_more(copy):
     folder, settings = copy
     before = {path.name: path.stat().st_mtime for path in (folder / "checkpoint-2").iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
         with pytest.raises(RunError, match="checkpoint-3 could not be written: ") as error:
             train(settings, steps=9, checkpoints_total_limit=1)

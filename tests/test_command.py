@@ -1,24 +1,20 @@
 """`accelerate launch … -m sdnb.train` in place of the reference's script, on two CPU ranks, as real processes."""
 
+import contextlib
 import gc
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 from PIL import Image
+from processes import ROOT, free_port, none_left, processes_of, two_ranks, wait_for
 
 from sdnb import run_folder, terminal
 from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError
-from sdnb.ranks import free_port
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # The reference command of the published result; the model, the data, the resolution and the steps are smaller here.
 REFERENCE = (
@@ -38,13 +34,6 @@ def launch(*flags, **options):
         command, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True, **options,
     )  # fmt: skip
-
-
-def ranks_of(folder):
-    return [
-        process for process in psutil.process_iter(["cmdline"])
-        if f"--output_dir={folder}" in (process.info["cmdline"] or ()) and process.status() != psutil.STATUS_ZOMBIE
-    ]  # fmt: skip
 
 
 def test_the_reference_command(tmp_path):
@@ -72,11 +61,15 @@ def test_the_reference_command(tmp_path):
     ],
 )
 def test_a_mistake_is_said_once_and_shortly(tmp_path, flags, said):
-    process = launch(*REFERENCE.split(), f"--output_dir={tmp_path / 'run'}", *flags)
-    errors = process.communicate(timeout=200)[1]
-    assert process.returncode != 0
+    with two_ranks(
+        [*REFERENCE.split(), f"--output_dir={tmp_path / 'run'}", *flags], tmp_path / "printed.txt"
+    ) as running:
+        assert running[0].wait(100) == 1
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may wait for the other, until the launcher ends it
+            assert running[1].wait(3) == 1
+    errors = (tmp_path / "printed.txt").read_text()
     assert errors.count(said) == 1
-    assert 'File "' not in errors.partition(said)[2].partition("torch")[0], "no traceback of ours"
+    assert "Traceback" not in errors
 
 
 def test_what_accelerate_launch_says_of_the_ranks(monkeypatch):
@@ -125,14 +118,9 @@ def test_a_killed_launcher_leaves_no_rank(tmp_path):
     process = launch(*(flag for flag in REFERENCE.split() if "steps" not in flag), "--max_train_steps=500",
                      "--gradient_accumulation_steps=1", f"--output_dir={folder}")  # fmt: skip
     try:
-        end = time.time() + 200
-        while not (folder / run_folder.STEPS).exists() and time.time() < end:
-            time.sleep(0.1)
-        assert len(ranks_of(folder)) == 3, "the launcher and two ranks"
+        wait_for((folder / run_folder.STEPS).exists, within=200)
+        assert len(processes_of(folder)) == 3, "the launcher and two ranks"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    end = time.time() + 15
-    while ranks_of(folder) and time.time() < end:
-        time.sleep(0.1)
-    assert not ranks_of(folder)
+    assert none_left(folder, within=15)

@@ -1,50 +1,19 @@
 """Runs side by side, of any origin: what differs, and whether it is more than chance."""
 
 import math
-import random
 import re
 import subprocess
 import sys
 
 import nbformat
 import pytest
-from conftest import ROOT
-from PIL import Image
-from test_metrics import config
+from processes import ROOT
+from runs import make_run
 
 from sdnb import imported, report, run_folder, side_by_side
-from sdnb.clock import PHASES
 from sdnb.compare import compare
 from sdnb.errors import RunError
 from sdnb.throughput import Estimate, ratio_of
-
-
-def make_run(folder, seconds=0.5, torch="2.13.0", noise=0.1, prompts=("sun",), seed=0, **settings):
-    """A run folder as a training leaves it: 40 steps, of seconds that scatter."""
-    draw = random.Random(folder.name)
-    folder.mkdir(parents=True)
-    made = config(**settings)
-    made.save(folder / run_folder.CONFIG)
-    run_folder.write(
-        folder / run_folder.ENVIRONMENT,
-        dict(devices=dict(type="cpu", names=["a CPU"]), packages=dict(torch=torch), python="3.11", started=0.0),
-    )
-    run_folder.write(folder / run_folder.MODEL, {"random_weights": False})
-    for step in range(1, 41):
-        record = dict(
-            step=step, epoch=0, micro_batches=4, images=made.global_batch, loss=1 / step, train_loss=1 / step,
-            step_loss=0.1, lr=1e-5, seconds=seconds * (1 + noise * draw.uniform(-1, 1)),
-            phase_seconds=dict.fromkeys(PHASES, seconds / 7),
-        )  # fmt: skip
-        run_folder.append(folder / run_folder.STEPS, record)
-    (folder / run_folder.SAMPLES).mkdir()
-    for prompt in prompts:
-        Image.new("RGB", (8, 8), "red").save(folder / run_folder.SAMPLES / f"{prompt}.png")
-        run_folder.append(
-            folder / run_folder.SAMPLES_LIST,
-            dict(step=40, prompt=prompt, file=f"{prompt}.png", seed=seed, num_inference_steps=2, guidance_scale=1.0),
-        )
-    return folder
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
-from test_notebook import outputs, papermill
 from training import train
 
+from notebooks import outputs, papermill
 from sdnb import data, explore, models, report
 from sdnb.config import TrainConfig
 from sdnb.errors import RunError

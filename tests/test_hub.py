@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
+from training import small_model
 
 from sdnb import hub, run_folder
 from sdnb.config import TrainConfig
@@ -77,12 +78,13 @@ def environment_of(server):
 
 
 def push(server, folder, *flags):
-    return subprocess.run(
-        [sys.executable, "-m", "sdnb.train", "--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji",
-         "--resolution=64", "--train_batch_size=2", "--max_train_steps=2", "--checkpointing_steps=1", "--push_to_hub",
-         "--hub_model_id=a-model", f"--output_dir={folder}", *flags],
-        env=environment_of(server), capture_output=True, text=True,
-    )  # fmt: skip
+    flags = [
+        f"--pretrained_model_name_or_path={small_model()}", "--dataset_name=openmoji", "--resolution=64",
+        "--train_batch_size=2", "--max_train_steps=2", "--checkpointing_steps=1", "--push_to_hub",
+        "--hub_model_id=a-model", f"--output_dir={folder}", *flags,
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "sdnb.train", *flags]
+    return subprocess.run(command, env=environment_of(server), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

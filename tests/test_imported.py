@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 from tqdm import tqdm
 
 from sdnb import imported, metrics, run_folder

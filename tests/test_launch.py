@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -14,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
+from processes import Forked, none_left, processes_of, wait_for
 
 from sdnb import launch, models, run_folder
 from sdnb.config import TrainConfig
@@ -26,28 +25,12 @@ from sdnb.run import Run
 
 QUIET = {"show": lambda *_: None}
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 
 def start(settings, **changes):
     show = changes.pop("show", QUIET["show"])
     return launch.launch(launch.prepare(TrainConfig(**{**settings, **changes})), show=show)
-
-
-def processes_of(folder):
-    """The processes that run a run, wherever they hang in the process tree."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if process.info["cmdline"] and str(folder) in process.info["cmdline"] and process.status() != "zombie":
-            found.append(process)
-    return found
-
-
-def none_left(folder, within=10):
-    end = time.time() + within
-    while processes_of(folder):
-        if time.time() > end:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def together(plans):
@@ -220,19 +203,12 @@ def test_an_interrupt_ends_every_rank(settings):
 
 
 def test_the_death_of_the_one_who_launched_ends_every_rank(settings):
+    """These ranks are not forked from what has loaded all already, they are started as a notebook starts them."""
     folder = Path(settings["output_dir"])
-    code = (
-        "import sys, json; from sdnb import launch; from sdnb.config import TrainConfig\n"
-        "launch.launch(launch.prepare(TrainConfig(**json.loads(sys.argv[1]))), show=lambda *_: None)"
-    )
-    long = json.dumps({**settings, "num_processes": 2, "steps": 2000})
-    launcher = subprocess.Popen([sys.executable, "-c", code, long])
+    launcher = Forked([sys.executable, "-m", "launching", json.dumps({**settings, "num_processes": 2, "steps": 2000})])
     try:
-        end = time.time() + 120
-        while not (folder / run_folder.STEPS).exists():
-            assert launcher.poll() is None and time.time() < end
-            time.sleep(0.2)
-        assert len(processes_of(folder)) >= 2
+        wait_for(lambda: launcher.poll() is not None or (folder / run_folder.STEPS).exists())
+        assert len(processes_of(folder)) >= 3
     finally:
         launcher.kill()
         launcher.wait()
@@ -291,7 +267,8 @@ def test_a_process_that_forks_ranks_for_gpus_does_not_use_these_itself(settings)
 
 
 def test_the_plan_says_what_will_run(settings):
-    made = TrainConfig(**{**settings, "train_batch_size": 8, "gradient_accumulation_steps": 4, "num_processes": 2})
+    how = dict(train_batch_size=8, gradient_accumulation_steps=4, num_processes=2, dataset_name="openmoji")
+    made = TrainConfig(**{**settings, **how})
     plan = launch.prepare(made)
     assert plan.facts["global batch"].startswith("64 = 8 × 4")
     # 833 / 8 = 105 batches, 53 rounds of two ranks: 13 full steps and one of a single micro-batch; 848 - 833 repeats.

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from processes import ROOT
 
 from sdnb import embedded, environment, memory, models, run_folder
 from sdnb.cache import cache_root

@@ -8,38 +8,11 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from runs import FakeRun, config, published_run, records
 from tqdm import tqdm
 
 from sdnb import metrics, throughput
 from sdnb.clock import PHASES
-from sdnb.config import TrainConfig
-
-
-def config(**settings):
-    return TrainConfig(
-        pretrained_model_name_or_path="tiny", dataset_name="openmoji",
-        **{"train_batch_size": 8, "gradient_accumulation_steps": 4, "num_processes": 8, **settings},
-    )  # fmt: skip
-
-
-def records(micro_batches, seconds_per_micro_batch, images_per_micro_batch=64, loss=0.1):
-    micro_batches = np.asarray(micro_batches)
-    return pd.DataFrame(
-        dict(
-            step=np.arange(len(micro_batches)) + 1,
-            micro_batches=micro_batches,
-            images=micro_batches * images_per_micro_batch,
-            loss=loss,
-            step_loss=loss,
-            seconds=micro_batches * seconds_per_micro_batch,
-            phase_seconds=[dict.fromkeys(PHASES, 0.1)] * len(micro_batches),
-        )
-    )
-
-
-def published_run():
-    """What the published log comes from: 14 micro-batches an epoch, so steps of 4, 4, 4 and 2, at 0.558 s each."""
-    return records(([4, 4, 4, 2] * 26)[:101], 0.558)
 
 
 def test_the_published_number_and_the_true_one():
@@ -114,20 +87,6 @@ def test_the_running_mean_weighs_pictures():
     assert steps.running_loss.iloc[1] == pytest.approx((0.1 * 4 + 0.4 * 2) / 6)
     long = metrics.mark(records([4] * 30, 1, loss=np.arange(30)), config())
     assert long.running_loss.iloc[-1] == pytest.approx(np.arange(20, 30).mean())
-
-
-class FakeRun:
-    """Eight GPUs cannot be had here: what their run folder would say."""
-
-    def __init__(self, steps, target=0.0456, summary=None, **settings):
-        self.config = config(target_loss=target, mixed_precision="fp16", **settings)
-        self.steps, self.validation = steps, pd.DataFrame()
-        self.environment = {"started": 0, "devices": {"type": "cuda", "names": ["NVIDIA A100-SXM4-80GB"]}}
-        self.model = {
-            "random_weights": False,
-            "flop_per_image": {"unet_training": 2.407e12, "vae_encoder": 1.117e12, "text_encoder": 0.0133e12},
-        }
-        self.summary = summary or {}
 
 
 def test_the_results_of_the_published_run():

@@ -1,7 +1,5 @@
 """The main notebook, executed: by papermill from a shell, and in a kernel as JupyterLab does it."""
 
-import copy
-import ctypes
 import fcntl
 import os
 import shutil
@@ -9,34 +7,37 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 
 import nbformat
 import pytest
-from conftest import ROOT
 from jupyter_client.manager import KernelManager
-from nbclient import NotebookClient
-from test_launch import none_left, processes_of
+from processes import ROOT, end_with_parent, none_left, processes_of, wait_for
+from training import small_data, small_model, train
 
+from notebooks import outputs, papermill
 from sdnb import report, run_folder
 
-SMALL = ["-p", "train_batch_size", "2", "-p", "gradient_accumulation_steps", "2", "-p", "validation_loss_steps", "0"]
+
+@pytest.fixture(scope="module")
+def small():
+    """Parameters of a notebook that executes in seconds."""
+    return dict(
+        pretrained_model_name_or_path=small_model(), dataset_name=small_data(), train_batch_size=2,
+        gradient_accumulation_steps=2, validation_loss_steps=0, validation_prompts=None,
+    )  # fmt: skip
 
 
-def papermill(out, *arguments, cwd=ROOT, notebook="notebooks/train.ipynb"):
-    command = [sys.executable, "-m", "papermill", notebook, str(out), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=250)
-
-
-def outputs(notebook, kind):
-    every = (output for cell in notebook.cells for output in cell.get("outputs", ()))
-    return [output.data[kind] for output in every if kind in output.get("data", {})]
+def given(parameters):
+    return [text for name, value in parameters.items() for text in ("-p", name, str(value))]
 
 
 def test_papermill_from_the_projects_root(tmp_path):
     out = tmp_path / "run" / "train.ipynb"
     out.parent.mkdir()
-    done = papermill(out, *SMALL, "-p", "steps", "4", "-p", "output_dir", str(out.parent), "-p", "num_processes", "2")
+    done = papermill(
+        out, "-p", "steps", "4", "-p", "output_dir", str(out.parent), "-p", "num_processes", "2", "-p",
+        "train_batch_size", "2", "-p", "gradient_accumulation_steps", "2", "-p", "validation_loss_steps", "0",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     run = run_folder.RunFolder(out.parent)
     assert len(run.steps) == 4 and run.summary["world_size"] == 2 and run.config.max_train_steps == 4
@@ -63,11 +64,12 @@ def runs_alone():
         yield
 
 
-def test_papermill_from_the_notebooks_folder_with_a_settings_file(tmp_path, runs_alone):
-    """Into a new folder under runs/ in the project's root; `mixed_precision: no` is a boolean in YAML."""
-    (tmp_path / "settings.yaml").write_text(
-        "mixed_precision: no\nmax_train_steps: 2\ntrain_batch_size: 2\nvalidation_prompts: null\nlearning_rate: 1e-4\n"
-    )
+def test_papermill_from_the_notebooks_folder_with_the_settings_of_a_run(tmp_path, settings, runs_alone):
+    """Into a new folder under runs/ in the project's root, the same training again; `mixed_precision: no` is a boolean
+    in YAML."""
+    run = train(settings)
+    text = (run.folder / run_folder.CONFIG).read_text()
+    (tmp_path / "settings.yaml").write_text(text.replace("mixed_precision: 'no'", "mixed_precision: no"))
     before = set((ROOT / "runs").glob("*"))
     done = papermill(
         tmp_path / "out.ipynb", "-f", str(tmp_path / "settings.yaml"), cwd=ROOT / "notebooks", notebook="train.ipynb"
@@ -75,29 +77,22 @@ def test_papermill_from_the_notebooks_folder_with_a_settings_file(tmp_path, runs
     assert done.returncode == 0, done.stderr[-3000:]
     (new,) = set((ROOT / "runs").glob("*")) - before
     try:
-        config = run_folder.RunFolder(new).config
-        assert (config.mixed_precision, config.max_train_steps, config.learning_rate) == ("no", 2, 1e-4)
-        assert len(run_folder.RunFolder(new).steps) == 2 and run_folder.RunFolder(new).drawn.empty
-        again = papermill(
-            tmp_path / "again.ipynb", "-f", str(new / "config.yaml"), "-p", "output_dir", str(tmp_path / "2")
-        )
-        assert again.returncode == 0, again.stderr[-3000:]
-        assert list(run_folder.RunFolder(tmp_path / "2").steps.loss) == list(run_folder.RunFolder(new).steps.loss), (
-            "enough to run it again"
-        )
+        again = run_folder.RunFolder(new)
+        assert again.config.mixed_precision == "no" and again.drawn.empty
+        assert list(again.steps.loss) == list(run.steps.loss), "enough to run it again"
     finally:
         shutil.rmtree(new)
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "parameters, said",
     [
         (["-p", "stpes", "3"], "stpes: there is no such setting; did you mean steps?"),
         (["-f", "params/demo.yaml", "-p", "train_data_dir", "."], "exclude each other"),
     ],
 )
-def test_a_wrong_parameter_fails_before_anything_runs(tmp_path, runs_alone, given, said):
-    fails_before_anything_runs(tmp_path, given, said)
+def test_a_wrong_parameter_fails_before_anything_runs(tmp_path, runs_alone, parameters, said):
+    fails_before_anything_runs(tmp_path, parameters, said)
 
 
 def test_the_vanished_data_set_fails_before_anything_runs(tmp_path, runs_alone):
@@ -105,52 +100,90 @@ def test_the_vanished_data_set_fails_before_anything_runs(tmp_path, runs_alone):
     fails_before_anything_runs(tmp_path, ["-f", "params/reference.yaml", *tiny], "taken down from the hub")
 
 
-def fails_before_anything_runs(tmp_path, given, said):
+def fails_before_anything_runs(tmp_path, parameters, said):
     before = set((ROOT / "runs").glob("*"))
-    done = papermill(tmp_path / "out.ipynb", *given)
+    done = papermill(tmp_path / "out.ipynb", *parameters)
     assert done.returncode == 1
     assert said in done.stderr
     assert "pydantic" not in done.stderr
     assert set((ROOT / "runs").glob("*")) == before and not (ROOT / "sd-pokemon-model").exists()
 
 
-def small_cells(folder, steps):
-    """The notebook's cells with small settings, as a user would edit them."""
+def small_cells(parameters):
+    """The notebook's cells with other parameters, as a user would edit them."""
     cells = nbformat.read(ROOT / "notebooks" / "train.ipynb", 4).cells
-    small = dict(steps=steps, train_batch_size=2, validation_loss_steps=0, validation_prompts=None, output_dir=folder)
     for cell in cells:
         if "parameters" in cell.metadata.get("tags", ()):
-            cell.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
+            cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
     return cells
 
 
-def executed(cells):
-    notebook = nbformat.v4.new_notebook(
-        cells=[*map(copy.copy, cells)], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    )
-    for index, cell in enumerate(notebook.cells):
-        cell.id = f"c{index}"
-    return NotebookClient(notebook, timeout=200, resources={"metadata": {"path": ROOT / "notebooks"}}).execute()
+@pytest.fixture
+def kernel():
+    """Executes notebooks in a kernel that has computed; with the means to interrupt it."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(ROOT / "notebooks"))
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
-def test_run_all_twice_in_a_kernel_that_has_computed(tmp_path):
-    """Also with variables of the user's own, which are no settings."""
-    torch_first = nbformat.v4.new_code_cell(
-        "import torch\nfrom accelerate import Accelerator\nAccelerator()\n"
-        "total = (torch.ones(500, 500) @ torch.ones(500, 500)).sum().item()"
-    )
-    once, again = small_cells(str(tmp_path / "once"), 2), small_cells(str(tmp_path / "again"), 3)
-    executed([torch_first, *once, *again])
+def execute(client, code):
+    """What a cell shows as text; an error in it is one of the test."""
+    shown = []
+
+    def show(message):
+        assert message["msg_type"] != "error", message["content"]
+        shown.append(message["content"].get("data", {}).get("text/plain"))
+
+    client.execute_interactive(code, timeout=120, output_hook=show)
+    return shown
+
+
+def test_run_all_again_and_again_in_a_kernel_that_has_computed(tmp_path, small, kernel):
+    """Also with variables of the user's own, which are no settings. The second time the cell that trains is
+    interrupted, and every rank ends; the kernel goes on."""
+    manager, client = kernel
+    execute(client, "import torch\nfrom accelerate import Accelerator\nAccelerator()")
+    execute(client, "total = (torch.ones(500, 500) @ torch.ones(500, 500)).sum().item()")
+
+    def cells(name, steps):
+        edited = small_cells({**small, "steps": steps, "output_dir": str(tmp_path / name)})
+        return [cell.source for cell in edited if cell.cell_type == "code"]
+
+    for code in cells("once", 2):
+        execute(client, code)
+    interrupted = cells("interrupted", 5000)
+    launching = next(index for index, code in enumerate(interrupted) if "launch.launch(" in code)
+    for code in interrupted[:launching]:
+        execute(client, code)
+    # Otherwise the kernel might pass over the next cell, as it does with those that wait behind one that fails.
+    client.execute(interrupted[launching], stop_on_error=False)
+    wait_for((tmp_path / "interrupted" / run_folder.STEPS).exists)
+    manager.interrupt_kernel()
+    assert none_left(tmp_path / "interrupted", within=8)
+    reply = client.get_shell_msg(timeout=10)["content"]
+    assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt"
+    assert "2" in execute(client, "1 + 1"), "the kernel goes on"
+    assert len(run_folder.RunFolder(tmp_path / "interrupted").steps) >= 1
+    for code in cells("again", 3):
+        execute(client, code)
     assert [len(run_folder.RunFolder(tmp_path / name).steps) for name in ("once", "again")] == [2, 3]
 
 
-def test_a_rank_that_fails_shows_in_the_notebook(tmp_path, image_folder):
+def test_a_rank_that_fails_shows_in_the_notebook(tmp_path, small, image_folder):
     folder = image_folder(9)
     (folder / "005.png").write_bytes(b"no picture")  # not one of those that the notebook shows
     done = papermill(
-        tmp_path / "out.ipynb", *SMALL, "-p", "steps", "9", "-p", "num_processes", "2",
-        "-p", "train_data_dir", str(folder), "-p", "output_dir", str(tmp_path / "run"),
-    )  # fmt: skip
+        tmp_path / "out.ipynb",
+        *given({**small, "dataset_name": None, "train_data_dir": folder, "steps": 9, "num_processes": 2}),
+        *given({"output_dir": tmp_path / "run"}),
+    )
     assert done.returncode == 1
     shown = [output for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells for output in cell.get("outputs", ())]
     (error,) = [output for output in shown if output.output_type == "error"]
@@ -158,65 +191,21 @@ def test_a_rank_that_fails_shows_in_the_notebook(tmp_path, image_folder):
     assert len(error.traceback) < 4, "the message, and not where in sdnb it was raised"
 
 
-def wait_for(condition, within=120):
-    end = time.time() + within
-    while not condition():
-        assert time.time() < end, "it did not come"
-        time.sleep(0.2)
-
-
-def test_interrupting_the_cell_ends_every_rank(tmp_path):
-    cells = [cell for cell in small_cells(str(tmp_path / "run"), 5000) if cell.cell_type == "code"]
-    launching = next(index for index, cell in enumerate(cells) if "launch.launch(" in cell.source)
-    manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(ROOT / "notebooks"))
-    client = manager.client()
-    try:
-        client.start_channels()
-        client.wait_for_ready(timeout=60)
-        for cell in cells[:launching]:
-            client.execute_interactive(cell.source, timeout=120, output_hook=lambda message: None)
-        # Otherwise the kernel might pass over the next cell, as it does with those that wait behind one that fails.
-        client.execute(cells[launching].source, stop_on_error=False)
-        wait_for((tmp_path / "run" / run_folder.STEPS).exists)
-        manager.interrupt_kernel()
-        assert none_left(tmp_path / "run", within=8)
-        reply = client.get_shell_msg(timeout=10)["content"]
-        assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt"
-        shown = []
-        client.execute_interactive(
-            "1 + 1",
-            timeout=30,
-            output_hook=lambda message: shown.append(message["content"].get("data", {}).get("text/plain")),
-        )
-        assert "2" in shown, "the kernel goes on"
-        assert len(run_folder.RunFolder(tmp_path / "run").steps) >= 1
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
-
-
-def end_with_the_tests():
-    """A group of its own, as a shell gives to a job; and no longer than the tests."""
-    os.setsid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killing_papermill_ends_every_rank(tmp_path, number):
+def test_killing_papermill_ends_every_rank(tmp_path, small, number):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "papermill", "notebooks/train.ipynb", str(tmp_path / "out.ipynb")]
-    given = [*SMALL, "-p", "steps", "5000", "-p", "num_processes", "2", "-p", "output_dir", str(folder)]
     process = subprocess.Popen(
-        [*command, *given],
+        [*command, *given({**small, "steps": 5000, "num_processes": 2, "output_dir": folder})],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=end_with_the_tests,
+        preexec_fn=end_with_parent,
+        start_new_session=True,  # as a shell gives to a job
     )
     try:
         wait_for((folder / run_folder.STEPS).exists)
-        assert len(processes_of(folder)) >= 3
+        assert len(processes_of(folder)) >= 4, "papermill, the launcher and two ranks"
         os.kill(process.pid, number)
         assert none_left(folder, within=15)
     finally:

@@ -1,11 +1,11 @@
 """The same numbers as the reference: trajectories that it gave, recorded by benchmarks/parity.py, are given again."""
 
 import json
-import sys
 from importlib.metadata import version
 
 import parity
 import pytest
+from processes import two_ranks
 from training import train
 
 from sdnb import arguments
@@ -17,7 +17,7 @@ TODAY = int(version("transformers").split(".")[0]) >= 5
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
-    parity.make_model(folder / "model")
+    parity.make_model(parity.RECORDED_MODEL, folder / "model")
     for name in ("openmoji", "shapes"):
         parity.make_data(name, folder / name)
     return folder
@@ -34,10 +34,12 @@ def test_the_references_trajectory(path, work, tmp_path):
     recorded = json.loads(path.read_text())
     assert all(recorded[name] for name in ("reference", "versions", "date", "command"))
     case = parity.CASES[recorded["case"]]
-    if case.ranks > 1 or recorded["case"] == "one rank":
-        parity.train(sys.executable, ["-m", "sdnb.train"], case, work, tmp_path / "run", ("--report_to=none",))
-    else:  # without the seconds that a process of its own takes
-        train(arguments.parse([*parity.flags_of(case, work, tmp_path / "run"), "--report_to=none"]).model_dump())
+    flags = [*parity.flags_of(case, work, tmp_path / "run"), "--report_to=none"]
+    if case.ranks > 1:
+        with two_ranks(flags, tmp_path / "printed.txt") as ranks:
+            assert [rank.wait(200) for rank in ranks] == [0, 0], (tmp_path / "printed.txt").read_text()
+    else:
+        train(arguments.parse(flags).model_dump())
     expected = recorded["train_loss"]
     assert len(expected) == parity.STEPS or "--num_train_epochs" in case.flags
     differences = parity.relative_differences(parity.losses_of_sdnb(tmp_path / "run"), expected)

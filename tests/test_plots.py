@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from test_metrics import FakeRun, published_run
+from runs import FakeRun, published_run
 
 from sdnb import metrics, plots, run_folder
 from sdnb.config import TrainConfig

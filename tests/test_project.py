@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from processes import ROOT
 
 from sdnb.config import TrainConfig
 

@@ -6,10 +6,11 @@ import shlex
 
 import pandas as pd
 import pytest
-from conftest import ROOT
-from test_compare import make_run
+from processes import ROOT
 
 import sdnb
+from runs import make_run
+from sdnb import run_folder
 from sdnb.clock import PHASES
 from sdnb.config import TrainConfig
 from sdnb.errors import RunError
@@ -96,3 +97,21 @@ def test_they_are_there_to_be_completed():
     )
     with pytest.raises(AttributeError, match="no attribute 'rnus'"):
         _ = sdnb.rnus
+
+
+def test_its_page_says_how_its_threads_waited(run):
+    def said(begun, **ended):
+        run_folder.add_to_environment(run.folder, threads=begun)
+        run_folder.write(
+            run.folder / run_folder.SUMMARY, {"threads": ended, "ranks": [{"peak_memory_gib": 1.0}], "ended": 9.0}
+        )
+        return run._repr_mimebundle_()[PAGE_MIME]["machine"]["threads"]
+
+    watched = dict(threads=2, waiting="asleep", cores_used_by_others=0.9)
+    assert said(watched) == (
+        "2 threads a rank, asleep while they waited for each other when the training began, as 0.90 of the cores were "
+        "used by other processes"
+    )
+    assert said(watched, asleep_share=0.37).endswith("; asleep 37% of the time")
+    fixed = dict(threads=1, waiting="one thread has none to wait for")
+    assert said(fixed) == "1 thread a rank; one thread has none to wait for"

@@ -2,7 +2,8 @@
 
 import pytest
 import yaml
-from test_compare import make_run
+from runs import make_run
+from training import small_data, small_model
 
 from sdnb import run_folder, side_by_side, sweep
 from sdnb.compare import compare
@@ -21,10 +22,11 @@ def grid_file(tmp_path, **content):
 
 
 def test_past_a_failure_and_taken_up_again(tmp_path, monkeypatch):
-    path = grid_file(tmp_path, pretrained_model_name_or_path="tiny", **BASE, grid=dict(max_train_samples=[8, 5000, 16]))
+    small = {**BASE, "pretrained_model_name_or_path": small_model(), "dataset_name": small_data()}
+    path = grid_file(tmp_path, **small, grid=dict(max_train_samples=[8, 5000, 12]))
     said, runs = [], tmp_path / "runs"
     page, failed = sweep.run(sweep.load(path), runs, said.append)
-    assert set(failed) == {"max_train_samples=5000"} and "has 833" in failed["max_train_samples=5000"]
+    assert set(failed) == {"max_train_samples=5000"} and "has 13" in failed["max_train_samples=5000"]
     text = page.read_text()
     assert "Over max_train_samples" in text
     assert f'<pre class="command">python -m sdnb sweep {path}' in text
@@ -44,8 +46,7 @@ def test_past_a_failure_and_taken_up_again(tmp_path, monkeypatch):
     assert executed == ["max_train_samples=5000/train.ipynb", "comparison.ipynb"]
 
     executed.clear()
-    changed = {**BASE, "learning_rate": 1e-6}
-    path = grid_file(tmp_path, pretrained_model_name_or_path="tiny", **changed, grid=dict(max_train_samples=[8, 16]))
+    path = grid_file(tmp_path, **small, learning_rate=1e-6, grid=dict(max_train_samples=[8, 12]))
     with pytest.raises(RunError, match="0 of 2 trainings succeeded"):
         sweep.run(sweep.load(path), runs, said.append)
     assert len(executed) == 2, "what was complete was another training"

@@ -48,27 +48,27 @@ def test_its_latents_have_unit_variance(config, parts):
 
 
 def test_it_draws_what_a_caption_names(config, parts):
-    share, drawn = evaluate.retrieval(models.pipeline(config, parts), data.load(config).train, count=40)
-    assert share > 0.6 and len(drawn) == 40
+    share, drawn = evaluate.retrieval(models.pipeline(config, parts), data.load(config).train, count=24)
+    assert share > 0.6 and len(drawn) == 24
 
 
 def test_random_weights_do_not(config):
     random = config.updated(pretrained_model_name_or_path="tiny-random")
-    share, _ = evaluate.retrieval(models.pipeline(random, models.load(random)), data.load(config).train, count=20)
+    share, _ = evaluate.retrieval(models.pipeline(random, models.load(random)), data.load(config).train, count=10)
     assert share < 0.5
 
 
 def test_a_short_training_changes_the_style(settings):
     run = train(
-        settings, pretrained_model_name_or_path="tiny", dataset_name=openmoji.NIGHT, steps=40, train_batch_size=32,
-        gradient_accumulation_steps=1, learning_rate=3e-4, random_flip=True, use_ema=True, validation_loss_steps=40,
-        validation_prompts=[f"{subject}, night style" for subject in ("grinning face", "cat face", "blue circle")],
-        validation_epochs=50, validation_guidance_scale=2.0,
+        settings, pretrained_model_name_or_path="tiny", dataset_name=openmoji.NIGHT, steps=24, train_batch_size=16,
+        gradient_accumulation_steps=1, learning_rate=1e-3, random_flip=True, use_ema=True, validation_loss_steps=24,
+        validation_prompts=[f"{subject}, night style" for subject in ("grinning face", "blue circle")],
+        validation_epochs=50, validation_guidance_scale=2.0, max_train_samples=256,
     )  # fmt: skip
     before, after = run.validation.loss.iloc[[0, -1]]
     assert after < 2 / 3 * before, "on pictures that are not trained on"
     tops = [np.asarray(Image.open(run.folder / "samples" / file), float)[:4].mean((0, 1)) for file in run.drawn.file]
-    paper, sky = np.mean(tops[:3], 0), np.mean(tops[-3:], 0)
+    paper, sky = np.mean(tops[:2], 0), np.mean(tops[2:], 0)
     assert paper.min() > 240 and sky.mean() < paper.mean() - 50, "white paper before, a darker sky after"
     assert sky[2] > sky[0] + 30, f"and a bluer one: {tops}"
     assert not run.model["random_weights"]

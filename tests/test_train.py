@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from accelerate.utils import AutocastKwargs
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
-from training import train
+from training import small_model, train
 
 from sdnb import environment, metrics, models
 from sdnb import train as training
@@ -40,7 +41,7 @@ def run(tmp_path_factory):
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return train(
         dict(
-            pretrained_model_name_or_path="tiny-random", train_data_dir=str(folder), resolution=64, random_flip=True,
+            pretrained_model_name_or_path=small_model(), train_data_dir=str(folder), resolution=64, random_flip=True,
             train_batch_size=2, gradient_accumulation_steps=2, steps=21, learning_rate=1e-3, lr_warmup_steps=0,
             use_ema=True, seed=7, validation_prompts=["red heart"], validation_loss_steps=5,
             output_dir=str(folder / "run"),
@@ -80,7 +81,7 @@ def test_the_record_of_a_step(run):
 def test_what_else_the_run_folder_holds(run):
     assert TrainConfig.from_yaml(run.folder / "config.yaml").num_processes == 1
     assert torch.__version__.startswith(run.environment["packages"]["torch"].partition("+")[0])
-    assert run.model["parameters"]["unet"] > 9e6 and run.model["random_weights"]
+    assert 1e5 < run.model["parameters"]["unet"] < 1e6 and not run.model["random_weights"], "of a folder"
     assert run.summary["world_size"] == 1 and 0.1 < run.summary["ranks"][0]["peak_memory_gib"] < 8
     assert "rank 0 INFO" in run.log
     assert list((run.folder / "logs").rglob("events.out.tfevents*"))
@@ -128,13 +129,14 @@ def test_the_same_seed_gives_the_same_training(settings, tmp_path):
     assert list(first.steps.loss) == list(second.steps.loss), "looking at it does not change it"
     assert list(first.steps.loss) != list(other.steps.loss)
     assert list(first.validation.step) == [0, 1, 2]
-    assert (first.validation.pictures == 64).all()
+    assert (first.validation.pictures == 6).all()
     assert (first.validation.standard_error > 0).all()
 
 
 def test_the_loss_falls(settings):
     """On pictures that are not trained on, in fifteen small steps, by many times its standard error."""
-    run = train(settings, train_batch_size=8, gradient_accumulation_steps=1, steps=15, validation_loss_steps=15)
+    how = dict(dataset_name="openmoji", train_batch_size=8, gradient_accumulation_steps=1, validation_loss_steps=15)
+    run = train(settings, steps=15, **how)
     start, end = run.validation.itertuples()
     assert start.loss - end.loss > 5 * (start.standard_error + end.standard_error)
 
@@ -411,8 +413,14 @@ def test_compiled_as_a_whole_the_unet_is_one_graph(settings, monkeypatch, checkp
 
 @pytest.mark.skipif(not has_stances(), reason="torch compiles for each size of a batch before 2.6")
 def test_what_is_compiled_trains_the_same_and_only_whole_steps_are_compiled_for(settings, image_folder, tmp_path):
-    """5 pictures: epochs of a whole step and one of a single picture. Pictures are drawn in yet another size."""
-    settings = {**settings, "dataset_name": None, "train_data_dir": str(image_folder(5)), "steps": 4}
+    """5 pictures: epochs of a whole step and one of a single picture. Pictures are drawn in yet another size. The UNet
+    has one block to compile."""
+    folder = shutil.copytree(small_model(), tmp_path / "model")
+    config = dict(models.load(TrainConfig(**settings)).unet.config)
+    config |= dict(down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None, up_block_types=("UpBlock2D",))
+    models.UNet2DConditionModel.from_config({**config, "block_out_channels": (16,)}).save_pretrained(folder / "unet")
+    settings |= dict(pretrained_model_name_or_path=str(folder), dataset_name=None, steps=4)
+    settings["train_data_dir"] = str(image_folder(5))
     plain = train(settings, output_dir=str(tmp_path / "plain"))
     graphs = []
     for steps, prompts in ((1, []), (4, ["sun"])):

@@ -1,10 +1,40 @@
-"""Trains on one rank, in the test's own process."""
+"""Trainings in the test's own process, on one rank, of a model and a data set that are small."""
 
+import functools
+import json
+
+import common  # noqa: F401  # which adds the small model
 from accelerate.state import AcceleratorState
 
-from sdnb import launch, run_folder
+from sdnb import embedded, launch, openmoji, run_folder
 from sdnb import train as training
+from sdnb.cache import cache_root, made_once
 from sdnb.config import TrainConfig
+
+training.reachable_tflops = functools.cache(training.reachable_tflops)  # takes as long as such a training
+
+
+@functools.cache
+def small_model():
+    """Its folder."""
+    return str(embedded.folder("small"))
+
+
+@functools.cache
+def small_data():
+    """A data set of 13 pictures to train on and 6 that are held out."""
+
+    def make(folder):
+        for split, count in (("train", 13), ("validation", 6)):
+            source = openmoji.folder(64) / split
+            (folder / split).mkdir()
+            lines = (source / "metadata.jsonl").read_text().splitlines()[:count]
+            for line in lines:
+                name = json.loads(line)["file_name"]
+                (folder / split / name).write_bytes((source / name).read_bytes())
+            (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+
+    return str(made_once(cache_root() / "thirteen", make))
 
 
 def train(settings, **changes):
@@ -12,5 +42,5 @@ def train(settings, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     plan = launch.prepare(TrainConfig(**{**settings, **changes}))
     folder = run_folder.begin(plan.config, plan.environment)
-    training.train(plan.config.updated(output_dir=str(folder)))
+    training.train(plan.config.updated(output_dir=str(folder)), splits=plan.examples)
     return run_folder.RunFolder(folder)
