@@ -2,8 +2,8 @@
 
 The way data flows is the order to read the modules in:
 settings → config → models, data, run_folder → throughput, peaks → metrics → imported, compare → charts → plots,
-side_by_side → run → linear → device → memory, encoders, batches, checkpoints, observer → train → terminal, ranks →
-live → launch → resumable → pretrain, explore, report → sweep.
+side_by_side → run → linear → device → threads, memory, encoders, batches, checkpoints, observer → train → terminal,
+ranks → live → launch → resumable → pretrain, explore, report → sweep.
 
 `sdnb.Run(folder)` is a run, `sdnb.runs()` the table of all.
 """

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from executed import papermill
 from processes import ROOT, end_with_parent, free_port, none_left, wait_for
+from training import small_model
 
-from notebooks import papermill
 from sdnb import report, run_folder
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -77,7 +78,8 @@ def folder(tmp_path_factory):
         lines.append(json.dumps({"file_name": f"{index:02}.png", "text": f"{HOSTILE} {index}"}))
     (images / "metadata.jsonl").write_text("\n".join(lines))
     settings = dict(
-        train_data_dir=str(images), train_batch_size=2, gradient_accumulation_steps=2, steps=12, resolution=64,
+        pretrained_model_name_or_path=small_model(), train_data_dir=str(images), train_batch_size=2,
+        gradient_accumulation_steps=2, steps=12, resolution=64,
         validation_prompts=[HOSTILE, "sun"], output_dir=str(folder / "a-run"), validation_loss_steps=0,
     )  # fmt: skip
     done = papermill(folder / "out.ipynb", "-y", json.dumps(settings))
@@ -97,7 +99,7 @@ def test_the_pages_say_what_they_are_of(pages, browser):
     assert pages["out"].name == "a-run.html", "named after the run"
     assert pages["compared"].name == "sd-v1-4-8-gpus-2024-beside-a-run.html"
     with opened(browser, pages["out"]) as page:
-        assert page.title().startswith("tiny on images, 64×64, 12 steps, ")
+        assert page.title().startswith(f"{Path(small_model()).name} on images, 64×64, 12 steps, ")
         text = page.inner_text("body")
         assert "<script>document.title" in text, "what captions say is text"
         for heading in ("Loss", "Time", "Results", "Settings", "Machine and versions", "How to reproduce", "Method"):

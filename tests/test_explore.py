@@ -6,10 +6,10 @@ import re
 import nbformat
 import numpy as np
 import pytest
+from executed import outputs, papermill
 from PIL import Image
 from training import train
 
-from notebooks import outputs, papermill
 from sdnb import data, explore, models, report
 from sdnb.config import TrainConfig
 from sdnb.errors import RunError

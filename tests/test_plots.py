@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from runs import FakeRun, published_run
 
+from runs import FakeRun, published_run
 from sdnb import metrics, plots, run_folder
 from sdnb.config import TrainConfig
 

@@ -1,10 +1,11 @@
 """A grid of settings: executed one after the other, past failures, and taken up where it stopped."""
 
+import nbformat
 import pytest
 import yaml
-from runs import make_run
-from training import small_data, small_model
+from training import small_data, small_model, train
 
+from runs import make_run
 from sdnb import run_folder, side_by_side, sweep
 from sdnb.compare import compare
 from sdnb.errors import ConfigError, RunError
@@ -25,7 +26,12 @@ def test_past_a_failure_and_taken_up_again(tmp_path, monkeypatch):
     small = {**BASE, "pretrained_model_name_or_path": small_model(), "dataset_name": small_data()}
     path = grid_file(tmp_path, **small, grid=dict(max_train_samples=[8, 5000, 12]))
     said, runs = [], tmp_path / "runs"
+    before_it_stopped = {**small, "max_train_samples": 12, "output_dir": str(runs / "max_train_samples=12")}
+    train(before_it_stopped)
+    executed = nbformat.v4.new_notebook(metadata={"papermill": {"parameters": before_it_stopped}})
+    nbformat.write(executed, runs / "max_train_samples=12" / "train.ipynb")
     page, failed = sweep.run(sweep.load(path), runs, said.append)
+    assert [line for line in said if "complete already" in line] == ["3 of 3: max_train_samples=12: complete already"]
     assert set(failed) == {"max_train_samples=5000"} and "has 13" in failed["max_train_samples=5000"]
     text = page.read_text()
     assert "Over max_train_samples" in text
