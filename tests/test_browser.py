@@ -17,7 +17,7 @@ import nbformat
 import pytest
 from executed import papermill
 from processes import ROOT, end_with_parent, free_port, none_left, wait_for
-from training import small_model
+from training import small_data, small_model
 
 from sdnb import report, run_folder
 
@@ -236,8 +236,11 @@ def reached(address):
 def prepared(work, steps):
     """train.ipynb with small settings, in JupyterLab's folder."""
     notebook = nbformat.read(ROOT / "notebooks" / "train.ipynb", 4)
-    small = dict(steps=steps, train_batch_size=2, gradient_accumulation_steps=2, validation_loss_steps=0,
-                 validation_prompts=["sun"], output_dir=str(work / "a-run"))  # fmt: skip
+    small = dict(
+        pretrained_model_name_or_path=small_model(), dataset_name=small_data(), steps=steps, train_batch_size=2,
+        gradient_accumulation_steps=2, validation_loss_steps=0, validation_prompts=["sun"],
+        output_dir=str(work / "a-run"),
+    )  # fmt: skip
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     parameters.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
     nbformat.write(notebook, work / "train.ipynb")
@@ -276,13 +279,13 @@ def points(page):
 
 def test_running_all_in_jupyterlab(lab, browser):
     address, work = lab
-    folder = prepared(work, 60)
+    folder = prepared(work, 200)
     page = run_all(browser, address)
     first = wait_for(lambda: points(page), within=120)
     page.locator("svg[aria-label='seconds a step']").scroll_into_view_if_needed()
     screenshot(page, "lab-live")
     wait_for(lambda: points(page) > first, within=60)
-    line = page.get_by_text(re.compile(r"step \d+/60 · .* left · loss .* images/s · .* GiB"))
+    line = page.get_by_text(re.compile(r"step \d+/200 · .* left · loss .* images/s · .* GiB"))
     assert line.count() >= 1
     wait_for(lambda: run_folder.RunFolder(folder).summary, within=200)
     page.get_by_role("columnheader", name="How it is measured").wait_for(timeout=60_000)
@@ -294,7 +297,7 @@ def test_running_all_in_jupyterlab(lab, browser):
     page.keyboard.press("Control+s")
     shown = wait_for(lambda: outputs_of(work / "train.ipynb"), within=30)
     assert len([data for data in shown if "image/svg+xml" in data]) == 5
-    assert len([data for data in shown if "step 60/60" in data.get("text/plain", "")]) == 1, "one progress line"
+    assert len([data for data in shown if "step 200/200" in data.get("text/plain", "")]) == 1, "one progress line"
 
 
 def outputs_of(path):
