@@ -7,9 +7,9 @@ import sys
 
 import nbformat
 import pytest
+from made_runs import make_run
 from processes import ROOT
 
-from runs import make_run
 from sdnb import imported, report, run_folder, side_by_side
 from sdnb.compare import compare
 from sdnb.errors import RunError

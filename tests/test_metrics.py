@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from made_runs import FakeRun, config, published_run, records
 from tqdm import tqdm
 
-from runs import FakeRun, config, published_run, records
 from sdnb import metrics, throughput
 from sdnb.clock import PHASES
 

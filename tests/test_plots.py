@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from made_runs import FakeRun, published_run
 from PIL import Image
 
-from runs import FakeRun, published_run
 from sdnb import metrics, plots, run_folder
 from sdnb.config import TrainConfig
 

@@ -6,10 +6,10 @@ import shlex
 
 import pandas as pd
 import pytest
+from made_runs import make_run
 from processes import ROOT
 
 import sdnb
-from runs import make_run
 from sdnb import run_folder
 from sdnb.clock import PHASES
 from sdnb.config import TrainConfig

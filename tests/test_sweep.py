@@ -3,9 +3,9 @@
 import nbformat
 import pytest
 import yaml
+from made_runs import make_run
 from training import small_data, small_model, train
 
-from runs import make_run
 from sdnb import run_folder, side_by_side, sweep
 from sdnb.compare import compare
 from sdnb.errors import ConfigError, RunError
