@@ -99,7 +99,8 @@ def make_model(name: str, folder: Path) -> None:
     """A model with random weights, as a folder that the reference reads too."""
     from sdnb import embedded
 
-    shutil.copytree(embedded.folder(name), folder)
+    # Built here, not taken from the cache: other versions of the libraries draw other weights.
+    shutil.copytree(embedded.folder(name, str(folder.parent / "models")), folder)
 
 
 def make_data(name: str, folder: Path) -> None:
