@@ -4,8 +4,8 @@ while other processes use the cores too.
 torch computes with GNU's OpenMP library, libgomp. A thread of it that waits spins, for 300,000 rounds or a few
 milliseconds, before it sleeps (GOMP_SPINCOUNT in libgomp's manual). On cores of its own that is the fastest way. Beside
 other processes it takes the core from the very thread that it waits for: the embedded model then trains about half as
-many images/s as with threads that sleep at once, or fewer (benchmarks/contention.py). So a watch looks at the cores a few times a second, and changes how they wait. It changes no
-number that is computed: the threads remain as many.
+many images/s as with threads that sleep at once, or fewer (benchmarks/contention.py). So a watch looks at the cores a
+few times a second, and changes how they wait. It changes no number that is computed: the threads remain as many.
 """
 
 from __future__ import annotations
