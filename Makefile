@@ -48,6 +48,7 @@ test-2024: $(VENV_2024)/.installed ## Run the tests of training, parity and resu
 lint: $(VENV)/.installed ## Check style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --no-cache
 
 bench: $(VENV)/.installed ## Time sdnb beside the reference, or without REFERENCE its own techniques; alone on the machine, an hour
 	$(BIN)/python benchmarks/speed.py $(if $(REFERENCE),--reference "$(REFERENCE)" --python "$(BENCH_PYTHON)") $(BENCH)

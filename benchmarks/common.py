@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdnb import embedded, environment
+from sdnb.machine import environment
+from sdnb.models import embedded
 
 # A small UNet under a heavy VAE of factor 8: most of a step is encoding. Pictures of 128×128, latents of 16×16.
 embedded.ARCHITECTURES["small-unet"] = dict(
@@ -101,7 +102,7 @@ def inspect(python: str, device: str, programs: set[tuple[str, ...]], work: Path
     Raises:
         RuntimeError: if one cannot be imported, or the device is not there.
     """
-    capture = "import json; from sdnb import environment; print(json.dumps(environment.capture()))"
+    capture = "import json; from sdnb.machine import environment; print(json.dumps(environment.capture()))"
     for command in [*([*program, "--help"] for program in programs), ["-c", capture]]:
         done = subprocess.run([python, *command], capture_output=True, text=True, env=variables(device, work))
         if done.returncode:

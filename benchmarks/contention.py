@@ -1,5 +1,6 @@
 """What does a busy machine cost? Trains the embedded model with the watch that has threads sleep while other processes
-use the cores (sdnb/threads.py), and without it: on a quiet machine, and beside processes that compute without end.
+use the cores (sdnb/machine/threads.py), and without it: on a quiet machine, and beside processes that compute
+without end.
 
     python benchmarks/contention.py
     python benchmarks/contention.py --pairs 7 --steps 31 --busy 0 1 2 4
@@ -25,8 +26,10 @@ import common
 import pandas as pd
 from common import MODELS, at_least, describe, file_of, follow, write
 
-from sdnb import charts, embedded, openmoji
-from sdnb.run import Run
+from sdnb.data import openmoji
+from sdnb.figures.chart import BLUE, GREY, RED, Chart, legend
+from sdnb.models import embedded
+from sdnb.report.run import Run
 
 WATCHED, AS_IT_COMES = "watched", "as OpenMP comes"
 OWN = {WATCHED: [], AS_IT_COMES: ["env", "GOMP_SPINCOUNT=300000"]}  # libgomp's own number
@@ -92,20 +95,20 @@ def in_words(ratios: pd.Series) -> str:
     return f"×{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
 
 
-def plot(results: list[dict[str, Any]], title: str) -> charts.Chart:
+def plot(results: list[dict[str, Any]], title: str) -> Chart:
     ratios = {busy: in_words(pairs.ratio) for busy, pairs in in_pairs(results).groupby("busy")}
     caption = "; ".join(f"{busy} busy processes: {ratio}" for busy, ratio in ratios.items())
-    chart = charts.Chart(title, f"Images/s with the watch over images/s without, median of the pairs: {caption}.", 3.6)
+    chart = Chart(title, f"Images/s with the watch over images/s without, median of the pairs: {caption}.", 3.6)
     axes = chart.panel()
     for place, (_, pairs) in enumerate(in_pairs(results).groupby("busy")):
         for without, watched in zip(pairs[AS_IT_COMES], pairs[WATCHED]):
-            axes.plot([place - 0.15, place + 0.15], [without, watched], color=charts.GREY, linewidth=0.8, zorder=1)
-        for offset, way, colour, marker in ((-0.15, AS_IT_COMES, charts.RED, "s"), (0.15, WATCHED, charts.BLUE, "o")):
+            axes.plot([place - 0.15, place + 0.15], [without, watched], color=GREY, linewidth=0.8, zorder=1)
+        for offset, way, colour, marker in ((-0.15, AS_IT_COMES, RED, "s"), (0.15, WATCHED, BLUE, "o")):
             axes.scatter([place + offset] * len(pairs), pairs[way], color=colour, marker=marker, zorder=2,
                          label=way if place == 0 else None)  # fmt: skip
     axes.set_xticks(range(len(ratios)), ["quiet" if busy == 0 else f"{busy} busy" for busy in ratios])
     axes.set(ylabel="images/s", ylim=(0, None))
-    charts.legend(axes)
+    legend(axes)
     return chart
 
 

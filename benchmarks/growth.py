@@ -29,7 +29,14 @@ import common
 import pandas as pd
 from common import MODELS, a_python, at_least, describe, file_of, follow, inspect, write
 
-from sdnb import charts, embedded, errors, memory, metrics, openmoji, run_folder, throughput
+from sdnb import errors
+from sdnb.data import openmoji
+from sdnb.figures.chart import BLUE, GREY, Chart
+from sdnb.launch import memory
+from sdnb.metrics import results as metrics
+from sdnb.metrics import throughput
+from sdnb.models import embedded
+from sdnb.run import folder as run_folder
 
 PROGRAM = ("-m", "sdnb.train")
 FLAGS = "--use_ema --center_crop --random_flip --learning_rate=1e-05 --lr_warmup_steps=0 --seed=42 --report_to=none"
@@ -88,19 +95,17 @@ def measure(
     return result
 
 
-def plot(results: pd.DataFrame, title: str) -> charts.Chart:
+def plot(results: pd.DataFrame, title: str) -> Chart:
     settings = [setting for setting in LABELS if (results.setting == setting).any()]
     caption = "Bars are 95 % confidence intervals within a run. Dashed: the peak memory predicted before the start."
-    chart = charts.Chart(title, caption, 5.2)
+    chart = Chart(title, caption, 5.2)
     grid = chart.panels(2, len(settings), sharex="col", sharey="row")
     for column, setting in zip(grid.T, settings):
         chosen = results[results.setting == setting].sort_values("value")
         above = [chosen.images_per_second - chosen.low, chosen.high - chosen.images_per_second]
-        column[0].errorbar(
-            chosen.value, chosen.images_per_second, above, color=charts.BLUE, marker="o", ms=4, capsize=2
-        )
-        column[1].plot(chosen.value, chosen.peak_gib, color=charts.BLUE, marker="o", ms=4)
-        column[1].plot(chosen.value, chosen.predicted_gib, color=charts.GREY, ls="--")
+        column[0].errorbar(chosen.value, chosen.images_per_second, above, color=BLUE, marker="o", ms=4, capsize=2)
+        column[1].plot(chosen.value, chosen.peak_gib, color=BLUE, marker="o", ms=4)
+        column[1].plot(chosen.value, chosen.predicted_gib, color=GREY, ls="--")
         column[1].set_xscale("log", base=2)
         column[1].set_xticks(chosen.value, map(str, chosen.value), fontsize=8)
         column[1].minorticks_off()

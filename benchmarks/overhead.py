@@ -24,7 +24,7 @@ import numpy as np
 from common import at_least, describe, file_of, write
 from nbclient import NotebookClient
 
-from sdnb import run_folder
+from sdnb.run import folder as run_folder
 
 SETTINGS = dict(
     pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=64, center_crop=True, random_flip=True,
@@ -32,8 +32,8 @@ SETTINGS = dict(
 )  # fmt: skip
 CELL = """
 import json, resource, time
-from sdnb import launch
-from sdnb.config import TrainConfig
+from sdnb.launch import notebook as launch
+from sdnb.settings.config import TrainConfig
 
 plan = launch.prepare(TrainConfig(**settings))
 used, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()

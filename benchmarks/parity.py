@@ -97,7 +97,7 @@ CASES = {
 
 def make_model(name: str, folder: Path) -> None:
     """A model with random weights, as a folder that the reference reads too."""
-    from sdnb import embedded
+    from sdnb.models import embedded
 
     # Built here, not taken from the cache: other versions of the libraries draw other weights.
     shutil.copytree(embedded.folder(name, str(folder.parent / "models")), folder)
@@ -108,7 +108,7 @@ def make_data(name: str, folder: Path) -> None:
     captions."""
     from PIL import Image
 
-    from sdnb import openmoji
+    from sdnb.data import openmoji
 
     source = openmoji.folder(64) / "train"
     if name == "openmoji":
@@ -150,7 +150,7 @@ def train(
     Raises:
         RuntimeError: with what it printed, if it fails.
     """
-    from sdnb.ranks import free_port
+    from sdnb.launch.ranks import free_port
 
     launcher = (
         f"-m accelerate.commands.launch --multi_gpu --num_machines=1 --num_processes={case.ranks} "

@@ -26,13 +26,14 @@ from common import MODELS, at_least, describe, file_of, write
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdnb import embedded, models
-from sdnb.clock import StepClock
-from sdnb.config import TrainConfig
-from sdnb.device import keep_freed_memory, reachable_tflops
-from sdnb.ema import EMA
-from sdnb.encoders import WEIGHT_DTYPES
-from sdnb.train import adam, set_up
+from sdnb.machine.device import keep_freed_memory, reachable_tflops
+from sdnb.metrics.step_clock import StepClock
+from sdnb.models import embedded
+from sdnb.models import pipeline as models
+from sdnb.models.ema import EMA
+from sdnb.models.encoders import WEIGHT_DTYPES
+from sdnb.settings.config import TrainConfig
+from sdnb.train.loop import adam, set_up
 
 
 class Way(NamedTuple):

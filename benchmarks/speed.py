@@ -40,7 +40,14 @@ import yaml
 from common import MODELS, a_python, at_least, describe, file_of, follow, inspect, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sdnb import arguments, charts, embedded, environment, errors, metrics, openmoji, run_folder
+from sdnb import errors
+from sdnb.data import openmoji
+from sdnb.figures.chart import BLUE, RED, Chart
+from sdnb.machine import environment
+from sdnb.metrics import results as metrics
+from sdnb.models import embedded
+from sdnb.run import folder as run_folder
+from sdnb.settings.flags import parse
 
 # What makes sdnb faster, and the flags that turn it off.
 TECHNIQUES: dict[str, tuple[str, ...]] = {
@@ -170,14 +177,14 @@ def table(results: list[dict], kinds: list[Kind]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[dict], kinds: list[Kind], title: str, caption: str) -> charts.Chart:
+def plot(results: list[dict], kinds: list[Kind], title: str, caption: str) -> Chart:
     panels = [name for name in list(QUANTITIES)[:4] if name in results[0]]
-    chart = charts.Chart(title, caption, 1.6 + 0.4 * len(kinds))
+    chart = Chart(title, caption, 1.6 + 0.4 * len(kinds))
     grid = chart.panels(1, len(panels), sharey=True)[0]
     for axes, name in zip(grid, panels):
         for row, kind in enumerate(kinds):
             values, ratio = figures(results, kind, name)
-            colour = charts.RED if kind.against else charts.BLUE
+            colour = RED if kind.against else BLUE
             axes.barh(row, values.median(), color=colour, alpha=0.4)
             axes.plot(values, [row] * len(values), ".", color=colour)
             axes.text(values.max(), row, f" {ratio.partition(' (')[0]}", va="center", fontsize=9)
@@ -221,7 +228,7 @@ def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
              *about["flags"].split()]  # fmt: skip
     for kind in orders[0]:
         if kind.program[0] == "-m":
-            arguments.parse([*flags, *kind.flags])  # a mistake in a flag shows now
+            parse([*flags, *kind.flags])  # a mistake in a flag shows now
     images = images_of_steps(openmoji.TRAINING_PICTURES, options.steps)
     results: list[dict] = []
     for number in range(options.pairs):

@@ -1,10 +1,5 @@
 """sdnb: fine-tune Stable Diffusion from a notebook, and measure how fast a machine does it.
 
-The way data flows is the order to read the modules in:
-settings → config → models, data, run_folder → throughput, peaks → metrics → imported, compare → charts → plots,
-side_by_side → run → linear → device → threads, memory, encoders, batches, checkpoints, observer → train → terminal,
-ranks → live → launch → resumable → pretrain, explore, report → sweep.
-
 `sdnb.Run(folder)` is a run, `sdnb.runs()` the table of all.
 """
 
@@ -23,7 +18,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 def __getattr__(name: str) -> Any:
     if name in ("Run", "runs"):  # when they are asked for: a training has no use for them
-        from . import run
+        from sdnb.report import run
 
         return getattr(run, name)
     raise AttributeError(f"module 'sdnb' has no attribute {name!r}")

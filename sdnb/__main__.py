@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .errors import SdnbError
+from sdnb.errors import SdnbError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,23 +47,24 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    from . import report
+    from sdnb.report.page import write_and_say
 
-    report.write_and_say(given.notebook, given.page)
+    write_and_say(given.notebook, given.page)
 
 
 def _import(given: argparse.Namespace) -> None:
-    from . import imported, metrics
+    from sdnb.metrics import results as metrics
+    from sdnb.run import importing
 
     said = {name: getattr(given, name) for name in ("examples", "num_processes", "train_batch_size",
                                                     "gradient_accumulation_steps")}  # fmt: skip
-    log = imported.read(given.log, **{name: number for name, number in said.items() if number is not None})
-    run = imported.write(log, given.output_dir, given.log.name)
+    log = importing.read(given.log, **{name: number for name, number in said.items() if number is not None})
+    run = importing.write(log, given.output_dir, given.log.name)
     print(metrics.measure(run), f"in {run.folder}", sep="\n")
 
 
 def _sweep(given: argparse.Namespace) -> None:
-    from . import sweep
+    from sdnb.launch import sweep
 
     page, failed = sweep.run(sweep.load(given.grid), given.output_dir)
     print(f"report: {page}")

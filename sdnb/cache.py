@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import CacheError
+from sdnb.errors import CacheError
 
 
 def cache_root(cache_dir: str | None = None) -> Path:

@@ -68,6 +68,6 @@ def forked_ranks(monkeypatch):
 
     from processes import Forked
 
-    from sdnb import launch
+    from sdnb.launch import notebook as launch
 
     monkeypatch.setattr(launch, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))

@@ -3,8 +3,8 @@
 import json
 import sys
 
-from sdnb import launch
-from sdnb.config import TrainConfig
+from sdnb.launch import notebook as launch
+from sdnb.settings.config import TrainConfig
 
 if __name__ == "__main__":
     launch.launch(launch.prepare(TrainConfig(**json.loads(sys.argv[1]))), show=lambda *_: None)

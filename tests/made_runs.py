@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from sdnb import run_folder
-from sdnb.clock import PHASES
-from sdnb.config import TrainConfig
+from sdnb.metrics.step_clock import PHASES
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
 
 
 def config(**settings):

@@ -16,13 +16,15 @@ from pathlib import Path
 
 import psutil
 
-from sdnb.ranks import free_port
+from sdnb.launch.ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # It has loaded what trains, and computed nothing: what is forked from it is where `python -m` is after seconds.
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["sdnb.ranks", "sdnb.train", "sdnb.terminal", "sdnb.metrics", "accelerate.launchers"])
+_server.set_forkserver_preload(
+    ["sdnb.launch.ranks", "sdnb.train.loop", "sdnb.launch.command_line", "sdnb.metrics.results", "accelerate.launchers"]
+)
 
 
 class Forked:

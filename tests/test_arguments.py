@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from sdnb import arguments
-from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError
-from sdnb.settings import GROUPS
+from sdnb.settings.config import TrainConfig
+from sdnb.settings.fields import GROUPS
+from sdnb.settings.flags import parse
 
 MODEL_AND_DATA = ["--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji"]
 
@@ -28,7 +28,7 @@ REFERENCE = dict(
 
 
 def test_the_defaults_are_the_references():
-    made = arguments.parse(MODEL_AND_DATA)
+    made = parse(MODEL_AND_DATA)
     assert {name: getattr(made, name) for name in REFERENCE} == REFERENCE
 
 
@@ -39,7 +39,7 @@ def test_the_reference_command():
         "--train_batch_size=8 --gradient_accumulation_steps=4 --max_train_steps=101 --learning_rate=1e-05 "
         "--max_grad_norm=1 --lr_scheduler=constant --lr_warmup_steps=0 --output_dir=sd-pokemon-model"
     )
-    made = arguments.parse(line.split())
+    made = parse(line.split())
     assert made.use_ema and made.center_crop and made.random_flip and not made.scale_lr
     assert (made.learning_rate, made.max_grad_norm, made.max_train_steps) == (1e-5, 1.0, 101)
     assert made.output_dir == "sd-pokemon-model"
@@ -58,18 +58,18 @@ def test_each_setting_is_a_flag_and_says_the_same(tmp_path):
     (tmp_path / "settings.yaml").write_text(
         yaml.safe_dump({"pretrained_model_name_or_path": "tiny", "dataset_name": "openmoji", **values})
     )
-    made = arguments.parse([*MODEL_AND_DATA, *flags])
+    made = parse([*MODEL_AND_DATA, *flags])
     assert made == TrainConfig.from_yaml(tmp_path / "settings.yaml")
     assert made.report_to == "comet_ml"
 
 
 def test_steps_is_short_for_max_train_steps():
-    assert arguments.parse([*MODEL_AND_DATA, "--steps=3"]).max_train_steps == 3
+    assert parse([*MODEL_AND_DATA, "--steps=3"]).max_train_steps == 3
 
 
 def test_help_has_every_setting_once_in_its_group(capsys):
     with pytest.raises(SystemExit) as ended:
-        arguments.parse(["--help"])
+        parse(["--help"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     for group in GROUPS:
@@ -97,12 +97,12 @@ def test_help_has_every_setting_once_in_its_group(capsys):
 )
 def test_a_wrong_command_line_is_named(flags, said):
     with pytest.raises(ConfigError) as error:
-        arguments.parse([*MODEL_AND_DATA, *flags])
+        parse([*MODEL_AND_DATA, *flags])
     assert said in str(error.value)
 
 
 def test_a_token_is_shown_nowhere(tmp_path):
-    made = arguments.parse([*MODEL_AND_DATA, "--hub_token=hf_secret"])
+    made = parse([*MODEL_AND_DATA, "--hub_token=hf_secret"])
     made.save(tmp_path / "config.yaml")
     shown = [repr(made), str(made), str(made.model_dump()), made.model_dump_json(), str(made.trajectory())]
     assert not any("hf_secret" in text for text in [*shown, (tmp_path / "config.yaml").read_text()])

@@ -19,7 +19,8 @@ from executed import papermill
 from processes import ROOT, end_with_parent, free_port, none_left, wait_for
 from training import small_data, small_model
 
-from sdnb import report, run_folder
+from sdnb.report.page import write_page
+from sdnb.run import folder as run_folder
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -92,7 +93,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(folder):
-    return {name: report.write(folder / f"{name}.ipynb")[0] for name in ("out", "compared")}
+    return {name: write_page(folder / f"{name}.ipynb")[0] for name in ("out", "compared")}
 
 
 def test_the_pages_say_what_they_are_of(pages, browser):
@@ -185,7 +186,7 @@ def test_a_page_runs_no_script_but_its_own(pages, browser, tmp_path):
         notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", {"text/html": script + picture})]
         del notebook.cells[-1].metadata["tags"]
         nbformat.write(notebook, tmp_path / "out.ipynb")
-        page, _ = report.write(tmp_path / "out.ipynb", tmp_path / "page.html")
+        page, _ = write_page(tmp_path / "out.ipynb", tmp_path / "page.html")
         assert "/spy.png" in page.read_text()
         tab = browser.new_page()
         tab.goto(page.as_uri(), wait_until="networkidle")

@@ -17,11 +17,16 @@ import torch
 from processes import Forked, processes_of
 from training import small_data, small_model, train
 
-from sdnb import checkpoint_folder, data, environment, launch, run_folder, terminal
-from sdnb import train as training
 from sdnb.compat import has_fused_adam
-from sdnb.config import TrainConfig
+from sdnb.data import image_captions as data
 from sdnb.errors import RunError
+from sdnb.launch import command_line
+from sdnb.launch import notebook as launch
+from sdnb.machine import environment
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
+from sdnb.train import checkpoint_folder
+from sdnb.train import loop as training
 
 # 13 pictures, 2 × 2 a step: on one rank 7 micro-batches, so epochs of 4 steps, the last of them short.
 STEPS = 9
@@ -400,9 +405,9 @@ def test_a_refusal_leaves_the_run_as_it_is(copy, change, monkeypatch):
     folder, settings = copy
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     monkeypatch.setattr(sys, "argv", command(settings, **change)[2:])
-    monkeypatch.setattr(terminal, "_end", lambda message, status: sys.exit(f"{status} {message}"))
+    monkeypatch.setattr(command_line, "_end", lambda message, status: sys.exit(f"{status} {message}"))
     with pytest.raises(SystemExit, match="1 error: "):
-        terminal.main()
+        command_line.main()
     gc.enable()
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from processes import ROOT, free_port, none_left, processes_of, two_ranks, wait_for
 
-from sdnb import run_folder, terminal
-from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError
+from sdnb.launch import command_line
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
 
 # The reference command of the published result; the model, the data, the resolution and the steps are smaller here.
 REFERENCE = (
@@ -79,22 +80,22 @@ def test_what_accelerate_launch_says_of_the_ranks(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("GROUP_RANK", "1")
     monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
-    settled = terminal._as_launched(config, world=4)
+    settled = command_line._as_launched(config, world=4)
     assert (settled.num_processes, settled.ranks_here, settled.machine_rank) == (4, 2, 1)
     with pytest.raises(ConfigError, match="num_processes = 8, num_machines = 1, but this is one of 4 ranks"):
-        terminal._as_launched(config.updated(num_processes=8), world=4)
+        command_line._as_launched(config.updated(num_processes=8), world=4)
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        terminal._as_launched(config.updated(mixed_precision="fp16"), world=4)
+        command_line._as_launched(config.updated(mixed_precision="fp16"), world=4)
 
 
 def test_interrupted_before_there_is_a_run(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(terminal.arguments, "parse", interrupted)
-    monkeypatch.setattr(terminal, "_end", lambda message, status: sys.exit(f"{status} {message}"))
+    monkeypatch.setattr(command_line, "parse", interrupted)
+    monkeypatch.setattr(command_line, "_end", lambda message, status: sys.exit(f"{status} {message}"))
     with pytest.raises(SystemExit, match="^130 interrupted$"):
-        terminal.main()
+        command_line.main()
     gc.enable()
 
 

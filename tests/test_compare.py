@@ -10,10 +10,14 @@ import pytest
 from made_runs import make_run
 from processes import ROOT
 
-from sdnb import imported, report, run_folder, side_by_side
-from sdnb.compare import compare
 from sdnb.errors import RunError
-from sdnb.throughput import Estimate, ratio_of
+from sdnb.figures import comparison_plots
+from sdnb.metrics.results import PAGE_MIME
+from sdnb.metrics.throughput import Estimate, ratio_of
+from sdnb.report.page import write_page
+from sdnb.run import folder as run_folder
+from sdnb.run import importing
+from sdnb.run.comparison import compare
 
 
 @pytest.fixture
@@ -52,25 +56,30 @@ def test_the_interval_of_a_ratio():
 
 def test_with_a_run_that_sdnb_did_not_train(three):
     compared = compare(["published", three[0]])
-    label = imported.PUBLISHED.name
+    label = importing.PUBLISHED.name
     assert list(compared.runs) == [label, "a"]
     assert compared.settings.loc["use_ema"][label] == "True"
     assert "adam_beta1" not in compared.settings.index, "what is not known differs from nothing"
     assert "cannot be said" in compared.statements[0]
     assert "not all do the same work" in compared.statements[-1].lower()
     assert compared.results.loc["images/s per GPU"][label] == "14.35"
-    for draw in (side_by_side.throughputs, side_by_side.losses, side_by_side.step_times, side_by_side.samples):
+    for draw in (
+        comparison_plots.throughputs,
+        comparison_plots.losses,
+        comparison_plots.step_times,
+        comparison_plots.samples,
+    ):
         draw(compared).svg()
 
 
 def test_the_figures(three):
     compared = compare(three[0].parent)
     assert list(compared.runs) == ["a", "b", "c"], "a folder of runs"
-    assert "c trains the most" in side_by_side.throughputs(compared).get_supxlabel()
-    named = side_by_side.losses(compared).axes[0].get_legend().get_texts()
+    assert "c trains the most" in comparison_plots.throughputs(compared).get_supxlabel()
+    named = comparison_plots.losses(compared).axes[0].get_legend().get_texts()
     assert [text.get_text() for text in named] == ["a", "b", "c"]
-    assert re.search(r"c 0\.(40|39)\d s", side_by_side.step_times(compared).get_supxlabel())
-    pictures = side_by_side.samples(compared)
+    assert re.search(r"c 0\.(40|39)\d s", comparison_plots.step_times(compared).get_supxlabel())
+    pictures = comparison_plots.samples(compared)
     assert len(pictures.axes) == 3, "a row for each run, of the one prompt that all have"
     assert pictures.get_supxlabel() == "From the same seed."
 
@@ -86,10 +95,10 @@ def test_many_runs_leave_the_page_readable(tmp_path):
         [make_run(tmp_path / name, seconds) for name, seconds in zip("abcde", (0.5, 0.4, 0.6, 0.3, 0.5))]
     )
     shown = compared._repr_mimebundle_()
-    about, text = shown[report.PAGE_MIME], shown["text/html"]
+    about, text = shown[PAGE_MIME], shown["text/html"]
     assert [one["name"] for one in about["headline"]] == ["fastest: d", "slowest: c"]
     assert "<details><summary>All 10 statements" in text and text.index("<table") < text.index("<details>")
-    for draw in (side_by_side.losses, side_by_side.step_times):
+    for draw in (comparison_plots.losses, comparison_plots.step_times):
         chart = draw(compared)
         chart.draw_without_rendering()
         (axes,) = chart.axes
@@ -120,6 +129,6 @@ def test_the_notebook_and_its_page(three, tmp_path):
         output.data for cell in nbformat.read(out, 4).cells for output in cell.get("outputs", ()) if "data" in output
     ]
     assert sum("image/png" in data or "image/svg+xml" in data for data in shown) == 4
-    page, _ = report.write(out)
+    page, _ = write_page(out)
     text = page.read_text()
     assert "a significant difference" in text and "learning_rate" in text

@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError
+from sdnb.settings.config import TrainConfig
 
 MODEL_AND_DATA = dict(pretrained_model_name_or_path="tiny", dataset_name="openmoji")
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sdnb import compat, data, models, openmoji
-from sdnb.config import TrainConfig
+from sdnb import compat
+from sdnb.data import image_captions as data
+from sdnb.data import openmoji
+from sdnb.data.transforms import centre, cut, draw_corner, draw_mirrored, normalize, resize, to_tensor
 from sdnb.errors import DataError
-from sdnb.transforms import centre, cut, draw_corner, draw_mirrored, normalize, resize, to_tensor
+from sdnb.models import pipeline as models
+from sdnb.settings.config import TrainConfig
 
 
 def config(**settings):
@@ -316,7 +319,7 @@ def test_levels_become_what_torchvision_makes_of_them():
 
 
 def test_one_of_several_captions_is_drawn(image_folder):
-    from sdnb import embedded
+    from sdnb.models import embedded
 
     folder = image_folder(1)
     write_metadata(folder, {"file_name": "000.png", "text": ["red heart", "blue heart"]})

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdnb import device, peaks
+from sdnb.machine import device, peaks
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 import torch
 from training import train
 
-from sdnb import data, models
-from sdnb.config import TrainConfig
-from sdnb.encoders import Encoders
+from sdnb.data import image_captions as data
+from sdnb.models import pipeline as models
+from sdnb.models.encoders import Encoders
+from sdnb.settings.config import TrainConfig
 
 
 @pytest.fixture

@@ -10,10 +10,13 @@ from executed import outputs, papermill
 from PIL import Image
 from training import train
 
-from sdnb import data, explore, models, report
-from sdnb.config import TrainConfig
+from sdnb.data import image_captions as data
 from sdnb.errors import RunError
-from sdnb.run import Run
+from sdnb.models import pipeline as models
+from sdnb.report import explore
+from sdnb.report.page import write_page
+from sdnb.report.run import Run
+from sdnb.settings.config import TrainConfig
 
 
 def config(**settings):
@@ -97,5 +100,5 @@ def test_the_notebook(tmp_path, broken):
     done = papermill(tmp_path / "out.ipynb", *given, notebook="notebooks/explore.ipynb")
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(outputs(nbformat.read(tmp_path / "out.ipynb", 4), "image/svg+xml")) == 4
-    page, _ = report.write(tmp_path / "out.ipynb")
+    page, _ = write_page(tmp_path / "out.ipynb")
     assert "003.png" in page.read_text()

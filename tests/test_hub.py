@@ -13,9 +13,10 @@ import pytest
 import yaml
 from training import small_model
 
-from sdnb import hub, run_folder
-from sdnb.config import TrainConfig
 from sdnb.errors import RunError
+from sdnb.run import folder as run_folder
+from sdnb.run import hub
+from sdnb.settings.config import TrainConfig
 
 TOKEN = "hf_thisisasecretofthetests0000"
 

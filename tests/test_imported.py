@@ -8,9 +8,11 @@ import pytest
 from processes import ROOT
 from tqdm import tqdm
 
-from sdnb import imported, metrics, run_folder
 from sdnb.__main__ import main
 from sdnb.errors import RunError
+from sdnb.metrics import results as metrics
+from sdnb.run import folder as run_folder
+from sdnb.run import importing
 
 HEADER = """\
 03/06/2024 17:32:04 - INFO - __main__ - Distributed environment: MULTI_GPU  Backend: nccl
@@ -54,7 +56,7 @@ Steps: 100%|██████████| 101/101 [03:32<00:00,  2.11s/it, lr=
 
 
 def read(text, **settings):
-    return imported.read_console(text, "a log", settings)
+    return importing.read_console(text, "a log", settings)
 
 
 def trained(steps, sizes, seconds_of, losses):
@@ -78,7 +80,7 @@ def trained(steps, sizes, seconds_of, losses):
 
 
 def test_a_log_with_a_gap(tmp_path):
-    run = imported.write(read(WITH_A_GAP), tmp_path / "run", "its.log")
+    run = importing.write(read(WITH_A_GAP), tmp_path / "run", "its.log")
     config, log = run.config, run.environment["imported"]
     assert (config.num_processes, config.global_batch, config.max_train_steps) == (8, 256, 101)
     assert (config.mixed_precision, config.learning_rate, log["examples"]) == ("fp16", 1e-5, 833)
@@ -101,7 +103,7 @@ def test_a_log_with_a_gap(tmp_path):
 
 
 def test_no_path_of_who_made_it_is_kept(tmp_path):
-    run = imported.write(read(WITH_A_GAP), tmp_path / "run", "its.log")
+    run = importing.write(read(WITH_A_GAP), tmp_path / "run", "its.log")
     assert run.config.pretrained_model_name_or_path == "stable-diffusion-v1-4"
     assert not any("someone" in path.read_text() for path in run.folder.rglob("*") if path.is_file())
 
@@ -113,7 +115,7 @@ def test_the_times_and_losses_of_a_whole_log(tmp_path, separator):
     bars, truth = trained(
         101, sizes, lambda step: 0.4 + 0.2 * draw.random() + 3 * (step == 0), iter(lambda: round(draw.random(), 4), 2)
     )
-    run = imported.write(read(HEADER + bars.replace("\r", separator)), tmp_path / "run", "its.log")
+    run = importing.write(read(HEADER + bars.replace("\r", separator)), tmp_path / "run", "its.log")
     assert list(run.steps.seconds) == pytest.approx([seconds for seconds, _ in truth], abs=0.035)
     assert list(run.steps.step_loss) == pytest.approx([losses[-1] for _, losses in truth], rel=5e-3), (
         "three digits are shown"
@@ -131,9 +133,9 @@ def test_the_times_and_losses_of_a_whole_log(tmp_path, separator):
 
 def test_fast_steps_are_shown_as_steps_per_second(tmp_path):
     bars, _ = trained(20, [1] * 20, lambda step: 0.12, iter(lambda: 0.5, 2))
-    log = imported.read_console(bars, "a log", dict(
+    log = importing.read_console(bars, "a log", dict(
         examples=100, train_batch_size=4, gradient_accumulation_steps=1, num_processes=1))  # fmt: skip
-    run = imported.write(log, tmp_path / "run", "its.log")
+    run = importing.write(log, tmp_path / "run", "its.log")
     assert list(run.steps.seconds) == pytest.approx([0.12] * 20, rel=0.01)
     assert list(run.steps.images) == [4] * 20
 
@@ -144,12 +146,12 @@ def test_what_is_wrong_with_a_log(tmp_path):
     with pytest.raises(RunError, match="no header.*--examples, --gradient_accumulation_steps, --train_batch_size"):
         read("Steps:  50%|█| 1/2 [00:01<00:01,  1.00s/it, lr=1e-5, step_loss=0.1]")
     with pytest.raises(RunError, match="no such file"):
-        imported.read(tmp_path / "missing.log")
+        importing.read(tmp_path / "missing.log")
     with pytest.raises(RunError, match="no TensorBoard events"):
-        imported.read(tmp_path)
-    imported.write(read(WITH_A_GAP), tmp_path / "run", "its.log")
+        importing.read(tmp_path)
+    importing.write(read(WITH_A_GAP), tmp_path / "run", "its.log")
     with pytest.raises(RunError, match="there is a run in it already"):
-        imported.write(read(WITH_A_GAP), tmp_path / "run", "its.log")
+        importing.write(read(WITH_A_GAP), tmp_path / "run", "its.log")
 
 
 def test_the_command(tmp_path, capsys):
@@ -164,7 +166,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_the_published_run_comes_with_the_package():
-    measured = metrics.measure(run_folder.RunFolder(imported.PUBLISHED))
+    measured = metrics.measure(run_folder.RunFolder(importing.PUBLISHED))
     assert measured["nominal IPS"].text == "17.88"
     assert measured["images/s per GPU"].value == pytest.approx(14.35, abs=0.01)
     assert measured["final step_loss"].text == "0.0456"
@@ -179,9 +181,9 @@ def test_what_the_reference_printed_and_what_it_filed_agree(tmp_path, separator)
     """One training, told by its console and by its TensorBoard events, which have the times to the microsecond."""
     printed = tmp_path / "console.txt"
     printed.write_text((REFERENCE / "console.txt").read_text().replace("\r", separator))
-    told = imported.write(imported.read(printed), tmp_path / "told", "console")
+    told = importing.write(importing.read(printed), tmp_path / "told", "console")
     known = dict(examples=72, num_processes=2, train_batch_size=4, gradient_accumulation_steps=4)
-    filed = imported.write(imported.read(REFERENCE, **known), tmp_path / "filed", "events")
+    filed = importing.write(importing.read(REFERENCE, **known), tmp_path / "filed", "events")
     assert list(told.steps.images) == list(filed.steps.images) == ([32, 32, 8] * 5)[:14]
     assert list(told.steps.seconds[1:]) == pytest.approx(list(filed.steps.seconds[1:]), abs=0.01)
     assert list(told.steps.loss) == pytest.approx(list(filed.steps.loss), rel=5e-3), "of which three digits are shown"

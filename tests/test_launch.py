@@ -17,11 +17,13 @@ import pytest
 import torch
 from processes import Forked, none_left, processes_of, wait_for
 
-from sdnb import launch, models, run_folder
-from sdnb.config import TrainConfig
 from sdnb.errors import ConfigError, DataError, ModelError, RunError
-from sdnb.ranks import free_port
-from sdnb.run import Run
+from sdnb.launch import notebook as launch
+from sdnb.launch.ranks import free_port
+from sdnb.models import pipeline as models
+from sdnb.report.run import Run
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
 
 QUIET = {"show": lambda *_: None}
 
@@ -85,7 +87,7 @@ def test_two_ranks_train_as_one(settings, image_folder):
     log = run.log
     assert "rank 0 INFO" in log and "rank 1 INFO" in log
     assert log.count("(most recent call first)") >= 3, "both ranks and their launcher said where they were, and went on"
-    assert "sdnb/train.py" in log
+    assert "sdnb/train/loop.py" in log
     assert none_left(run.folder)
 
 
@@ -166,7 +168,7 @@ def test_a_ranks_exception_comes_with_its_traceback(settings, tmp_path):
     with pytest.raises(RunError) as error:
         start(settings, pretrained_model_name_or_path=str(model), num_processes=2)
     said = str(error.value)
-    assert "RuntimeError" in said and "Traceback (most recent call last)" in said and "sdnb/train.py" in said
+    assert "RuntimeError" in said and "Traceback (most recent call last)" in said and "sdnb/train/loop.py" in said
     assert "0 steps" in said
     assert none_left(Path(settings["output_dir"]))
 

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import IPython.display
 import pytest
 
-from sdnb import live
+from sdnb.figures import live
 
 
 def records(steps, **changes):

@@ -9,12 +9,16 @@ import pytest
 import torch
 from processes import ROOT
 
-from sdnb import embedded, environment, memory, models, run_folder
 from sdnb.cache import cache_root
 from sdnb.compat import has_fused_adam
-from sdnb.config import TrainConfig
-from sdnb.environment import Devices
 from sdnb.errors import ConfigError
+from sdnb.launch import memory
+from sdnb.machine import environment
+from sdnb.machine.environment import Devices
+from sdnb.models import embedded
+from sdnb.models import pipeline as models
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
 
 
 def config(model="tiny", **settings):

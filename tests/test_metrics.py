@@ -11,8 +11,9 @@ import pytest
 from made_runs import FakeRun, config, published_run, records
 from tqdm import tqdm
 
-from sdnb import metrics, throughput
-from sdnb.clock import PHASES
+from sdnb.metrics import results as metrics
+from sdnb.metrics import throughput
+from sdnb.metrics.step_clock import PHASES
 
 
 def test_the_published_number_and_the_true_one():
@@ -42,7 +43,7 @@ def test_smoothing_is_what_a_real_progress_bar_shows():
 def test_the_environment_does_not_change_the_smoothing():
     """tqdm takes its defaults from there, when it is loaded."""
     program = (
-        "import numpy as np; from sdnb.throughput import smoothed_seconds_per_step as smoothed; "
+        "import numpy as np; from sdnb.metrics.throughput import smoothed_seconds_per_step as smoothed; "
         "print(smoothed(np.array([1.0, 2, 4, 3])))"
     )
     own = {"TQDM_DISABLE": "1", "TQDM_SMOOTHING": "0.9", "TQDM_MININTERVAL": "9", "TQDM_MINITERS": "3"}

@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdnb import embedded, models
-from sdnb.config import TrainConfig
 from sdnb.errors import ModelError
+from sdnb.models import embedded
+from sdnb.models import pipeline as models
+from sdnb.settings.config import TrainConfig
 
 
 def config(model="tiny", **settings):

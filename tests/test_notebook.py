@@ -15,7 +15,8 @@ from jupyter_client.manager import KernelManager
 from processes import ROOT, end_with_parent, none_left, processes_of, wait_for
 from training import small_data, small_model, train
 
-from sdnb import report, run_folder
+from sdnb.report.page import results, write_page
+from sdnb.run import folder as run_folder
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +52,9 @@ def test_papermill_from_the_projects_root(tmp_path):
     assert len(outputs(notebook, "image/png")) == 5, "training pictures, loss, step times, phases, samples"
     streams = [output.text for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output]
     assert streams == [], "no warnings and no chatter"
-    names = [row["name"] for row in report.results(notebook)]
+    names = [row["name"] for row in results(notebook)]
     assert names[:2] == ["images/s per CPU rank", "nominal IPS"] and "peak memory" in names and "total time" in names
-    page, headline = report.write(out)
+    page, headline = write_page(out)
     assert headline and page.stat().st_size < 3e6
 
 

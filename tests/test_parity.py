@@ -8,7 +8,7 @@ import pytest
 from processes import two_ranks
 from training import train
 
-from sdnb import arguments
+from sdnb.settings.flags import parse
 
 RECORDED = sorted(parity.recorded_under(version("transformers")).glob("*.json"))
 TODAY = int(version("transformers").split(".")[0]) >= 5
@@ -39,7 +39,7 @@ def test_the_references_trajectory(path, work, tmp_path):
         with two_ranks(flags, tmp_path / "printed.txt") as ranks:
             assert [rank.wait(200) for rank in ranks] == [0, 0], (tmp_path / "printed.txt").read_text()
     else:
-        train(arguments.parse(flags).model_dump())
+        train(parse(flags).model_dump())
     expected = recorded["train_loss"]
     assert len(expected) == parity.STEPS or "--num_train_epochs" in case.flags
     differences = parity.relative_differences(parity.losses_of_sdnb(tmp_path / "run"), expected)

@@ -8,8 +8,10 @@ import pytest
 from made_runs import FakeRun, published_run
 from PIL import Image
 
-from sdnb import metrics, plots, run_folder
-from sdnb.config import TrainConfig
+from sdnb.figures import run_plots
+from sdnb.metrics import results as metrics
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def labels(figure):
 
 
 def test_the_loss(measured):
-    figure = plots.loss(measured)
+    figure = run_plots.loss(measured)
     assert labels(figure)[:2] == ["each step", "mean of 10 steps"]
     assert "target 0.0456" in labels(figure) and "64 held-out pictures, 95 % interval" in labels(figure)
     assert figure.axes[0].get_xlabel() == "optimizer step"
@@ -34,11 +36,11 @@ def test_the_loss(measured):
 
 def test_without_a_target_there_is_no_line(measured):
     run = FakeRun(published_run(), target=None)
-    assert not [label for label in labels(plots.loss(metrics.measure(run))) if "target" in label]
+    assert not [label for label in labels(run_plots.loss(metrics.measure(run))) if "target" in label]
 
 
 def test_step_times_mark_the_short_steps(measured):
-    figure = plots.step_times(measured)
+    figure = run_plots.step_times(measured)
     points = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert len(points["short step"].get_xdata()) == 25
     assert len(points["full step"].get_xdata()) == 76
@@ -49,19 +51,19 @@ def test_step_times_mark_the_short_steps(measured):
 
 
 def test_where_the_time_goes(measured):
-    figure = plots.where_time_goes(measured)
+    figure = run_plots.where_time_goes(measured)
     assert len(figure.axes[0].patches) == 7
     assert "14.3 %" in figure.axes[0].texts[0].get_text()
 
 
 def test_a_run_of_one_step_can_be_drawn():
     measured = metrics.measure(FakeRun(published_run()[:1]))
-    for draw in (plots.loss, plots.step_times, plots.where_time_goes):
+    for draw in (run_plots.loss, run_plots.step_times, run_plots.where_time_goes):
         draw(measured).svg()
 
 
 def test_pictures_with_captions_that_look_like_formulas():
-    figure = plots.pictures([Image.new("RGB", (8, 8))] * 2, ["costs $5 or $6", "x" * 300], total=9)
+    figure = run_plots.pictures([Image.new("RGB", (8, 8))] * 2, ["costs $5 or $6", "x" * 300], total=9)
     figure.svg()
     assert figure.axes[0].get_title() == "costs $5 or $6"
     assert figure.get_supxlabel() == "2 of 9 pictures."
@@ -71,21 +73,21 @@ def test_samples_stand_under_their_prompt(tmp_path):
     TrainConfig(pretrained_model_name_or_path="tiny", dataset_name="openmoji").save(tmp_path / run_folder.CONFIG)
     run_folder.write(tmp_path / run_folder.MODEL, {"random_weights": True})
     run = run_folder.RunFolder(tmp_path)
-    assert plots.samples(run) is None
+    assert run_plots.samples(run) is None
     (tmp_path / "samples").mkdir()
     for step in (0, 5):
         for index, prompt in enumerate(("a", "b")):
             Image.new("RGB", (8, 8)).save(tmp_path / "samples" / f"{step}-{index}.png")
             record = dict(file=f"{step}-{index}.png", step=step, prompt=prompt, seed=3, num_inference_steps=20)
             run_folder.append(tmp_path / "samples" / "samples.jsonl", {**record, "guidance_scale": 7.5})
-    figure = plots.samples(run)
+    figure = run_plots.samples(run)
     assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
     assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["before", "after step 5"]
     assert "Seed 3" in figure.get_supxlabel() and "random weights" in figure.alt
 
 
 def test_a_figure_shows_itself_and_says_in_words_what_it_shows(measured):
-    data, about = plots.loss(measured)._repr_mimebundle_()
+    data, about = run_plots.loss(measured)._repr_mimebundle_()
     assert data["image/svg+xml"].startswith("<svg ") and "<metadata>" not in data["image/svg+xml"]
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     for kind in ("image/svg+xml", "image/png"):
@@ -93,21 +95,21 @@ def test_a_figure_shows_itself_and_says_in_words_what_it_shows(measured):
 
 
 def test_the_ink_of_a_figure_is_the_pages(measured):
-    svg = plots.step_times(measured).svg()
+    svg = run_plots.step_times(measured).svg()
     assert "var(--ink, #1c2430)" in svg and "var(--soft, #5b6675)" in svg
     assert not re.search(r"[^,] #(000000|1c2430|5b6675|ffffff)", svg), "neither fixed ink nor fixed paper"
 
 
 def test_thousands_of_steps_stay_a_small_figure():
     many = metrics.measure(FakeRun(pd.concat([published_run()] * 60, ignore_index=True).assign(step=range(1, 6061))))
-    assert len(plots.step_times(many).svg()) < 500_000
+    assert len(run_plots.step_times(many).svg()) < 500_000
 
 
 def test_a_slow_step_is_named(measured):
     run = FakeRun(published_run())
     run.steps.loc[48, "seconds"] = 9.0
     run.steps.at[48, "phase_seconds"] = {**run.steps.phase_seconds[48], "data": 7.0}
-    chart = plots.step_times(metrics.measure(run))
+    chart = run_plots.step_times(metrics.measure(run))
     assert [text.get_text() for text in chart.axes[0].texts] == ["49: data took longer"]
     assert "1 took much longer than the others" in chart.alt
 
@@ -117,7 +119,7 @@ def test_names_of_slow_steps_do_not_cover_each_other(measured):
     for row in (40, 41, 44, 45, 80):
         run.steps.loc[row, "seconds"] = 9.0 + row / 1000
         run.steps.at[row, "phase_seconds"] = {**run.steps.phase_seconds[row], "data": 7.0}
-    chart = plots.step_times(metrics.measure(run))
+    chart = run_plots.step_times(metrics.measure(run))
     places = [text.get_window_extent() for text in chart.axes[0].texts]
     assert len(places) == 5
     assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))

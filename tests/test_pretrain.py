@@ -7,11 +7,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from sdnb import embedded, pretrain
-from sdnb.config import TrainConfig
+from pretraining import stages
+from pretraining.trainer import STATE
 from sdnb.errors import ConfigError, DataError, RunError
-from sdnb.resumable import STATE
-from sdnb.run import Run
+from sdnb.models import embedded
+from sdnb.report.run import Run
+from sdnb.settings.config import TrainConfig
 
 VAE = dict(vae_steps=6, vae_batch_size=4, vae_learning_rate=1e-3)
 
@@ -54,8 +55,8 @@ def config(pictures, folder, **changes):
 @pytest.fixture(scope="module")
 def trained(pictures, tmp_path_factory):
     asked = config(pictures, tmp_path_factory.mktemp("trained"), validation_prompts=["picture 1"])
-    vae = pretrain.train_vae(asked, **VAE, show=quiet)
-    return asked, vae, pretrain.train_unet(asked, vae, quiet)
+    vae = stages.train_vae(asked, **VAE, show=quiet)
+    return asked, vae, stages.train_unet(asked, vae, quiet)
 
 
 def weights(run):
@@ -77,7 +78,7 @@ def test_both_learn_and_leave_runs_like_any_other(trained):
     assert unet.drawn.step.tolist() == [3, 6]
     pipeline = StableDiffusionPipeline.from_pretrained(unet.folder, safety_checker=None)
     assert pipeline.vae.config.scaling_factor != 1.0
-    assert "notebooks/pretrain.ipynb" in unet.reproduce()[-2] and '"vae_steps": 6' in unet.reproduce()[-2]
+    assert "pretraining/pretrain.ipynb" in unet.reproduce()[-2] and '"vae_steps": 6' in unet.reproduce()[-2]
     assert vae.reproduce() == []
 
 
@@ -85,12 +86,12 @@ def test_it_goes_on_as_if_nothing_had_happened(trained, pictures, tmp_path):
     _, whole_vae, whole_unet = trained
     asked = config(pictures, tmp_path, validation_prompts=["picture 1"])
     with pytest.raises(KeyboardInterrupt):
-        pretrain.train_vae(asked, **VAE, show=interrupted_after(5))
+        stages.train_vae(asked, **VAE, show=interrupted_after(5))
     torch.rand(7)
-    vae = pretrain.train_vae(asked, **VAE, show=quiet)
+    vae = stages.train_vae(asked, **VAE, show=quiet)
     with pytest.raises(KeyboardInterrupt):
-        pretrain.train_unet(asked, vae, interrupted_after(3))
-    unet = pretrain.train_unet(asked, vae, quiet)
+        stages.train_unet(asked, vae, interrupted_after(3))
+    unet = stages.train_unet(asked, vae, quiet)
     for whole, resumed in ((whole_vae, vae), (whole_unet, unet)):
         assert what_happened(resumed).equals(what_happened(whole))
         assert resumed.validation.equals(whole.validation)
@@ -101,65 +102,65 @@ def test_it_goes_on_as_if_nothing_had_happened(trained, pictures, tmp_path):
 def test_what_is_complete_is_not_trained_again(trained):
     asked, _, unet = trained
     before = unet.steps
-    assert pretrain.train_unet(asked, pretrain.train_vae(asked, **VAE, show=quiet), quiet).steps.equals(before)
+    assert stages.train_unet(asked, stages.train_vae(asked, **VAE, show=quiet), quiet).steps.equals(before)
 
 
 def test_other_settings_need_another_folder(trained):
     asked, vae, _ = trained
     with pytest.raises(RunError, match=r"learning_rate was 0.001, now 0.01\. Give another output_dir"):
-        pretrain.train_unet(asked.updated(learning_rate=1e-2), vae, quiet)
+        stages.train_unet(asked.updated(learning_rate=1e-2), vae, quiet)
     with pytest.raises(RunError, match="steps was 6, now 9"):
-        pretrain.train_unet(asked.updated(max_train_steps=9), vae, quiet)
+        stages.train_unet(asked.updated(max_train_steps=9), vae, quiet)
 
 
 def test_interrupted_before_anything_was_kept_it_begins_again(pictures, tmp_path):
     asked = config(pictures, tmp_path)
     with pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps it, and with it all that its frames hold
-        pretrain.train_vae(asked, **VAE, show=interrupted_after(1))
+        stages.train_vae(asked, **VAE, show=interrupted_after(1))
     assert kept.tb
-    assert pretrain.train_vae(asked, **VAE, show=quiet).steps.step.tolist() == [1, 2, 3, 4, 5, 6]
+    assert stages.train_vae(asked, **VAE, show=quiet).steps.step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_two_at_once_do_not_write_into_one_folder(pictures, tmp_path):
     asked = config(pictures, tmp_path)
 
     def another(*_):
-        pretrain.train_vae(asked, **VAE, show=quiet)
+        stages.train_vae(asked, **VAE, show=quiet)
 
     with pytest.raises(RunError, match="another training is running in this folder"):
-        pretrain.train_vae(asked, **VAE, show=another)
+        stages.train_vae(asked, **VAE, show=another)
 
 
 def test_a_loss_that_is_not_finite_ends_it(pictures, tmp_path):
     with pytest.raises(RunError, match=r"the loss of step \d is not finite"):
-        pretrain.train_vae(config(pictures, tmp_path), 6, 4, 1e20, quiet)
+        stages.train_vae(config(pictures, tmp_path), 6, 4, 1e20, quiet)
     assert len(Run(tmp_path / "vae").steps) < 6
 
 
 def test_what_it_cannot_do_is_said(pictures, image_folder, tmp_path):
     with pytest.raises(ConfigError, match="fp16 needs a GPU|does not scale its loss"):
-        pretrain.train_vae(config(pictures, tmp_path, mixed_precision="fp16"), **VAE, show=quiet)
+        stages.train_vae(config(pictures, tmp_path, mixed_precision="fp16"), **VAE, show=quiet)
     with pytest.raises(ConfigError, match="needs steps, validation_loss_steps and a seed"):
-        pretrain.train_vae(config(pictures, tmp_path, seed=None), **VAE, show=quiet)
+        stages.train_vae(config(pictures, tmp_path, seed=None), **VAE, show=quiet)
     with pytest.raises(
         ConfigError, match="gradient_accumulation_steps, dream_training: this training does not heed them"
     ):
         both = config(pictures, tmp_path, gradient_accumulation_steps=2, dream_training=True)
-        pretrain.train_vae(both, **VAE, show=quiet)
+        stages.train_vae(both, **VAE, show=quiet)
     for ignored in (dict(num_processes=2), dict(center_crop=False), dict(channels_last=True)):
         with pytest.raises(ConfigError, match=next(iter(ignored))):
-            pretrain.train_vae(config(pictures, tmp_path, **ignored), **VAE, show=quiet)
+            stages.train_vae(config(pictures, tmp_path, **ignored), **VAE, show=quiet)
     one_split = config(pictures, tmp_path, dataset_name=None, train_data_dir=str(image_folder(3)))
     with pytest.raises(DataError, match="no held-out pictures"):
-        pretrain.train_vae(one_split, **VAE, show=quiet)
+        stages.train_vae(one_split, **VAE, show=quiet)
 
 
 def test_a_style_changes_the_colours_and_nothing_else():
     pixels = torch.rand(2, 3, 8, 8) * 2 - 1
-    grey = pretrain.in_style("grey", pixels)
+    grey = stages.in_style("grey", pixels)
     assert torch.allclose(grey[:, 0], grey[:, 1]) and grey.std() > 0
-    for style in pretrain.STYLES:
-        outline, paper = (pretrain.in_style(style, torch.full((1, 3, 1, 1), value)) for value in (-1.0, 1.0))
+    for style in stages.STYLES:
+        outline, paper = (stages.in_style(style, torch.full((1, 3, 1, 1), value)) for value in (-1.0, 1.0))
         assert outline.min() >= -1 and paper.max() <= 1 and (paper > outline).all(), "lines stay darker than the paper"
 
 
@@ -167,7 +168,7 @@ def test_what_ships_is_what_was_trained(trained, tmp_path, monkeypatch):
     _, _, unet = trained
     monkeypatch.setattr(embedded, "PACKAGE", tmp_path)
     monkeypatch.setattr(embedded, "TRAINED", ("tiny",))
-    pretrain.export(unet, tmp_path / "tiny")
+    stages.export(unet, tmp_path / "tiny")
     assert sum(file.stat().st_size for file in (tmp_path / "tiny").iterdir()) < 30e6
     shipped, own = (
         StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)

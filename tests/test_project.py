@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from processes import ROOT
 
-from sdnb.config import TrainConfig
+from sdnb.settings.config import TrainConfig
 
 try:
     import tomllib
@@ -118,7 +118,7 @@ def test_demo_yaml_is_the_notebooks_default():
     assert "".join(cell["source"]).startswith("# Parameters ")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_are_committed_without_outputs(path):
     notebook = json.loads(path.read_text())
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
@@ -126,9 +126,10 @@ def test_notebooks_are_committed_without_outputs(path):
 
 
 def test_whoever_reads_runs_does_not_wait_for_torch():
-    loaded = "import sdnb.run, sdnb.side_by_side, sdnb.imported, sdnb.report, sys; print(*sys.modules)"
+    rooms = "sdnb.report.run, sdnb.report.page, sdnb.figures.comparison_plots, sdnb.run.importing"
+    loaded = f"import sys, {rooms}; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert "sdnb.compare" in modules and not {"torch", "diffusers", "transformers"} & set(modules)
+    assert "sdnb.run.comparison" in modules and not {"torch", "diffusers", "transformers"} & set(modules)
 
 
 def test_make_help_lists_every_target():

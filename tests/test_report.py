@@ -11,9 +11,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from sdnb import report
+import sdnb.report.page
 from sdnb.errors import RunError
-from sdnb.metrics import PAGE_MIME, RESULTS_MIME
+from sdnb.metrics.results import PAGE_MIME, RESULTS_MIME
+from sdnb.report.page import write_page
 
 ROWS = [
     dict(name="images/s per GPU", text="14.30 (14.20 to 14.40)", how="measured", value=14.3),
@@ -39,7 +40,7 @@ def executed(tmp_path):
 
 
 def test_the_page_is_one_file_that_loads_nothing(executed):
-    page, headline = report.write(executed)
+    page, headline = write_page(executed)
     html = page.read_text()
     assert page == executed.with_suffix(".html")
     assert [row["name"] for row in headline] == ["images/s per GPU"]
@@ -55,7 +56,7 @@ def test_the_page_is_one_file_that_loads_nothing(executed):
 
 
 def test_code_is_folded_away(executed):
-    html = report.write(executed)[0].read_text()
+    html = write_page(executed)[0].read_text()
     folded = re.findall(r"<details class=\"code\">.*?</details>", html, re.S)
     assert any("secret_code" in block for block in folded)
     assert "secret_code" not in re.sub(r"<details.*?</details>", "", html, flags=re.S)
@@ -72,11 +73,11 @@ def test_a_section_about_nothing_is_left_out(tmp_path):
     ]  # fmt: skip
     path = tmp_path / "out.ipynb"
     nbformat.write(new_notebook(cells=cells), path)
-    html = re.sub(r"<[^>]*span[^>]*>", "", report.write(path)[0].read_text())
+    html = re.sub(r"<[^>]*span[^>]*>", "", write_page(path)[0].read_text())
     assert "Pictures" not in html and "Loss" in html and "Settings" in html
     assert "a = 1\n\nb = 2" in html
     assert "<title>Look here: out" in html
-    html = report.write(path, besides={"title": "Mine", "reproduce": ["do it"]})[0].read_text()
+    html = write_page(path, besides={"title": "Mine", "reproduce": ["do it"]})[0].read_text()
     assert "<title>Mine" in html and '<pre class="command">do it' in html
 
 
@@ -88,7 +89,7 @@ def test_code_that_shows_nothing_is_with_the_next(tmp_path):
     ]  # fmt: skip
     path = tmp_path / "out.ipynb"
     nbformat.write(new_notebook(cells=cells), path)
-    html = re.sub(r"<[^>]*span[^>]*>", "", report.write(path)[0].read_text())
+    html = re.sub(r"<[^>]*span[^>]*>", "", write_page(path)[0].read_text())
     folded = re.findall(r"<details class=\"code\">.*?</details>", html, re.S)
     assert (
         len(folded) == 2
@@ -111,10 +112,10 @@ def test_what_is_no_executed_notebook(tmp_path):
     file = tmp_path / "train.ipynb"
     file.write_text("{")
     with pytest.raises(RunError, match="is no notebook"):
-        report.write(file)
+        write_page(file)
     nbformat.write(new_notebook(cells=[new_code_cell("1")]), file)
     with pytest.raises(RunError, match="has not been executed"):
-        report.write(file)
+        write_page(file)
 
 
 @pytest.mark.parametrize(
@@ -123,19 +124,19 @@ def test_what_is_no_executed_notebook(tmp_path):
 def test_json_that_is_no_notebook(tmp_path, content):
     (tmp_path / "train.ipynb").write_text(content)
     with pytest.raises(RunError, match=r"train\.ipynb"):
-        report.write(tmp_path / "train.ipynb")
+        write_page(tmp_path / "train.ipynb")
 
 
 def test_the_notebook_is_not_written_over(executed):
     before = executed.read_bytes()
     with pytest.raises(RunError, match="is the notebook itself"):
-        report.write(executed, executed)
+        write_page(executed, executed)
     assert executed.read_bytes() == before
 
 
 def test_a_page_that_cannot_be_written(executed, tmp_path):
     with pytest.raises(RunError, match="cannot be written"):
-        report.write(executed, tmp_path / "nowhere" / "page.html")
+        write_page(executed, tmp_path / "nowhere" / "page.html")
 
 
 def test_a_token_does_not_reach_the_page(tmp_path):
@@ -144,7 +145,7 @@ def test_a_token_does_not_reach_the_page(tmp_path):
     cell = nbformat.v4.new_code_cell("hub_token = 'secret-of-mine'\nother = \"hf_abcdefghijklmnop\"")
     cell.outputs = [nbformat.v4.new_output("stream", text="logged in with hf_abcdefghijklmnop\n")]
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), source)
-    page = report.write(source)[0].read_text()
+    page = write_page(source)[0].read_text()
     assert "secret-of-mine" not in page and "hf_abc" not in page
     assert "logged in with …" in page and "hub_token" in page
 
@@ -152,7 +153,7 @@ def test_a_token_does_not_reach_the_page(tmp_path):
 def page_of(tmp_path, *cells):
     path = tmp_path / "out.ipynb"
     nbformat.write(new_notebook(cells=list(cells)), path)
-    return report.write(path)[0]
+    return write_page(path)[0]
 
 
 def printed(text):
@@ -168,12 +169,12 @@ def test_no_home_folder_and_no_user_name_reaches_the_page(tmp_path, monkeypatch)
 
 def test_a_user_whose_home_is_the_root(monkeypatch):
     monkeypatch.setenv("HOME", "/")
-    importlib.reload(report)
+    importlib.reload(sdnb.report.page)
     try:
-        assert report.redacted("<br/> //x /home/li/y /") == "<br/> //x ~/y /"
+        assert sdnb.report.page.redacted("<br/> //x /home/li/y /") == "<br/> //x ~/y /"
     finally:
         monkeypatch.undo()
-        importlib.reload(report)
+        importlib.reload(sdnb.report.page)
 
 
 def test_pictures_are_left_as_they_are(tmp_path, monkeypatch):

@@ -10,12 +10,12 @@ from made_runs import make_run
 from processes import ROOT
 
 import sdnb
-from sdnb import run_folder
-from sdnb.clock import PHASES
-from sdnb.config import TrainConfig
 from sdnb.errors import RunError
-from sdnb.metrics import PAGE_MIME
-from sdnb.run import _IN_THE_NOTEBOOK
+from sdnb.metrics.results import PAGE_MIME
+from sdnb.metrics.step_clock import PHASES
+from sdnb.report.run import _IN_THE_NOTEBOOK
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_the_command_makes_the_same_run(run):
 def test_what_the_notebook_sets_is_said_in_the_command():
     """A setting of its parameter cell that is not said would have the notebook's value instead of the run's."""
     assigned = set()
-    for name in ("train", "pretrain"):
-        cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    for name in ("notebooks/train", "pretraining/pretrain"):
+        cells = json.loads((ROOT / f"{name}.ipynb").read_text())["cells"]
         (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
         assigned |= set(re.findall(r"^(\w+) = ", "".join(cell["source"]), re.M))
     the_vaes = {"vae_steps", "vae_batch_size", "vae_learning_rate"}

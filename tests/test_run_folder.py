@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from sdnb import run_folder
-from sdnb.config import TrainConfig
-from sdnb.environment import PROJECT
 from sdnb.errors import RunError
+from sdnb.machine.environment import PROJECT
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
 
 
 def config(**settings):

@@ -6,9 +6,11 @@ import yaml
 from made_runs import make_run
 from training import small_data, small_model, train
 
-from sdnb import run_folder, side_by_side, sweep
-from sdnb.compare import compare
 from sdnb.errors import ConfigError, RunError
+from sdnb.figures import comparison_plots
+from sdnb.launch import sweep
+from sdnb.run import folder as run_folder
+from sdnb.run.comparison import compare
 
 BASE = dict(
     dataset_name="openmoji", resolution=64, center_crop=True, gradient_accumulation_steps=1, steps=3, lr_warmup_steps=0,
@@ -111,7 +113,7 @@ def test_the_figure_of_a_sweep(tmp_path):
                 tmp_path / f"{ranks}-{batch}", seconds * batch / 8, noise=0, num_processes=ranks, train_batch_size=batch
             )
     compared = compare(tmp_path)
-    figure = side_by_side.swept(compared, ["num_processes", "train_batch_size"])
+    figure = comparison_plots.swept(compared, ["num_processes", "train_batch_size"])
     said = figure.get_supxlabel().replace("\n", " ")
     assert "The most is 106.67 images/s with num_processes = 2" in said
     assert "From 1 to 2 ranks it scales with 83% train_batch_size = 4" in said

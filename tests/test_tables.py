@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdnb.errors import CacheError
-from sdnb.tables import Table
+from sdnb.models.encoding_cache import Table
 
 MIB = 2**20
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import ROOT, wait_for
 
-from sdnb import threads
+from sdnb.machine import threads
 
 STAT = """cpu  9 9 9 9 9 9 9 9 0 0
 cpu0 {0} 0 10 500 5 0 2 0 0 0

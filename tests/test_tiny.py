@@ -6,8 +6,12 @@ import torch
 from PIL import Image
 from training import train
 
-from sdnb import data, embedded, evaluate, models, openmoji
-from sdnb.config import TrainConfig
+from sdnb.data import image_captions as data
+from sdnb.data import openmoji
+from sdnb.models import embedded
+from sdnb.models import pipeline as models
+from sdnb.settings.config import TrainConfig
+from sdnb.train import evaluation
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def test_its_vae_keeps_pictures_that_it_has_not_seen(config, parts, dataset_name
     held_out = data.load(config.updated(dataset_name=dataset_name)).held_out
     pixels = torch.stack([held_out.pixels(row) for row in range(0, len(held_out), len(held_out) // 64)])
     back = parts.vae.decode(parts.vae.encode(pixels).latent_dist.mode()).sample
-    assert evaluate.psnr(pixels, back) > 25
+    assert evaluation.psnr(pixels, back) > 25
 
 
 def test_its_latents_have_unit_variance(config, parts):
@@ -48,13 +52,13 @@ def test_its_latents_have_unit_variance(config, parts):
 
 
 def test_it_draws_what_a_caption_names(config, parts):
-    share, drawn = evaluate.retrieval(models.pipeline(config, parts), data.load(config).train, count=24)
+    share, drawn = evaluation.retrieval(models.pipeline(config, parts), data.load(config).train, count=24)
     assert share > 0.6 and len(drawn) == 24
 
 
 def test_random_weights_do_not(config):
     random = config.updated(pretrained_model_name_or_path="tiny-random")
-    share, _ = evaluate.retrieval(models.pipeline(random, models.load(random)), data.load(config).train, count=10)
+    share, _ = evaluation.retrieval(models.pipeline(random, models.load(random)), data.load(config).train, count=10)
     assert share < 0.5
 
 

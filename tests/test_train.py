@@ -16,16 +16,18 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from training import small_model, train
 
-from sdnb import environment, metrics, models
-from sdnb import train as training
-from sdnb.clock import PHASES, StepClock
 from sdnb.compat import has_stances
-from sdnb.config import TrainConfig
-from sdnb.diffusion import draw_noise, dream, loss_of, target_of
-from sdnb.ema import EMA
 from sdnb.errors import ConfigError
-from sdnb.evaluate import HeldOutLoss
-from sdnb.train import set_up
+from sdnb.machine import environment
+from sdnb.metrics import results as metrics
+from sdnb.metrics.step_clock import PHASES, StepClock
+from sdnb.models import pipeline as models
+from sdnb.models.ema import EMA
+from sdnb.settings.config import TrainConfig
+from sdnb.train import loop as training
+from sdnb.train.evaluation import HeldOutLoss
+from sdnb.train.loop import set_up
+from sdnb.train.objective import draw_noise, dream, loss_of, target_of
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +240,7 @@ def test_what_is_predicted():
 
 
 def test_the_held_out_loss_is_the_same_every_time_and_draws_nothing(settings):
-    from sdnb import data
+    from sdnb.data import image_captions as data
 
     config = TrainConfig(**settings)
     parts, splits = models.load(config), data.load(config)

@@ -6,10 +6,13 @@ import json
 import common  # noqa: F401  # which adds the small model
 from accelerate.state import AcceleratorState
 
-from sdnb import embedded, launch, openmoji, run_folder
-from sdnb import train as training
 from sdnb.cache import cache_root, made_once
-from sdnb.config import TrainConfig
+from sdnb.data import openmoji
+from sdnb.launch import notebook as launch
+from sdnb.models import embedded
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
+from sdnb.train import loop as training
 
 training.reachable_tflops = functools.cache(training.reachable_tflops)  # takes as long as such a training
 

@@ -1,0 +1,238 @@
+"""A training in the process that calls it, on one device, that goes on exactly where it was interrupted: what the two
+of `pretrain` have in common."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from sdnb.compat import has_fused_adam
+from sdnb.data import image_captions as data
+from sdnb.errors import ConfigError, DataError, RunError
+from sdnb.figures.live import Live, progress
+from sdnb.launch.notebook import Show
+from sdnb.machine import environment
+from sdnb.machine.device import peak_bytes
+from sdnb.metrics.step_clock import StepClock
+from sdnb.models import pipeline as models
+from sdnb.report.run import PRETRAINING, Run
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
+
+STATE = "state.pt"  # in the run folder, until the run is complete
+EMA_DECAY = 0.999
+# Settings that only the main training heeds.
+_NOT_HEEDED = (
+    "prediction_type", "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "use_8bit_adam",
+    "gradient_accumulation_steps", "scale_lr", "whole_steps", "dream_training", "allow_tf32", "channels_last",
+    "compile_unet", "cuda_graphs", "checkpoints_total_limit", "resume_from_checkpoint", "push_to_hub",
+)  # fmt: skip
+
+
+class Training:
+    """The model's parts on their device, the data, the steps with their records, and the way back into them."""
+
+    def __init__(self, config: TrainConfig, besides: dict[str, Any]) -> None:
+        """Args:
+        besides: what the run's environment has besides the machine.
+        """
+        seen = environment.capture()
+        config = config.resolved(seen["devices"]["type"], 1, seen["devices"]["bf16"]).updated(num_processes=1)
+        check_heeded(config)
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.parts, self.splits = models.load(config), data.load(config)
+        if self.splits.held_out is None:
+            raise DataError(f"data set {config.dataset_name}: has no held-out pictures (a split named validation)")
+        self.environment = {**seen, **besides, "data": self.splits.train.digest()}
+        AcceleratorState._reset_state()  # of a training before this one, which may have had another precision
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.device = self.accelerator.device
+        for part in (self.parts.vae, self.parts.unet, self.parts.text_encoder):
+            part.to(self.device)
+
+    def run_through(
+        self,
+        modules: Sequence[torch.nn.Module],
+        loss: Callable[[], Tensor],
+        measure: Callable[[int], None],
+        save: Callable[[], None],
+        show: Show | None,
+    ) -> Run:
+        """Train to the saved result, from the beginning or from where it was interrupted.
+
+        Args:
+            modules: what is trained.
+            loss: of a new batch, a scalar.
+            measure: files what the modules are worth after a step.
+            save: files the modules.
+        """
+        if (self.folder / run_folder.SUMMARY).exists():
+            self._check_same()
+            return Run(self.folder)
+        config = self.config
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+            fused=has_fused_adam(self.device.type) or None,  # with False torch takes the weights one by one
+        )
+        schedule = get_scheduler(
+            config.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        average = EMAModel(parameters, decay=EMA_DECAY)
+        stateful = [*modules, optimizer, schedule, average]
+        set_seed(config.seed)
+        self._open()
+        with run_folder.lock(self.folder):
+            step = self._resume(stateful)
+
+            @contextmanager
+            def averaged() -> Iterator[None]:
+                average.store(parameters)
+                average.copy_to(parameters)
+                try:
+                    with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast():
+                        yield
+                finally:
+                    average.restore(parameters)
+
+            show = show or Live(config.max_train_steps)
+            run = Run(self.folder)
+            records = run.steps.to_dict("records")
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            clock = StepClock(self.device)
+            while step < config.max_train_steps:
+                with self.accelerator.autocast():
+                    batch_loss = loss()
+                clock.lap("forward")
+                batch_loss.backward()
+                clock.lap("backward")
+                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                learning_rate = schedule.get_last_lr()[0]
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                clock.lap("optimizer")
+                average.step(parameters)
+                clock.lap("ema")
+                step += 1
+                records.append(self._record(step, batch_loss.item(), grad_norm.item(), learning_rate, clock))
+                last = step == config.max_train_steps
+                if measured := step % config.validation_loss_steps == 0 or last:
+                    with averaged():
+                        measure(step)
+                if kept := step % config.checkpointing_steps == 0:
+                    self._keep(step, stateful)
+                show(progress(records, config.max_train_steps), "", records, last)
+                if measured or kept:
+                    clock.restart()
+                else:
+                    clock.lap("other")
+            average.copy_to(parameters)
+            with torch.no_grad():
+                save()
+            peak_gib = peak_bytes(self.device)[0] / 2**30
+            summary = dict(world_size=1, ranks=[dict(rank=0, peak_memory_gib=peak_gib)], ended=time.time())
+            run_folder.write(self.folder / run_folder.SUMMARY, summary)
+            for state in self.folder.glob(f"*{STATE}"):
+                state.unlink()
+            return run
+
+    def _record(self, step: int, loss: float, grad_norm: float, lr: float, clock: StepClock) -> dict[str, Any]:
+        if not math.isfinite(loss):
+            raise RunError(
+                f"{self.folder}: the loss of step {step} is not finite; what was measured is there. A smaller "
+                "learning rate may help, or mixed_precision = no, in another output_dir."
+            )
+        images = self.config.train_batch_size
+        record = dict(step=step, epoch=(step - 1) * images // len(self.splits.train), micro_batches=1, images=images,
+                      loss=loss, train_loss=loss, step_loss=loss, grad_norm=grad_norm, lr=lr)  # fmt: skip
+        record["seconds"], record["phase_seconds"] = clock.read()
+        record["peak_memory_gib"] = round(peak_bytes(self.device)[0] / 2**30, 3)
+        run_folder.append(self.folder / run_folder.STEPS, record)
+        return record
+
+    def _open(self) -> None:
+        """Begin the run folder, or go on with what is in it."""
+        there = (self.folder / run_folder.ENVIRONMENT).exists()
+        if there:
+            self._check_same()
+        config = self.config.updated(resume_from_checkpoint="latest") if there else self.config
+        run_folder.begin(config, self.environment)
+        counts = models.parameter_counts(self.parts)
+        described = dict(random_weights=False, parameters=counts, held_out_loss_of="the average of the weights")
+        run_folder.write(self.folder / run_folder.MODEL, described)
+
+    def _resume(self, stateful: Sequence[Any]) -> int:
+        """Take up what is kept, and drop the records beyond it. Returns the step that is done."""
+        kept = self.folder / STATE
+        if not kept.exists():  # also where it was interrupted before there was one
+            run_folder.go_back(self.folder, 0)
+            return 0
+        state = torch.load(kept, map_location=self.device, weights_only=True)
+        for one, its_state in zip(stateful, state["states"]):
+            one.load_state_dict(its_state)
+        torch.random.set_rng_state(state["random"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_on_gpu"].cpu())
+        run_folder.go_back(self.folder, state["step"])
+        return state["step"]
+
+    def _keep(self, step: int, stateful: Sequence[Any]) -> None:
+        state = dict(step=step, states=[one.state_dict() for one in stateful], random=torch.random.get_rng_state())
+        if self.device.type == "cuda":
+            state["random_on_gpu"] = torch.cuda.get_rng_state()
+        aside = self.folder / f".{STATE}"
+        torch.save(state, aside)
+        aside.replace(self.folder / STATE)
+
+    def _check_same(self) -> None:
+        """Raises:
+        RunError: if what is in the run folder is another training.
+        """
+        run = Run(self.folder)
+        there, asked = (
+            {**config.trajectory(), "steps": config.max_train_steps, "device": seen["devices"]["type"],
+             **{name: seen.get(name) for name in (PRETRAINING, "data")}}
+            for config, seen in ((run.config, run.environment), (self.config, self.environment))
+        )  # fmt: skip
+        if differ := [name for name in asked if asked[name] != there.get(name)]:
+            listed = ", ".join(f"{name} was {there.get(name)}, now {asked[name]}" for name in differ)
+            raise RunError(f"{self.folder}: there is another training: {listed}. Give another output_dir.")
+
+
+def check_heeded(config: TrainConfig) -> None:
+    """Raises:
+    ConfigError: if a setting asks for what this training does not do.
+    """
+    if config.mixed_precision == "fp16":
+        raise ConfigError("mixed_precision = fp16: this training does not scale its loss: use bf16, or no")
+    if config.num_processes not in (None, 1):
+        raise ConfigError(f"num_processes = {config.num_processes}: this training runs on one rank: leave it out")
+    if not config.center_crop:
+        raise ConfigError("center_crop = False: this training crops no random places: set it to True")
+    if not (config.max_train_steps and config.validation_loss_steps and config.seed is not None):
+        raise ConfigError("this training needs steps, validation_loss_steps and a seed: set each to a number")
+    defaults = type(config).model_fields
+    if ignored := [name for name in _NOT_HEEDED if getattr(config, name) != defaults[name].default]:
+        raise ConfigError(f"{', '.join(ignored)}: this training does not heed them: leave them out")

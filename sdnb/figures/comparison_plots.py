@@ -1,0 +1,142 @@
+"""Figures of runs side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from PIL import Image
+
+from sdnb.figures.chart import INK, RUN_COLOURS, Chart, dots, grid_of, legend
+from sdnb.figures.run_plots import held_out
+from sdnb.metrics.results import RUNNING_MEAN_STEPS, Measurements
+from sdnb.run.comparison import MANY, Comparison
+from sdnb.run.folder import SAMPLES
+
+
+def throughputs(comparison: Comparison) -> Chart:
+    """Images/s per device of each run, with its confidence interval."""
+    estimates = {label: measured.throughput for label, measured in comparison.measured.items()}
+    best = max(estimates, key=lambda label: estimates[label].value)
+    first = next(iter(estimates.values()))
+    caption = f"{best} trains the most, {estimates[best]}. Lines: 95 % confidence within the run, where it is known."
+    chart = Chart("Images per second and device", caption, 1.4 + 0.45 * len(estimates))
+    axes = chart.panel()
+    for row, (colour, estimate) in enumerate(zip(itertools.cycle(RUN_COLOURS), estimates.values())):
+        axes.barh(row, estimate.value, color=colour, alpha=0.6)
+        axes.plot([estimate.low, estimate.high], [row, row], color=INK, lw=1.5)
+        end = max(estimate.value, estimate.high if np.isfinite(estimate.high) else 0)
+        axes.text(end, row, f"  {estimate.value:.2f}, ×{estimate.value / first.value:.2f}", va="center", color=INK)
+    axes.set(xlabel="images/s", xlim=(0, axes.get_xlim()[1] * 1.2))
+    axes.set_yticks(range(len(estimates)), estimates)
+    axes.invert_yaxis()
+    return chart
+
+
+def swept(comparison: Comparison, settings: Sequence[str]) -> Chart:
+    """Images/s, all devices together, and peak memory over the first of the settings, a line for each choice of the
+    others; the best is marked. Where ranks were swept, the caption has their scaling efficiency."""
+    setting, *others = settings
+    points: dict[str, list[tuple[Any, Measurements]]] = {}
+    for measured in comparison.measured.values():
+        rest = ", ".join(f"{name} = {getattr(measured.config, name)}" for name in others)
+        points.setdefault(rest, []).append((getattr(measured.config, setting), measured))
+    best = max(comparison.measured.values(), key=_all_devices)
+    chosen = ", ".join(f"{name} = {getattr(best.config, name)}" for name in settings)
+    caption = f"The most is {_all_devices(best):.2f} images/s with {chosen}."
+    if setting == "num_processes":
+        for rest, line in points.items():
+            few, many = (pick(line, key=lambda point: point[0]) for pick in (min, max))
+            efficiency = _all_devices(many[1]) / many[0] / (_all_devices(few[1]) / few[0])
+            caption += f" From {few[0]} to {many[0]} ranks it scales with {efficiency:.0%} {rest}."
+    chart = Chart(f"Over {setting}", caption, 3.8)
+    ((left, right),) = chart.panels(1, 2)
+    values = list(dict.fromkeys(value for line in points.values() for value, _ in line))
+    for colour, (rest, line) in zip(itertools.cycle(RUN_COLOURS), points.items()):
+        across = [values.index(value) for value, _ in line]
+        left.plot(across, [_all_devices(measured) for _, measured in line], "o-", color=colour, label=rest or None)
+        right.plot(across, [_peak_gib(measured) for _, measured in line], "o-", color=colour)
+    left.plot(values.index(getattr(best.config, setting)), _all_devices(best), "*", color=INK, ms=13, label="the most")
+    for axes, label in ((left, "images/s, all devices"), (right, "peak memory of a rank, GiB")):
+        axes.set(xlabel=setting, ylabel=label, ylim=(0, None))
+        axes.set_xticks(range(len(values)), map(str, values))
+    legend(left)
+    return chart
+
+
+def _all_devices(measured: Measurements) -> float:
+    return measured.throughput.value * measured.config.num_processes
+
+
+def _peak_gib(measured: Measurements) -> float:
+    return next((row.value for row in measured.results if row.name == "peak memory" and row.value), float("nan"))
+
+
+def losses(comparison: Comparison) -> Chart:
+    """The running means of the loss, single losses where a log has no more, and the held-out losses with their 95 %
+    intervals, over the optimizer steps."""
+    ends = {label: measured.steps.running_loss.iloc[-1] for label, measured in comparison.measured.items()}
+    said = ", ".join(f"{label} {end:.4f}" for label, end in ends.items() if np.isfinite(end))
+    caption = f"Running means of {RUNNING_MEAN_STEPS} steps end at: {said or 'not known'}."
+    if any(len(measured.validation) for measured in comparison.measured.values()):
+        caption += " Dots: held-out pictures, with 95 % intervals."
+    chart = Chart("Loss", caption, 4.0)
+    axes = chart.panel()
+    for colour, (label, measured) in zip(itertools.cycle(RUN_COLOURS), comparison.measured.items()):
+        steps, validation = measured.steps, measured.validation
+        if steps.loss.isna().mean() > 0.5:  # a log with gaps
+            dots(axes, steps.step, steps.loss, "x", color=colour, alpha=0.8, ms=4)
+        else:
+            axes.plot(steps.step, steps.loss, color=colour, alpha=0.25, lw=0.8)
+        axes.plot(steps.step, steps.running_loss, color=colour, lw=2, label=label)
+        if len(validation):
+            held_out(axes, validation, fmt="o", color=colour)
+    axes.set(xlabel="optimizer step", ylabel="mean squared error", ylim=(0, None))
+    _name_runs(axes, comparison)
+    return chart
+
+
+def step_times(comparison: Comparison) -> Chart:
+    """The wall time of each step; short steps as diamonds."""
+    full = {
+        label: measured.steps[measured.steps.steady & ~measured.steps.short].seconds.dropna()
+        for label, measured in comparison.measured.items()
+    }
+    said = ", ".join(f"{label} {seconds.median():.3f} s" for label, seconds in full.items() if len(seconds) > 2)
+    caption = f"Medians of the full steps after the warm-up: {said or 'not known'}. Diamonds are short steps."
+    chart = Chart("Wall time of each optimizer step", caption, 3.6)
+    axes = chart.panel()
+    for colour, (label, measured) in zip(itertools.cycle(RUN_COLOURS), comparison.measured.items()):
+        plain, short = (measured.steps[measured.steps.short == is_short] for is_short in (False, True))
+        dots(axes, plain.step, plain.seconds, color=colour, ms=3, label=label)
+        dots(axes, short.step, short.seconds, "D", color=colour, ms=3)
+    axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None))
+    _name_runs(axes, comparison)
+    return chart
+
+
+def _name_runs(axes: Axes, comparison: Comparison) -> None:
+    """The legend; of many runs beside the axes, where it covers none of them."""
+    legend(axes, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(comparison.runs) > MANY else {}))
+
+
+def samples(comparison: Comparison) -> Chart | None:
+    """What each run drew last, of the prompts that all of them drew; None if there are none."""
+    drawn = {label: run.drawn for label, run in comparison.runs.items() if not run.drawn.empty}
+    if not drawn:
+        return None
+    last = {label: samples[samples.step == samples.step.max()] for label, samples in drawn.items()}
+    prompts = [prompt for prompt in next(iter(last.values())).prompt
+               if all(prompt in set(samples.prompt) for samples in last.values())]  # fmt: skip
+    if not prompts:
+        return None
+    rows = []
+    for label, samples in last.items():
+        files = dict(zip(samples.prompt, samples.file))
+        rows.append([Image.open(comparison.runs[label].folder / SAMPLES / files[prompt]) for prompt in prompts])
+    seeds = {int(seed) for samples in last.values() for seed in samples.seed}
+    how = "From the same seed." if len(seeds) == 1 else f"From different seeds: {', '.join(map(str, sorted(seeds)))}."
+    return grid_of(rows, "What each run drew last", how, columns=prompts, rows=list(last))

