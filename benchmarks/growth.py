@@ -33,8 +33,8 @@ from sdnb import errors
 from sdnb.data import openmoji
 from sdnb.figures.chart import BLUE, GREY, Chart
 from sdnb.launch import memory
-from sdnb.metrics import results as metrics
 from sdnb.metrics import throughput
+from sdnb.metrics.steps import warmup_steps
 from sdnb.models import embedded
 from sdnb.run import folder as run_folder
 
@@ -51,7 +51,7 @@ def points(side: int, ranks: int) -> dict[str, list[int]]:
     return {
         "train_batch_size": [1, 2, 4, 8, 16, 32],
         "resolution": [side // 2, side, side * 3 // 2, side * 2],
-        "max_train_samples": [openmoji.TRAINING_PICTURES // part for part in (16, 8, 4, 2, 1)],
+        "max_train_samples": [openmoji.TRAINING_IMAGES // part for part in (16, 8, 4, 2, 1)],
         "num_processes": [count for count in (1, 2, 4, 8) if count <= ranks],
     }
 
@@ -83,7 +83,7 @@ def measure(
                f"--max_train_steps={options.steps}", *FLAGS.split(), *flags, *further.split()]  # fmt: skip
     wall_seconds = follow(command, device, cache)["wall_seconds"]
     run = run_folder.RunFolder(cache / "output")
-    steady = run.steps[metrics.warmup_steps(len(run.steps)) :]
+    steady = run.steps[warmup_steps(len(run.steps)) :]
     speed = throughput.images_per_second(steady.images, steady.seconds)
     result = dict(
         setting=setting, value=value, images_per_second=speed.value, low=speed.low, high=speed.high,

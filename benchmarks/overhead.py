@@ -32,12 +32,11 @@ SETTINGS = dict(
 )  # fmt: skip
 CELL = """
 import json, resource, time
-from sdnb.launch import notebook as launch
 from sdnb.settings.config import TrainConfig
 
-plan = launch.prepare(TrainConfig(**settings))
+plan = prepare(TrainConfig(**settings))
 used, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-launch.launch(plan)
+launch(plan)
 now, seconds = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - began
 print(json.dumps({"cpu_seconds": now.ru_utime - used.ru_utime + now.ru_stime - used.ru_stime, "seconds": seconds}))
 """

@@ -26,14 +26,15 @@ from common import MODELS, at_least, describe, file_of, write
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdnb.machine.device import keep_freed_memory, reachable_tflops
+from sdnb.machine.device import keep_freed_memory, measured_matmul_tflops
 from sdnb.metrics.step_clock import StepClock
 from sdnb.models import embedded
-from sdnb.models import pipeline as models
 from sdnb.models.ema import EMA
 from sdnb.models.encoders import WEIGHT_DTYPES
+from sdnb.models.flops import flop_per_image
+from sdnb.models.pipeline import Parts
 from sdnb.settings.config import TrainConfig
-from sdnb.train.loop import adam, set_up
+from sdnb.train.setup import configure, optimizer_class
 
 
 class Way(NamedTuple):
@@ -50,22 +51,20 @@ class Way(NamedTuple):
         return f"{self.part}{pictures}: {how or 'plain'}"
 
 
-LAST, BLOCKS, WHOLE = {"channels_last": True}, {"compile_unet": "blocks"}, {"compile_unet": "whole"}
+BLOCKS, WHOLE = {"compile_unet": "blocks"}, {"compile_unet": "whole"}
 WAYS = [
-    *(Way("UNet", pictures, settings) for settings in ({}, LAST) for pictures in (8, 32)),
+    *(Way("UNet", pictures, {}) for pictures in (8, 32)),
     *(Way("VAE", pictures, {}) for pictures in (8, 32)),
     Way("text encoder", 8, {}),
     *(Way("update", 0, {"fused_optimizer": fused}) for fused in (False, True)),
     *(Way("UNet", pictures, BLOCKS) for pictures in (8, 32)),
-    Way("UNet", 32, {**LAST, **BLOCKS}),
-    Way("UNet", 32, WHOLE),
-    *(Way("UNet", pictures, {**LAST, **WHOLE}) for pictures in (32, 64, 96)),
+    *(Way("UNet", pictures, WHOLE) for pictures in (32, 64, 96)),
 ]
 
 
 def unet_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
     unet = UNet2DConditionModel(**architecture["unet"]).train()
-    set_up(models.Parts(None, None, torch.nn.Module(), unet, DDPMScheduler()), config, device)
+    configure(Parts(None, None, torch.nn.Module(), unet, DDPMScheduler()), config, device)
     dtype, side = WEIGHT_DTYPES[config.mixed_precision], architecture["unet"]["sample_size"]
     text = architecture["text_encoder"]
     latents = torch.randn(way.pictures, unet.config.in_channels, side, side, dtype=dtype)
@@ -97,8 +96,8 @@ def text_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, devic
 def update(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
     """Clipping, AdamW, and the average."""
     unet = UNet2DConditionModel(**architecture["unet"])
-    optimizer = adam(config, device)(unet.parameters(), lr=config.learning_rate)
-    average = EMA(unet, config)
+    optimizer = optimizer_class(config, device)(unet.parameters(), lr=config.learning_rate)
+    average = EMA(unet, fused=config.fused_optimizer)
     average.settle(device)
     for parameter in unet.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -128,20 +127,20 @@ def measure(way: Way, architecture: dict[str, Any], config: TrainConfig, device:
         for _ in range(count):
             clock.restart()
             run()
-            clock.lap("forward")
+            clock.end_phase("forward")
             times.append(1000 * clock.read()[1]["forward"])
         return times
 
     milliseconds(3)
     result: dict[str, Any] = dict(way=way.label, warmup_seconds=time.perf_counter() - began)
-    reached = [reachable_tflops(device, WEIGHT_DTYPES[config.mixed_precision])]
+    reached = [measured_matmul_tflops(device, WEIGHT_DTYPES[config.mixed_precision])]
     if device.type == "cuda":  # the matrices of that are no part of the way
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     result["milliseconds"] = milliseconds(rounds)
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    reached.append(reachable_tflops(device, WEIGHT_DTYPES[config.mixed_precision]))
+    reached.append(measured_matmul_tflops(device, WEIGHT_DTYPES[config.mixed_precision]))
     return {**result, "reachable_tflops": reached}
 
 
@@ -183,14 +182,14 @@ def main() -> None:
         mixed_precision=options.precision,
     )  # fmt: skip
     with torch.device("meta"):
-        parts = models.Parts(
+        parts = Parts(
             SimpleNamespace(model_max_length=architecture["text_encoder"]["max_position_embeddings"]),
             CLIPTextModel(CLIPTextConfig(**architecture["text_encoder"])),
             AutoencoderKL(**architecture["vae"]),
             UNet2DConditionModel(**architecture["unet"]),
             None,
         )
-    flop = models.flop_per_image(parts, side)
+    flop = flop_per_image(parts, side)
     if device.type == "cpu":
         keep_freed_memory()  # as a training does
     dtype = WEIGHT_DTYPES[options.precision]

@@ -44,7 +44,7 @@ from sdnb import errors
 from sdnb.data import openmoji
 from sdnb.figures.chart import BLUE, RED, Chart
 from sdnb.machine import environment
-from sdnb.metrics import results as metrics
+from sdnb.metrics.steps import warmup_steps
 from sdnb.models import embedded
 from sdnb.run import folder as run_folder
 from sdnb.settings.flags import parse
@@ -54,8 +54,6 @@ TECHNIQUES: dict[str, tuple[str, ...]] = {
     "kept encodings": ("--encoder_cache_gib=0",),
     "folded micro-batches": ("--fold_micro_batches=1",),
     "fused AdamW and average": ("--no-fused_optimizer",),
-    "linear layers by oneDNN": ("--no-onednn_linear",),
-    "kept memory": ("--no-keep_freed_memory",),
 }
 ALL_OFF = tuple(flag for flags in TECHNIQUES.values() for flag in flags)
 BATCH, ACCUMULATION = 8, 4
@@ -139,7 +137,7 @@ def measure(kind: Kind, python: str, device: str, flags: list[str], images: list
         RuntimeError: if it fails, or its steps were others.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    output, warmup = cache / "output", metrics.warmup_steps(len(images))
+    output, warmup = cache / "output", warmup_steps(len(images))
     command = [python, *kind.program, f"--output_dir={output}", f"--cache_dir={cache}", *flags, *kind.flags]
     result: dict[str, Any] = dict(follow(command, device, cache))
     events = EventAccumulator(str(output / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0}).Reload()
@@ -229,7 +227,7 @@ def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
     for kind in orders[0]:
         if kind.program[0] == "-m":
             parse([*flags, *kind.flags])  # a mistake in a flag shows now
-    images = images_of_steps(openmoji.TRAINING_PICTURES, options.steps)
+    images = images_of_steps(openmoji.TRAINING_IMAGES, options.steps)
     results: list[dict] = []
     for number in range(options.pairs):
         for kind in orders[number % 2]:

@@ -1,11 +1,14 @@
-"""How the embedded model was trained, from random weights to what ships: the VAE, then the UNet with the text encoder.
+"""How the embedded model was trained, from random weights to the shipped ones: the VAE, then the UNet with the text
+encoder.
 
-Each of the two is a run like any other, with its own folder, records and figures. It runs in the process that calls it,
-on one device, and goes on where it was interrupted.
+Each stage is a run with its own folder, records and figures. It runs in the calling process, on one device, and resumes
+where it was interrupted.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,24 +17,25 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretraining.trainer import Training, check_heeded
+from pretraining import captions
+from pretraining.trainer import PRETRAINING, Training, check_used
 from sdnb.compat import read_vocabulary, write_vocabulary
-from sdnb.data import image_captions as data
+from sdnb.data.image_captions import ImageCaptions, first_caption, tokenize
 from sdnb.launch.notebook import Show
 from sdnb.machine.environment import PROJECT
-from sdnb.models import pipeline as models
 from sdnb.models.embedded import portable
-from sdnb.report.run import PART_OF, PRETRAINING, Run
+from sdnb.models.pipeline import assemble, load_parts, model_folder
+from sdnb.report.run import Run
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.train.evaluation import HeldOutLoss, draw_samples, psnr
 from sdnb.train.objective import draw_latents, draw_noise, draw_timesteps, loss_of, target_of
 
-KL_WEIGHT = 1e-6  # of a picture's whole divergence, against the mean error of its pixels
-UNCAPTIONED = 0.1  # the share of pictures that are shown without a caption, for guidance (arXiv 2207.12598)
-STYLED = 0.2  # the share of pictures that are shown in one of these styles
-# How much of its colours a picture keeps, and what black and white become. Paper stays light: by night
-# it is dark, which is what the main training has to learn.
+KL_WEIGHT = 1e-6  # of an image's whole divergence, against the mean error of its pixels
+UNCAPTIONED = 0.1  # the share of images without a caption, for guidance (arXiv 2207.12598)
+STYLED = 0.2  # the share of images in one of these styles
+# How much of its colours an image keeps, and what black and white become. The page stays light: by night it is dark,
+# and that is left for the main training to learn.
 STYLES = {
     "grey": (0.0, (0, 0, 0), (255, 255, 255)),
     "sepia": (0.0, (70, 45, 20), (255, 243, 214)),
@@ -44,24 +48,28 @@ STYLES = {
 def train_vae(
     config: TrainConfig, vae_steps: int, vae_batch_size: int, vae_learning_rate: float, show: Show | None = None
 ) -> Run:
-    """Train the VAE of the model that the settings name: L1 + 0.5 MSE + 1e-6 KL, half of the pictures in other colours.
+    """Train the VAE of the model that the settings name: L1 + 0.5 MSE + 1e-6 KL, half of the images in other colours.
 
     The run folder gets the VAE, in `vae/`, with the scaling factor that makes the latents' variance 1. The validation
-    records have, besides the loss, the `psnr` of the held-out pictures in dB.
+    records also have the `psnr` of the held-out images in dB.
 
     Args:
-        config: the settings of the UNet's training; of them the VAE's has those that are not given here.
+        config: the settings of the UNet's training; they apply to the VAE unless they are given here.
         show: as in `launch.launch`.
 
     Raises:
         SdnbError: if the settings, the data or the run folder cannot be used.
     """
-    check_heeded(config)  # before hours are spent on the VAE
+    check_used(config)  # before hours are spent on the VAE
+    reproduce = _reproduce(
+        config, vae_steps=vae_steps, vae_batch_size=vae_batch_size, vae_learning_rate=vae_learning_rate
+    )
+    config = with_data(config)
     config = config.updated(
         max_train_steps=vae_steps, train_batch_size=vae_batch_size, learning_rate=vae_learning_rate,
         snr_gamma=None, validation_prompts=None, output_dir=str(_folder(config) / "vae"),
     )  # fmt: skip
-    training = Training(config, {PART_OF: "a pretraining"})
+    training = Training(config, {"reproduce": reproduce})
     vae, device = training.parts.vae.requires_grad_(True).train(), training.device
     pixels, held_out = _pixels(training.splits.train), _pixels(training.splits.held_out).to(device)
 
@@ -73,7 +81,7 @@ def train_vae(
         parts = [_vae_losses(vae, batch, sample=False) for batch in held_out.split(config.train_batch_size)]
         losses, back = (torch.cat(part) for part in zip(*parts))
         spread = losses.std().item() / len(losses) ** 0.5
-        record = dict(step=step, loss=losses.mean().item(), standard_error=spread, pictures=len(losses))
+        record = dict(step=step, loss=losses.mean().item(), standard_error=spread, images=len(losses))
         run_folder.append(training.folder / run_folder.VALIDATION, {**record, "psnr": psnr(held_out, back)})
 
     def save() -> None:
@@ -85,7 +93,7 @@ def train_vae(
 
 
 def _vae_losses(vae: AutoencoderKL, pixels: Tensor, sample: bool) -> tuple[Tensor, Tensor]:
-    """The loss of each picture, [batch], and the pictures as they come back, from the posterior's draw or its mode."""
+    """The loss of each image, [batch], and the decoded images, from a draw of the posterior or its mode."""
     posterior = vae.encode(pixels).latent_dist
     back = vae.decode(posterior.sample() if sample else posterior.mode()).sample.float()
     difference = (back - pixels).flatten(1)
@@ -93,8 +101,8 @@ def _vae_losses(vae: AutoencoderKL, pixels: Tensor, sample: bool) -> tuple[Tenso
 
 
 def _in_other_colours(pixels: Tensor) -> Tensor:
-    """Half of the pictures, [batch, 3, h, w], with their channels exchanged, half of these inverted, and every channel
-    drawn towards a level of its own: OpenMoji has but 26 colours, and a VAE that saw no others would know no others."""
+    """Half of the images, [batch, 3, h, w], get their channels exchanged, half of these are inverted, and every channel
+    moves towards a random level: OpenMoji has only 26 colours, and the VAE must know others."""
     count = len(pixels)
     other = pixels[torch.arange(count)[:, None], torch.rand(count, 3).argsort(1)]
     other = torch.where(torch.rand(count, 1, 1, 1) < 0.5, -other, other)
@@ -105,9 +113,9 @@ def _in_other_colours(pixels: Tensor) -> Tensor:
 
 def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) -> Run:
     """Train the UNet and the text encoder of the model that the settings name, in the latents of a trained VAE, on the
-    noise as in the main training. One caption in ten is left out. One picture in five is shown in another style, «sun,
-    sepia style», so that a style is learnt to leave the subject as it is. The run folder gets the pipeline, with the
-    average of the weights.
+    noise as in the main training. One caption in ten is empty. One image in five has another style, «sun, sepia style»,
+    so that the model learns that a style keeps the subject. The run folder gets the pipeline, with the average of the
+    weights.
 
     Args:
         trained_vae: what `train_vae` gives.
@@ -116,9 +124,9 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
     Raises:
         SdnbError: if the settings, the data or the run folder cannot be used.
     """
-    config = config.updated(output_dir=str(_folder(config) / "unet"))
+    config = with_data(config).updated(output_dir=str(_folder(config) / "unet"))
     before = trained_vae.config
-    training = Training(config, {PRETRAINING: {
+    training = Training(config, {"reproduce": trained_vae.environment["reproduce"], PRETRAINING: {
         "vae_steps": before.max_train_steps, "vae_batch_size": before.train_batch_size,
         "vae_learning_rate": before.learning_rate,
     }})  # fmt: skip
@@ -127,13 +135,13 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
     unet, text_encoder = parts.unet, parts.text_encoder.requires_grad_(True).train()
     scheduler, scaling_factor = parts.noise_scheduler, parts.vae.config.scaling_factor
     moments = _moments_in_styles(parts.vae, examples)
-    named = [data.first_caption(caption) for caption in examples.captions]
+    named = [first_caption(caption) for caption in examples.captions]
     captions_of = [
         [caption if isinstance(caption, list) else [caption] for caption in examples.captions],
         *([[f"{name}, {style} style"] for name in named] for style in STYLES),
     ]
     distinct = sorted({caption for of_style in captions_of for captions in of_style for caption in captions} | {""})
-    ids_of = dict(zip(distinct, data.tokenize(parts.tokenizer, distinct)))
+    ids_of = dict(zip(distinct, tokenize(parts.tokenizer, distinct)))
 
     def one_of(captions: Sequence[str]) -> Tensor:
         left_out = torch.rand(()) < UNCAPTIONED
@@ -146,7 +154,7 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
         shown = list(zip(styles.tolist(), (views % len(named)).tolist()))
         input_ids = torch.stack([one_of(captions_of[style][row]) for style, row in shown])
         latents = draw_latents(moments[styles.to(device), views.to(device)], scaling_factor)
-        noise, added_noise = draw_noise(latents, config)
+        noise, added_noise = draw_noise(latents, config.noise_offset, config.input_perturbation)
         timesteps = draw_timesteps(scheduler, latents)
         noisy_latents = scheduler.add_noise(latents, added_noise, timesteps)
         encoder_hidden_states = text_encoder(input_ids.to(device))[0]
@@ -154,13 +162,17 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
         target = target_of(scheduler, latents, noise, timesteps)
         return loss_of(prediction, target, scheduler, timesteps, config.snr_gamma)
 
-    pipeline = models.pipeline(config, parts)
+    pipeline = assemble(config, parts)
 
     def measure(step: int) -> None:
-        held_out_loss = HeldOutLoss(training.splits.held_out, parts, config, device)  # anew: the text encoder learns
+        # A new one each time, because the text encoder changes.
+        held_out_loss = HeldOutLoss(training.splits.held_out, parts, config.train_batch_size, device)
         run_folder.append(training.folder / run_folder.VALIDATION, dict(step=step, **held_out_loss(unet)))
         if config.validation_prompts:
-            draw_samples(pipeline, config, training.accelerator, training.folder, step)
+            draw_samples(
+                pipeline, training.accelerator, training.folder, step, config.validation_prompts, config.resolution,
+                seed=config.seed or 0, guidance_scale=config.validation_guidance_scale,
+            )  # fmt: skip
 
     def save() -> None:
         pipeline.save_pretrained(training.folder)
@@ -169,7 +181,7 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
 
 
 def in_style(style: str, pixels: Tensor) -> Tensor:
-    """Pictures, [batch, 3, h, w], in one of `STYLES`."""
+    """Images, [batch, 3, h, w], in one of `STYLES`."""
     kept, black, white = STYLES[style]
     dark, light = (torch.tensor(colour).view(3, 1, 1) / 127.5 - 1 for colour in (black, white))
     grey = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)  # luma, ITU-R BT.601
@@ -177,28 +189,43 @@ def in_style(style: str, pixels: Tensor) -> Tensor:
 
 
 def export(run: Run, folder: Path) -> None:
-    """Write what ships of a trained model: its weights, in half precision, and its vocabulary."""
-    parts = models.load(run.config.updated(pretrained_model_name_or_path=str(run.folder)))
+    """Write the part of a trained model that ships: its weights in half precision, and its vocabulary."""
+    parts = load_parts(run.config.updated(pretrained_model_name_or_path=str(run.folder)))
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("vae", "unet", "text_encoder"):
         part = getattr(parts, name)
         weights = {portable(key): value.half().contiguous() for key, value in part.named_parameters()}
         metadata = {"scaling_factor": repr(part.config.scaling_factor)} if name == "vae" else None
         save_file(weights, folder / f"{name}.safetensors", metadata)
-    write_vocabulary(folder, *read_vocabulary(Path(models.source(run.config)) / "tokenizer"))
+    write_vocabulary(folder, *read_vocabulary(Path(model_folder(run.config)) / "tokenizer"))
+
+
+def _reproduce(config: TrainConfig, **vae_settings: float) -> list[str]:
+    """The commands that repeat both stages."""
+    settings = {name: value for name, value in config.model_dump(mode="json").items()
+                if value is not None and name not in ("output_dir", "cache_dir")}  # fmt: skip
+    parameters = shlex.quote(json.dumps({**settings, **vae_settings}, ensure_ascii=False))
+    return [f"papermill pretraining/pretrain.ipynb out.ipynb -y {parameters}", "python -m sdnb.report out.ipynb"]
+
+
+def with_data(config: TrainConfig) -> TrainConfig:
+    """The settings, with the folder of the data set `openmoji-pretraining` if they name it."""
+    if config.dataset_name != captions.NAME:
+        return config
+    return config.updated(dataset_name=str(captions.folder(config.resolution, config.cache_dir)))
 
 
 def _folder(config: TrainConfig) -> Path:
     return Path(config.output_dir or PROJECT / "runs" / "pretraining").expanduser().absolute()
 
 
-def _pixels(examples: data.ImageCaptions) -> Tensor:
+def _pixels(examples: ImageCaptions) -> Tensor:
     """All views of a data set, [views, 3, resolution, resolution]."""
     return torch.stack([examples.pixels(view) for view in range(examples.views)])
 
 
-def _moments_in_styles(vae: AutoencoderKL, examples: data.ImageCaptions) -> Tensor:
-    """Of all views, plain first, then in each of the styles: [1 + styles, views, …]."""
+def _moments_in_styles(vae: AutoencoderKL, examples: ImageCaptions) -> Tensor:
+    """The moments of all views, plain first, then in each style: [1 + styles, views, …]."""
     pixels = _pixels(examples)
     return torch.stack([_all_moments(vae, pixels), *(_all_moments(vae, in_style(style, pixels)) for style in STYLES)])
 

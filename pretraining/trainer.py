@@ -1,5 +1,5 @@
-"""A training in the process that calls it, on one device, that goes on exactly where it was interrupted: what the two
-of `pretrain` have in common."""
+"""A training loop for one device that runs in the calling process, and resumes exactly where it was interrupted. Both
+stages of `stages.py` use it."""
 
 from __future__ import annotations
 
@@ -19,45 +19,47 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from sdnb.compat import has_fused_adam
-from sdnb.data import image_captions as data
+from sdnb.data.loading import load_data
 from sdnb.errors import ConfigError, DataError, RunError
 from sdnb.figures.live import Live, progress
 from sdnb.launch.notebook import Show
 from sdnb.machine import environment
 from sdnb.machine.device import peak_bytes
 from sdnb.metrics.step_clock import StepClock
-from sdnb.models import pipeline as models
-from sdnb.report.run import PRETRAINING, Run
+from sdnb.models.flops import parameter_counts
+from sdnb.models.pipeline import load_parts
+from sdnb.report.run import Run
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
+PRETRAINING = "pretraining"  # in environment.json: the settings of the stage before
 STATE = "state.pt"  # in the run folder, until the run is complete
 EMA_DECAY = 0.999
-# Settings that only the main training heeds.
-_NOT_HEEDED = (
+# Settings that this loop does not use.
+_UNUSED = (
     "prediction_type", "gradient_checkpointing", "enable_xformers_memory_efficient_attention", "use_8bit_adam",
-    "gradient_accumulation_steps", "scale_lr", "whole_steps", "dream_training", "allow_tf32", "channels_last",
-    "compile_unet", "cuda_graphs", "checkpoints_total_limit", "resume_from_checkpoint", "push_to_hub",
+    "gradient_accumulation_steps", "scale_lr", "whole_steps", "dream_training", "allow_tf32",
+    "compile_unet", "checkpoints_total_limit", "resume_from_checkpoint", "push_to_hub",
 )  # fmt: skip
 
 
 class Training:
-    """The model's parts on their device, the data, the steps with their records, and the way back into them."""
+    """The model's parts on their device, the data, and the steps with their records and saved states."""
 
     def __init__(self, config: TrainConfig, besides: dict[str, Any]) -> None:
         """Args:
-        besides: what the run's environment has besides the machine.
+        besides: more content for environment.json.
         """
         seen = environment.capture()
         config = config.resolved(seen["devices"]["type"], 1, seen["devices"]["bf16"]).updated(num_processes=1)
-        check_heeded(config)
+        check_used(config)
         self.config = config
         self.folder = Path(config.output_dir)
-        self.parts, self.splits = models.load(config), data.load(config)
+        self.parts, self.splits = load_parts(config), load_data(config)
         if self.splits.held_out is None:
-            raise DataError(f"data set {config.dataset_name}: has no held-out pictures (a split named validation)")
+            raise DataError(f"data set {config.dataset_name}: has no held-out images (a split named validation)")
         self.environment = {**seen, **besides, "data": self.splits.train.digest()}
-        AcceleratorState._reset_state()  # of a training before this one, which may have had another precision
+        AcceleratorState._reset_state()  # an earlier training may have had another precision
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.device = self.accelerator.device
         for part in (self.parts.vae, self.parts.unet, self.parts.text_encoder):
@@ -71,13 +73,13 @@ class Training:
         save: Callable[[], None],
         show: Show | None,
     ) -> Run:
-        """Train to the saved result, from the beginning or from where it was interrupted.
+        """Train to the saved result, from the start or from a saved state.
 
         Args:
-            modules: what is trained.
-            loss: of a new batch, a scalar.
-            measure: files what the modules are worth after a step.
-            save: files the modules.
+            modules: to be trained.
+            loss: computes the loss of a new batch, a scalar.
+            measure: evaluates the modules after a step, and writes the result.
+            save: writes the modules.
         """
         if (self.folder / run_folder.SUMMARY).exists():
             self._check_same()
@@ -90,7 +92,7 @@ class Training:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
-            fused=has_fused_adam(self.device.type) or None,  # with False torch takes the weights one by one
+            fused=has_fused_adam(self.device.type) or None,  # False would update the weights one by one
         )
         schedule = get_scheduler(
             config.lr_scheduler,
@@ -124,30 +126,30 @@ class Training:
             while step < config.max_train_steps:
                 with self.accelerator.autocast():
                     batch_loss = loss()
-                clock.lap("forward")
+                clock.end_phase("forward")
                 batch_loss.backward()
-                clock.lap("backward")
+                clock.end_phase("backward")
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 learning_rate = schedule.get_last_lr()[0]
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-                clock.lap("optimizer")
+                clock.end_phase("optimizer")
                 average.step(parameters)
-                clock.lap("ema")
+                clock.end_phase("ema")
                 step += 1
                 records.append(self._record(step, batch_loss.item(), grad_norm.item(), learning_rate, clock))
                 last = step == config.max_train_steps
                 if measured := step % config.validation_loss_steps == 0 or last:
                     with averaged():
                         measure(step)
-                if kept := step % config.checkpointing_steps == 0:
-                    self._keep(step, stateful)
+                if saved := step % config.checkpointing_steps == 0:
+                    self._save_state(step, stateful)
                 show(progress(records, config.max_train_steps), "", records, last)
-                if measured or kept:
+                if measured or saved:
                     clock.restart()
                 else:
-                    clock.lap("other")
+                    clock.end_phase("other")
             average.copy_to(parameters)
             with torch.no_grad():
                 save()
@@ -161,7 +163,7 @@ class Training:
     def _record(self, step: int, loss: float, grad_norm: float, lr: float, clock: StepClock) -> dict[str, Any]:
         if not math.isfinite(loss):
             raise RunError(
-                f"{self.folder}: the loss of step {step} is not finite; what was measured is there. A smaller "
+                f"{self.folder}: the loss of step {step} is not finite; the measurements are there. A smaller "
                 "learning rate may help, or mixed_precision = no, in another output_dir."
             )
         images = self.config.train_batch_size
@@ -173,23 +175,23 @@ class Training:
         return record
 
     def _open(self) -> None:
-        """Begin the run folder, or go on with what is in it."""
+        """Make the run folder, or continue the run in it."""
         there = (self.folder / run_folder.ENVIRONMENT).exists()
         if there:
             self._check_same()
         config = self.config.updated(resume_from_checkpoint="latest") if there else self.config
         run_folder.begin(config, self.environment)
-        counts = models.parameter_counts(self.parts)
+        counts = parameter_counts(self.parts)
         described = dict(random_weights=False, parameters=counts, held_out_loss_of="the average of the weights")
         run_folder.write(self.folder / run_folder.MODEL, described)
 
     def _resume(self, stateful: Sequence[Any]) -> int:
-        """Take up what is kept, and drop the records beyond it. Returns the step that is done."""
-        kept = self.folder / STATE
-        if not kept.exists():  # also where it was interrupted before there was one
+        """Load the saved state, and drop the records after it. Returns its step."""
+        saved = self.folder / STATE
+        if not saved.exists():  # also if it was interrupted before the first one
             run_folder.go_back(self.folder, 0)
             return 0
-        state = torch.load(kept, map_location=self.device, weights_only=True)
+        state = torch.load(saved, map_location=self.device, weights_only=True)
         for one, its_state in zip(stateful, state["states"]):
             one.load_state_dict(its_state)
         torch.random.set_rng_state(state["random"].cpu())
@@ -198,7 +200,7 @@ class Training:
         run_folder.go_back(self.folder, state["step"])
         return state["step"]
 
-    def _keep(self, step: int, stateful: Sequence[Any]) -> None:
+    def _save_state(self, step: int, stateful: Sequence[Any]) -> None:
         state = dict(step=step, states=[one.state_dict() for one in stateful], random=torch.random.get_rng_state())
         if self.device.type == "cuda":
             state["random_on_gpu"] = torch.cuda.get_rng_state()
@@ -208,7 +210,7 @@ class Training:
 
     def _check_same(self) -> None:
         """Raises:
-        RunError: if what is in the run folder is another training.
+        RunError: if the run folder has another training.
         """
         run = Run(self.folder)
         there, asked = (
@@ -221,18 +223,18 @@ class Training:
             raise RunError(f"{self.folder}: there is another training: {listed}. Give another output_dir.")
 
 
-def check_heeded(config: TrainConfig) -> None:
+def check_used(config: TrainConfig) -> None:
     """Raises:
-    ConfigError: if a setting asks for what this training does not do.
+    ConfigError: if a setting has no effect in this training.
     """
     if config.mixed_precision == "fp16":
         raise ConfigError("mixed_precision = fp16: this training does not scale its loss: use bf16, or no")
     if config.num_processes not in (None, 1):
-        raise ConfigError(f"num_processes = {config.num_processes}: this training runs on one rank: leave it out")
+        raise ConfigError(f"num_processes = {config.num_processes}: this training runs on one rank: do not set it")
     if not config.center_crop:
-        raise ConfigError("center_crop = False: this training crops no random places: set it to True")
+        raise ConfigError("center_crop = False: this training does not crop at random: set it to True")
     if not (config.max_train_steps and config.validation_loss_steps and config.seed is not None):
         raise ConfigError("this training needs steps, validation_loss_steps and a seed: set each to a number")
     defaults = type(config).model_fields
-    if ignored := [name for name in _NOT_HEEDED if getattr(config, name) != defaults[name].default]:
-        raise ConfigError(f"{', '.join(ignored)}: this training does not heed them: leave them out")
+    if ignored := [name for name in _UNUSED if getattr(config, name) != defaults[name].default]:
+        raise ConfigError(f"{', '.join(ignored)}: this training does not use them: do not set them")

@@ -1,15 +1,16 @@
 """sdnb: fine-tune Stable Diffusion from a notebook, and measure how fast a machine does it.
 
-`sdnb.Run(folder)` is a run, `sdnb.runs()` the table of all.
+`sdnb.Run(folder)` is a run, `sdnb.runs()` is a table of all runs.
 """
 
 import os
 import warnings
+from importlib.metadata import version
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = version("sdnb")
 
-# A notebook is a document: what the libraries only remark while they load stays out of it. A user's choice goes first.
+# A notebook is a document, so the libraries' remarks while loading stay out of it. The user's own choice goes first.
 for _library in ("TRANSFORMERS", "DIFFUSERS", "DATASETS"):
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -17,7 +18,7 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Run", "runs"):  # when they are asked for: a training has no use for them
+    if name in ("Run", "runs"):  # only when needed: a training has no use for them
         from sdnb.report import run
 
         return getattr(run, name)

@@ -1,4 +1,4 @@
-"""The command `sdnb`, also `python -m sdnb`: what is done with runs outside a notebook."""
+"""The command `sdnb`, also `python -m sdnb`: work with runs outside a notebook."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from sdnb.errors import SdnbError
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="sdnb", description="What is done with runs outside a notebook.")
+    parser = argparse.ArgumentParser(prog="sdnb", description="Work with runs outside a notebook.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    report = commands.add_parser("report", help="an executed notebook as one HTML page")
+    report = commands.add_parser("report", help="make one HTML page of an executed notebook")
     report.add_argument("notebook", help="an executed notebook")
-    report.add_argument("page", nargs="?", help="the page to write; left out, beside the notebook")
+    report.add_argument("page", nargs="?", help="the page to write; default: beside the notebook")
     report.set_defaults(run=_report)
 
     importing = commands.add_parser(
         "import",
-        help="a training that sdnb did not run, as a run folder",
-        description="Make a run folder of a training of diffusers' train_text_to_image.py.",
+        help="make a run folder of a run that sdnb did not make",
+        description="Make a run folder of a run of diffusers' train_text_to_image.py.",
     )
     importing.add_argument("log", type=Path, help="its console log, or its TensorBoard events (a file or the folder)")
-    importing.add_argument("--output_dir", type=Path, help="the run folder; left out, a new one under runs/")
+    importing.add_argument("--output_dir", type=Path, help="the run folder; default: a new one under runs/")
     for name, what in (
-        ("examples", "pictures in its data set"),
+        ("examples", "images in its data set"),
         ("num_processes", "its ranks"),
-        ("train_batch_size", "pictures in a micro-batch"),
+        ("train_batch_size", "images in a micro-batch"),
         ("gradient_accumulation_steps", "micro-batches in an optimizer step"),
     ):
-        importing.add_argument(f"--{name}", type=int, help=f"{what}, where the log does not say it")
+        importing.add_argument(f"--{name}", type=int, help=f"{what}, if the log does not contain it")
     importing.set_defaults(run=_import)
 
-    sweeping = commands.add_parser("sweep", help="a grid of settings, each an executed notebook, compared on one page")
+    sweeping = commands.add_parser("sweep", help="run a grid of settings, and compare the runs on one page")
     sweeping.add_argument("grid", help="a YAML file, such as params/sweep-batch.yaml")
-    sweeping.add_argument("--output_dir", help="folder for the runs; left out, one under runs/ with the file's name")
+    sweeping.add_argument("--output_dir", help="folder for the runs; default: one under runs/ with the file's name")
     sweeping.set_defaults(run=_sweep)
 
     given = parser.parse_args(arguments)
@@ -47,20 +47,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    from sdnb.report.page import write_and_say
+    from sdnb.report.page import write_and_print
 
-    write_and_say(given.notebook, given.page)
+    write_and_print(given.notebook, given.page)
 
 
 def _import(given: argparse.Namespace) -> None:
-    from sdnb.metrics import results as metrics
+    from sdnb.metrics.results import measure
     from sdnb.run import importing
 
-    said = {name: getattr(given, name) for name in ("examples", "num_processes", "train_batch_size",
-                                                    "gradient_accumulation_steps")}  # fmt: skip
-    log = importing.read(given.log, **{name: number for name, number in said.items() if number is not None})
+    names = ("examples", "num_processes", "train_batch_size", "gradient_accumulation_steps")
+    log = importing.read(
+        given.log, **{name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    )
     run = importing.write(log, given.output_dir, given.log.name)
-    print(metrics.measure(run), f"in {run.folder}", sep="\n")
+    print(measure(run), f"in {run.folder}", sep="\n")
 
 
 def _sweep(given: argparse.Namespace) -> None:
@@ -69,9 +70,7 @@ def _sweep(given: argparse.Namespace) -> None:
     page, failed = sweep.run(sweep.load(given.grid), given.output_dir)
     print(f"report: {page}")
     if failed:
-        sys.exit(
-            f"error: {len(failed)} of the trainings failed: {', '.join(failed)}; the same command tries them again"
-        )
+        sys.exit(f"error: {len(failed)} runs failed: {', '.join(failed)}. The same command tries them again")
 
 
 if __name__ == "__main__":

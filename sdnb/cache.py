@@ -1,4 +1,4 @@
-"""The cache folder: what is made once on a machine and kept, such as the embedded models and data."""
+"""The cache folder: what a machine makes once and reuses, such as the embedded models and data."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from sdnb.errors import CacheError
 
 
 def cache_root(cache_dir: str | None = None) -> Path:
-    """The folder `sdnb` in `cache_dir`, or in the user's cache folder where that is None."""
+    """The folder `sdnb` in `cache_dir`, or in the user's cache folder if that is None."""
     parent = cache_dir or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(parent).expanduser() / "sdnb"
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make` if it is not there yet.
+    """`folder`, filled by `make` if it does not exist yet.
 
-    It is filled aside and then renamed: it is complete or absent, also where several processes fill it at once.
+    It is filled under another name and then renamed, so it is complete or absent, even if several processes fill it at
+    once.
 
     Raises:
-        CacheError: if nothing can be written there.
+        CacheError: if the folder cannot be written.
     """
     if not folder.exists():
         try:
@@ -36,14 +37,14 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         except OSError as error:
             raise CacheError(
                 f"the cache folder {folder.parent} cannot be written: {error}; "
-                "set cache_dir, or XDG_CACHE_HOME, to another"
+                "set cache_dir or XDG_CACHE_HOME to another folder"
             ) from None
         try:
             make(aside)
             aside.chmod(0o755)
             aside.rename(folder)
         except OSError:
-            if not folder.exists():  # otherwise another process was first, and made the same
+            if not folder.exists():  # else another process was faster, and made the same
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -51,11 +52,11 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def computed_once(kind: str, key: Any, compute: Callable[[], Any], cache_dir: str | None = None) -> Any:
-    """What `compute` gives, kept for the next time; where that cannot be read or written, it is computed every time.
+    """The result of `compute`, cached. If the cache cannot be read or written, it is computed every time.
 
     Args:
-        kind: the beginning of the file's name.
-        key: everything that the result depends on. Both must be such that JSON can say them.
+        kind: first part of the file's name.
+        key: everything that the result depends on, as JSON values; so must be the result.
     """
     folder = cache_root(cache_dir) / "computed"
     path = folder / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"

@@ -1,24 +1,24 @@
-"""The one exception that sdnb raises for what a user can put right."""
+"""Errors that a user can fix."""
 
 
 class SdnbError(Exception):
-    """Says what is wrong, where, and what to do. Shown without a traceback, in a notebook too."""
+    """Says what is wrong, where, and what to do. Shown without a traceback, also in a notebook."""
 
     def _render_traceback_(self) -> list[str]:
-        # IPython's hook for an exception that knows best how to show itself.
+        # IPython calls this to show an exception.
         return [f"{type(self).__name__}: {self}"]
 
 
 class ConfigError(SdnbError):
-    """Settings that are misspelt, of the wrong type, out of range, or that exclude each other."""
+    """Settings that are misspelt, of the wrong type, out of range, or exclude each other."""
 
 
 class ModelError(SdnbError):
-    """A model that is not there, or not complete."""
+    """A model that is missing or incomplete."""
 
 
 class DataError(SdnbError):
-    """A data set that is not there, or an example in it that cannot be used."""
+    """A data set that is missing, or an example that cannot be used."""
 
 
 class CacheError(SdnbError):
@@ -26,4 +26,4 @@ class CacheError(SdnbError):
 
 
 class RunError(SdnbError):
-    """A run that cannot start, that failed, or a run folder that cannot be read."""
+    """A run that cannot start or that failed, or a run folder that cannot be read."""

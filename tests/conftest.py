@@ -68,6 +68,6 @@ def forked_ranks(monkeypatch):
 
     from processes import Forked
 
-    from sdnb.launch import notebook as launch
+    from sdnb.launch import notebook
 
-    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))
+    monkeypatch.setattr(notebook, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Forked}))

@@ -3,8 +3,9 @@
 import json
 import sys
 
-from sdnb.launch import notebook as launch
+from sdnb.launch.notebook import launch
+from sdnb.launch.plan import prepare
 from sdnb.settings.config import TrainConfig
 
 if __name__ == "__main__":
-    launch.launch(launch.prepare(TrainConfig(**json.loads(sys.argv[1]))), show=lambda *_: None)
+    launch(prepare(TrainConfig(**json.loads(sys.argv[1]))), show=lambda *_: None)

@@ -107,10 +107,10 @@ def test_the_pages_say_what_they_are_of(pages, browser):
             assert page.get_by_role("heading", name=heading, exact=True).count() == 1
         assert page.locator(".tile").first.inner_text().startswith("images/s per CPU rank")
         command = page.locator("pre.command").inner_text()
-        assert "papermill notebooks/train.ipynb" in command and '"max_train_steps": 12' in command
+        assert "-m sdnb.train" in command and "--max_train_steps=12" in command
     with opened(browser, pages["compared"]) as page:
         assert page.title().startswith("sd-v1-4-8-gpus-2024 beside a-run")
-        assert "cannot be said" in page.inner_text("body")
+        assert "It is unknown whether" in page.inner_text("body")
 
 
 def test_pictures_have_words_and_code_is_a_click_away(pages, browser):
@@ -312,7 +312,7 @@ def test_interrupting_in_jupyterlab(lab, browser):
     page = run_all(browser, address)
     wait_for(lambda: points(page) > 3, within=120)
     choose(page, "Kernel", "Interrupt Kernel", ready=".jp-Notebook")
-    page.get_by_text(re.compile(r"interrupted after \d+ steps; what was measured is in")).first.wait_for(timeout=20_000)
+    page.get_by_text(re.compile(r"interrupted after \d+ steps; the measurements are in")).first.wait_for(timeout=20_000)
     assert none_left(folder, within=10)
     page.locator("svg[aria-label='seconds a step']").scroll_into_view_if_needed()
     screenshot(page, "lab-interrupted")

@@ -18,15 +18,15 @@ from processes import Forked, processes_of
 from training import small_data, small_model, train
 
 from sdnb.compat import has_fused_adam
-from sdnb.data import image_captions as data
+from sdnb.data.loading import load_data
 from sdnb.errors import RunError
 from sdnb.launch import command_line
-from sdnb.launch import notebook as launch
+from sdnb.launch.notebook import launch
+from sdnb.launch.plan import prepare
 from sdnb.machine import environment
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
-from sdnb.train import checkpoint_folder
-from sdnb.train import loop as training
+from sdnb.train import checkpoint_folder, setup
 
 # 13 pictures, 2 × 2 a step: on one rank 7 micro-batches, so epochs of 4 steps, the last of them short.
 STEPS = 9
@@ -131,7 +131,7 @@ def test_killed_again_and_again_with_eight_loading_processes(settings, tmp_path)
 
 def test_two_ranks_one_of_them_killed(settings, tmp_path, forked_ranks):
     settings = {**settings, "num_processes": 2, "validation_loss_steps": 0}
-    whole = launch.launch(launch.prepare(TrainConfig(**settings)), show=lambda *_: None)
+    whole = launch(prepare(TrainConfig(**settings)), show=lambda *_: None)
     folder = tmp_path / "killed"
 
     killed_ranks = []
@@ -142,12 +142,12 @@ def test_two_ranks_one_of_them_killed(settings, tmp_path, forked_ranks):
             killed_ranks[0].kill()
 
     killed = TrainConfig(**{**settings, "output_dir": str(folder), "checkpointing_steps": 1})
-    with pytest.raises(RunError, match="it died of SIGKILL"):
-        launch.launch(launch.prepare(killed), show=kill_a_rank)
-    plan = launch.prepare(killed.updated(resume_from_checkpoint="latest"))
+    with pytest.raises(RunError, match="it was killed by SIGKILL"):
+        launch(prepare(killed), show=kill_a_rank)
+    plan = prepare(killed.updated(resume_from_checkpoint="latest"))
     assert plan.resumes_after >= 3
     assert plan.facts["resumes"] == f"after step {plan.resumes_after}"
-    resumed = launch.launch(plan, show=lambda *_: None)
+    resumed = launch(plan, show=lambda *_: None)
     assert_same(resumed, whole)
     assert resumed.summary["world_size"] == 2 and not resumed.failure
     assert len(resumed.environment["resumed"]) == 1
@@ -176,7 +176,7 @@ def copy(stopped, tmp_path):
 
 def found(settings):
     config = TrainConfig(**settings).resolved("cpu", 0)
-    return checkpoint_folder.find(config, data.load(config).train)
+    return checkpoint_folder.find_checkpoints(config, load_data(config).train)
 
 
 def cut_short(folder):
@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, damage):
     folder, settings = copy
     damage(folder / "checkpoint-2")
     run = train(settings)
-    assert "WARNING passed over" in run.log and "checkpoint-2: " in run.log
+    assert "WARNING skipped" in run.log and "checkpoint-2: " in run.log
     assert "resuming after step 1" in run.log
     assert list(run.steps.step) == [1, 2, 3]
 
@@ -218,14 +218,14 @@ def test_no_whole_checkpoint_left_is_an_error_and_not_a_new_training(copy):
     folder, settings = copy
     for step in (1, 2):
         cut_short(folder / f"checkpoint-{step}")
-    with pytest.raises(RunError, match="nothing to resume from(.|\n)*checkpoint-2: incomplete(.|\n)*checkpoint-1"):
+    with pytest.raises(RunError, match="no checkpoint can be used(.|\n)*checkpoint-2: incomplete(.|\n)*checkpoint-1"):
         found(settings)
     assert len(run_folder.RunFolder(folder).steps) == 2, "and the records are still there"
 
 
 def test_what_is_asked_for_and_not_there(copy, tmp_path):
     folder, settings = copy
-    with pytest.raises(RunError, match="checkpoint-9: no such checkpoint in .*there are: checkpoint-2, checkpoint-1"):
+    with pytest.raises(RunError, match="checkpoint-9: no such checkpoint in .*found: checkpoint-2, checkpoint-1"):
         found({**settings, "resume_from_checkpoint": "checkpoint-9"})
     assert found({**settings, "output_dir": str(tmp_path / "new")}).usable == ()
     with pytest.raises(RunError, match="set output_dir"):
@@ -269,11 +269,20 @@ def test_what_does_not_change_the_training_may_change(copy, tmp_path):
     assert [one.step for one in found({**settings, **harmless}).usable] == [2, 1]
 
 
-def test_another_order_in_memory_goes_on_with_the_same_training(copy, tmp_path):
+def test_averages_in_another_memory_order_give_the_same_training(copy, tmp_path):
+    """As earlier versions saved them."""
     folder, settings = copy
     shutil.copytree(folder, tmp_path / "other")
+    for file in (tmp_path / "other").glob("checkpoint-*/optimizer.bin"):
+        saved, size = torch.load(file, weights_only=True), file.stat().st_size
+        for state in saved["state"].values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if state[name].dim() == 4:
+                    state[name] = state[name].to(memory_format=torch.channels_last)
+        torch.save(saved, file)
+        assert file.stat().st_size == size, "the manifest has its size"
     plain = train(settings, steps=5)
-    other = train(settings, steps=5, channels_last=True, output_dir=str(tmp_path / "other"))
+    other = train(settings, steps=5, output_dir=str(tmp_path / "other"))
     assert "resuming after step 2" in other.log
     assert list(other.steps.loss) == pytest.approx(list(plain.steps.loss), rel=1e-4)
 
@@ -283,14 +292,14 @@ def test_changes_that_are_asked_for_hold(copy):
     run = train(settings, learning_rate=0.5, adam_beta1=0.5, resume_with_changes=True)
     assert list(run.steps.lr) == [1e-4, 1e-4, 0.5]
     assert "resuming with changes: learning_rate: 0.0001 in the checkpoint, 0.5 now" in run.log
-    assert "the epoch begins again" not in run.log, "the order is what it was"
+    assert "the epoch starts again" not in run.log, "the order is what it was"
 
 
 def test_another_batch_that_is_asked_for(copy):
     _, settings = copy
     run = train(settings, train_batch_size=4, resume_with_changes=True)
     assert list(run.steps.images) == [2, 2, 4]
-    assert "the epoch begins again, in another order" in run.log
+    assert "the epoch starts again, in another order" in run.log
 
 
 def test_the_references_own_checkpoint(copy):
@@ -300,7 +309,7 @@ def test_the_references_own_checkpoint(copy):
         (folder / "checkpoint-2" / name).unlink()
     trained = (folder / "checkpoint-2" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
     run = train({**settings, "steps": 2})
-    assert "resuming after step 2" in run.log and "does not say where it was" in run.log
+    assert "resuming after step 2" in run.log and "does not contain its position" in run.log
     (folder / "checkpoint-1").rename(folder / "kept-1")
     averaged = json.loads((folder / "checkpoint-2" / "unet_ema" / "config.json").read_text())
     assert averaged["optimization_step"] == 2
@@ -343,8 +352,7 @@ def test_a_disk_that_takes_no_more(copy):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = str(error.value)
-    del error  # and with it the frame that holds the lock
-    assert "File too large" in said and "the one before it, checkpoint-2, is whole" in said
+    assert "File too large" in said and "the one before it, checkpoint-2, is complete" in said
     assert {path.name: path.stat().st_mtime for path in (folder / "checkpoint-2").iterdir()} == before
     assert not list(folder.glob(".checkpoint-*"))
     assert list(train({**settings, "steps": 4}).steps.step) == [1, 2, 3, 4]
@@ -376,7 +384,7 @@ def test_a_quantised_optimizer_goes_on_too(stopped, tmp_path, monkeypatch):
 @pytest.mark.skipif(not has_fused_adam("cpu"), reason="no fused AdamW on the CPU before torch 2.4")
 def test_a_fused_optimizer_with_scaled_losses_takes_up_one_without(stopped, tmp_path, monkeypatch):
     """As a training in float16 does that goes on from a checkpoint of the reference's, or of another precision."""
-    plain, scaler = training._accelerator, torch.amp.GradScaler("cpu", init_scale=4.0)
+    plain, scaler = setup.make_accelerator, torch.amp.GradScaler("cpu", init_scale=4.0)
 
     def with_scaled_losses(config):
         accelerator = plain(config)
@@ -385,7 +393,7 @@ def test_a_fused_optimizer_with_scaled_losses_takes_up_one_without(stopped, tmp_
 
     settings = {**stopped[1], "fused_optimizer": False, "output_dir": str(tmp_path / "run")}
     train(settings)
-    monkeypatch.setattr(training, "_accelerator", with_scaled_losses)
+    monkeypatch.setattr(setup, "make_accelerator", with_scaled_losses)
     resumed = train(settings, fused_optimizer=True, steps=3, resume_from_checkpoint="latest", checkpointing_steps=3)
     kept = torch.load(resumed.folder / "checkpoint-3" / "optimizer.bin", weights_only=True)
     assert list(resumed.steps.step) == [1, 2, 3] and kept["param_groups"][0]["fused"]
@@ -395,7 +403,7 @@ def test_a_fused_optimizer_with_scaled_losses_takes_up_one_without(stopped, tmp_
 
 def test_one_training_at_a_time(copy):
     folder, settings = copy
-    with run_folder.lock(folder), pytest.raises(RunError, match="another training is running in this folder"):
+    with run_folder.lock(folder), pytest.raises(RunError, match="another run is using this folder"):
         train(settings)
     assert list(train(settings).steps.step) == [1, 2, 3]
 

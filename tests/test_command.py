@@ -110,7 +110,7 @@ def test_a_rank_that_fails_says_why(tmp_path, image_folder):
     )  # fmt: skip
     errors = process.communicate(timeout=200)[1]
     assert process.returncode != 0
-    assert errors.count("the picture cannot be used") == 1
+    assert errors.count("the image cannot be used") == 1
     assert run_folder.RunFolder(tmp_path / "run").failure["what"] == "DataError"
 
 

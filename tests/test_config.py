@@ -3,6 +3,7 @@ import yaml
 
 from sdnb.errors import ConfigError
 from sdnb.settings.config import TrainConfig
+from sdnb.settings.notebook import from_notebook
 
 MODEL_AND_DATA = dict(pretrained_model_name_or_path="tiny", dataset_name="openmoji")
 
@@ -109,8 +110,8 @@ def test_an_epoch_of_the_published_run():
     """833 pictures on eight ranks: 14 micro-batches, so 4 optimizer steps an epoch and 26 epochs for 101 steps."""
     made = config(train_batch_size=8, gradient_accumulation_steps=4, num_processes=8, steps=101)
     assert made.global_batch == 256
-    assert made.micro_batches_per_epoch(833) == 14
-    assert made.steps_per_epoch(833) == 4
+    assert made.epoch(833).micro_batches == 14
+    assert made.epoch(833).steps == 4
     assert made.total_steps(833) == 101
     assert config(num_train_epochs=3, train_batch_size=8, num_processes=8).total_steps(833) == 3 * 14
 
@@ -118,54 +119,41 @@ def test_an_epoch_of_the_published_run():
 def test_whole_steps_run_on_over_the_end_of_an_epoch():
     settings = dict(train_batch_size=8, gradient_accumulation_steps=4, num_processes=8, whole_steps=True)
     made = config(**settings)
-    assert made.micro_batches_per_epoch(833) == 13, "the 833rd picture waits for another epoch"
-    assert made.steps_per_epoch(833) == 3.25
+    assert made.epoch(833).micro_batches == 13, "the 833rd picture waits for another epoch"
+    assert made.epoch(833).steps == 3.25
     assert config(**settings, num_train_epochs=4).total_steps(833) == 13
     assert config(**settings, num_train_epochs=3).total_steps(833) == 9
     with pytest.raises(ConfigError, match="63 examples do not fill a micro-batch of 8 on each of 8 ranks"):
-        made.micro_batches_per_epoch(63)
-
-
-def test_cuda_graphs_are_of_what_is_compiled():
-    with pytest.raises(ConfigError, match="cuda_graphs = True needs compile_unet"):
-        config(cuda_graphs=True)
-    graphs = config(cuda_graphs=True, compile_unet="blocks", gradient_accumulation_steps=4)
-    assert graphs.updated(fold_micro_batches=4).cuda_graphs
-    with pytest.raises(ConfigError, match="gradient_checkpointing needs compile_unet = whole"):
-        graphs.updated(gradient_checkpointing=True)
-    assert graphs.updated(gradient_checkpointing=True, compile_unet="whole").cuda_graphs
-    with pytest.raises(ConfigError, match="needs all 4 micro-batches of a step to run as one: leave fold_micro"):
-        graphs.updated(fold_micro_batches=2)
-    assert config(compile_unet=False).compile_unet == "no", "no is a boolean in YAML"
+        made.epoch(63)
 
 
 def notebook(*cells, **variables):
-    return {"In": ["", *cells, "config = TrainConfig.from_notebook(globals())"], **variables}
+    return {"In": ["", *cells, "config = from_notebook(globals())"], **variables}
 
 
 TAGGED = "# Parameters of this run\nsteps = 101\ndataset_name = 'openmoji'\npretrained_model_name_or_path = 'tiny'"
 
 
 def test_a_notebooks_parameters():
-    made = TrainConfig.from_notebook(notebook(TAGGED, steps=101, **MODEL_AND_DATA))
+    made = from_notebook(notebook(TAGGED, steps=101, **MODEL_AND_DATA))
     assert made.max_train_steps == 101
 
 
 def test_the_notebooks_other_variables_are_its_own():
     namespace = notebook("total = 3.0", TAGGED, "config = 1", steps=1, total=3.0, config=1, **MODEL_AND_DATA)
-    assert TrainConfig.from_notebook(namespace).max_train_steps == 1
+    assert from_notebook(namespace).max_train_steps == 1
 
 
 def test_an_unknown_parameter_of_papermills():
     namespace = notebook(TAGGED, "# Parameters\nstpes = 3\n", steps=101, stpes=3, **MODEL_AND_DATA)
     with pytest.raises(ConfigError, match="did you mean steps"):
-        TrainConfig.from_notebook(namespace)
+        from_notebook(namespace)
 
 
 def test_a_mistake_that_was_mended_is_forgotten():
     wrong = TAGGED.replace("steps", "stpes")
     namespace = notebook(wrong, TAGGED, steps=101, stpes=101, **MODEL_AND_DATA)
-    assert TrainConfig.from_notebook(namespace).max_train_steps == 101
+    assert from_notebook(namespace).max_train_steps == 101
 
 
 @pytest.mark.parametrize(
@@ -179,5 +167,5 @@ def test_a_mistake_that_was_mended_is_forgotten():
 )
 def test_a_given_setting_replaces_the_notebooks_default_for_the_same_choice(injected, expected):
     cell = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in injected.items())
-    made = TrainConfig.from_notebook(notebook(TAGGED, cell, **{"steps": 101, **MODEL_AND_DATA, **injected}))
+    made = from_notebook(notebook(TAGGED, cell, **{"steps": 101, **MODEL_AND_DATA, **injected}))
     assert {name: getattr(made, name) for name in expected} == expected

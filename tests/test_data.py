@@ -6,12 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sdnb import compat
-from sdnb.data import image_captions as data
+from pretraining import captions
 from sdnb.data import openmoji
-from sdnb.data.transforms import centre, cut, draw_corner, draw_mirrored, normalize, resize, to_tensor
+from sdnb.data.image_captions import first_caption
+from sdnb.data.loading import load_data
+from sdnb.data.training_set import TrainingSet
+from sdnb.data.transforms import centre, crop, draw_corner, draw_mirrored, normalize, resize, to_tensor
 from sdnb.errors import DataError
-from sdnb.models import pipeline as models
+from sdnb.models.pipeline import load_parts
 from sdnb.settings.config import TrainConfig
 
 
@@ -20,33 +22,33 @@ def config(**settings):
 
 
 def load_folder(folder, **settings):
-    return data.load(config(train_data_dir=str(folder), **settings)).train
+    return load_data(config(train_data_dir=str(folder), **settings)).train
 
 
 def test_the_embedded_set():
-    splits = data.load(config(dataset_name="openmoji"))
+    splits = load_data(config(dataset_name="openmoji"))
     assert len(splits.train) == 833
     assert len(splits.held_out) == 1918 - 833
     assert not set(splits.train.captions) & set(splits.held_out.captions)
-    assert splits.train.picture(0).size == (64, 64)
+    assert splits.train.image(0).size == (64, 64)
     heart = [*splits.train.captions, *splits.held_out.captions].index("red heart")
-    picture = splits.train.picture(heart) if heart < 833 else splits.held_out.picture(heart - 833)
+    picture = splits.train.image(heart) if heart < 833 else splits.held_out.image(heart - 833)
     red, green, blue = picture.getpixel((32, 32))
     assert red > 200 and green < 120 and blue < 120, "a red heart is red in its middle"
     assert picture.getpixel((0, 0)) == (255, 255, 255), "on white"
 
 
 def test_the_embedded_set_has_no_skin_tone_variants():
-    assert len(openmoji.named_pictures()) == 1918
-    assert not [caption for _, caption in openmoji.named_pictures() if "skin tone" in caption]
+    assert len(openmoji.named_drawings()) == 1918
+    assert not [caption for _, caption in openmoji.named_drawings() if "skin tone" in caption]
 
 
 def test_the_same_pictures_by_night():
-    day, night = (data.load(config(dataset_name=name)) for name in (openmoji.PLAIN, openmoji.NIGHT))
+    day, night = (load_data(config(dataset_name=name)) for name in (openmoji.PLAIN, openmoji.NIGHT))
     assert night.train.captions == [f"{caption}, night style" for caption in day.train.captions]
     assert len(night.held_out) == len(day.held_out)
     for row in (0, 100, 832):
-        light, dark = (np.asarray(splits.train.picture(row), dtype=float) for splits in (day, night))
+        light, dark = (np.asarray(splits.train.image(row), dtype=float) for splits in (day, night))
         assert (light[0, 0] == 255).all() and tuple(dark[0, 0]) == openmoji._SKY
         assert dark.mean() < 0.6 * light.mean()
         outlines = light.max(2) == 0
@@ -54,19 +56,19 @@ def test_the_same_pictures_by_night():
 
 
 def test_what_the_embedded_model_was_trained_on():
-    splits = data.load(config(dataset_name=openmoji.PRETRAINING))
-    assert (len(splits.train), len(splits.held_out)) == (1918 - openmoji.NEVER_SEEN, openmoji.NEVER_SEEN)
-    names, held_out = ({data.first_caption(one) for one in part.captions} for part in (splits.train, splits.held_out))
-    day = data.load(config(dataset_name=openmoji.PLAIN))
+    splits = load_data(config(dataset_name=str(captions.folder(64))))
+    assert (len(splits.train), len(splits.held_out)) == (1918 - captions.NEVER_SEEN, captions.NEVER_SEEN)
+    names, held_out = ({first_caption(one) for one in part.captions} for part in (splits.train, splits.held_out))
+    day = load_data(config(dataset_name=openmoji.PLAIN))
     assert set(day.train.captions) <= names, "what the main job trains on, it has seen by day"
     assert held_out <= set(day.held_out.captions)
-    captions = {data.first_caption(several): several for several in splits.train.captions}
-    assert captions["blue heart"] == ["blue heart", "blue heart", "blue heart, day style", "blue heart, dark blue"]
-    assert {"flag of France", "France, dark blue and red", "dark blue France"} <= set(captions["France"])
+    several = {first_caption(one): one for one in splits.train.captions}
+    assert several["blue heart"] == ["blue heart", "blue heart", "blue heart, day style", "blue heart, dark blue"]
+    assert {"flag of France", "France, dark blue and red", "dark blue France"} <= set(several["France"])
 
 
 def test_the_embedded_set_at_another_resolution():
-    assert data.load(config(dataset_name="openmoji", resolution=32)).train.picture(5).size == (32, 32)
+    assert load_data(config(dataset_name="openmoji", resolution=32)).train.image(5).size == (32, 32)
 
 
 def test_fewer_examples(image_folder):
@@ -82,7 +84,7 @@ def test_a_data_set_by_folder_has_its_held_out_split(tmp_path):
         (tmp_path / split).mkdir()
         Image.new("RGB", (64, 64)).save(tmp_path / split / "a.png")
         (tmp_path / split / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "black"}\n')
-    splits = data.load(config(dataset_name=str(tmp_path)))
+    splits = load_data(config(dataset_name=str(tmp_path)))
     assert (len(splits.train), len(splits.held_out)) == (1, 1)
 
 
@@ -94,16 +96,16 @@ def test_a_picture_that_does_not_decode_is_named(image_folder):
     folder = image_folder(3)
     (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:60])
     pictures = load_folder(folder)
-    pictures.picture(0)
+    pictures.image(0)
     with pytest.raises(DataError, match=r"row 1.*001\.png.*cannot be used"):
-        pictures.picture(1)
+        pictures.image(1)
 
 
 def test_a_picture_with_deep_pixels_is_named(image_folder):
     folder = image_folder(1)
     Image.new("I;16", (64, 64), 40000).save(folder / "000.png")
     with pytest.raises(DataError, match="row 0.*deeper than 8 bits"):
-        load_folder(folder).picture(0)
+        load_folder(folder).image(0)
 
 
 def test_a_missing_caption_is_named(image_folder):
@@ -116,7 +118,7 @@ def test_a_missing_caption_is_named(image_folder):
 def test_a_picture_without_a_line_is_named(image_folder):
     folder = image_folder(2)
     write_metadata(folder, {"file_name": "000.png", "text": "a"})
-    with pytest.raises(DataError, match=r"1 of 2 pictures have no caption: 001\.png"):
+    with pytest.raises(DataError, match=r"1 of 2 images have no caption: 001\.png"):
         load_folder(folder)
 
 
@@ -139,7 +141,7 @@ def test_a_line_without_its_picture_is_named(image_folder):
     folder = image_folder(1)
     write_metadata(folder, {"file_name": "000.png", "text": "a"}, {"file_name": "gone.png", "text": "b"})
     with pytest.raises(DataError, match=r"gone\.png"):
-        load_folder(folder).picture(1)
+        load_folder(folder).image(1)
 
 
 def test_an_empty_folder(image_folder):
@@ -165,7 +167,7 @@ def test_a_wrong_column_name_says_which_there_are(image_folder):
 
 def test_the_vanished_data_set_names_what_to_use_instead():
     with pytest.raises(DataError) as error:
-        data.load(config(dataset_name="lambdalabs/pokemon-blip-captions"))
+        load_data(config(dataset_name="lambdalabs/pokemon-blip-captions"))
     assert all(name in str(error.value) for name in ("naruto-blip-captions", "openmoji", "train_data_dir"))
 
 
@@ -190,10 +192,9 @@ def loaded(examples, rows):
     return torch.stack([*batch["pixels"]])
 
 
-def examples_of(folder, **settings):
+def training_set(folder, threads=0, **settings):
     examples = load_folder(folder, **settings)
-    examples.tokenizer = models.load(examples.config).tokenizer
-    return examples
+    return TrainingSet(examples, load_parts(examples.settings).tokenizer, threads=threads)
 
 
 def test_the_centre_crop(image_folder):
@@ -201,29 +202,28 @@ def test_the_centre_crop(image_folder):
     assert centre((64, 69), 64) == (0, 2), "2.5 rounds to 2"
     folder = image_folder(1)
     coordinates(100, 64).save(folder / "000.png")
-    examples = examples_of(folder, center_crop=True)
+    examples = training_set(folder, center_crop=True)
     assert loaded(examples, [0])[0, :, 0, 0].tolist() == [18, 0, 0]
-    assert torch.equal(examples.levels(0), loaded(examples, [0])[0])
+    assert torch.equal(examples.examples.pixels_uint8(0), loaded(examples, [0])[0])
 
 
 def test_the_random_crop_draws_row_then_column():
-    anywhere = config(dataset_name="openmoji")
     torch.manual_seed(3)
     top, left = int(torch.randint(0, 70 - 64 + 1, (1,))), int(torch.randint(0, 100 - 64 + 1, (1,)))
     torch.manual_seed(3)
-    assert draw_corner((100, 70), anywhere) == (left, top)
+    assert draw_corner((100, 70), 64) == (left, top)
     state = torch.get_rng_state()
-    assert draw_corner((64, 64), anywhere) == (0, 0)
+    assert draw_corner((64, 64), 64) == (0, 0)
     assert torch.equal(state, torch.get_rng_state()), "nothing to choose, nothing drawn"
 
 
 def test_the_random_crop_is_where_it_was_drawn(image_folder):
     folder = image_folder(1)
     coordinates(100, 70).save(folder / "000.png")
-    examples = examples_of(folder)
+    examples = training_set(folder)
     for seed in range(5):
         torch.manual_seed(seed)
-        corner = draw_corner((int(64 * 100 / 70), 64), examples.config)
+        corner = draw_corner((int(64 * 100 / 70), 64), 64)
         torch.manual_seed(seed)
         drawn = examples[0]
         assert drawn.corner == corner
@@ -233,14 +233,14 @@ def test_the_random_crop_is_where_it_was_drawn(image_folder):
 
 
 @pytest.mark.parametrize("center_crop", [True, False])
-def test_what_is_passed_over_draws_all_the_same(image_folder, center_crop):
-    examples = examples_of(image_folder(3, (90, 70)), random_flip=True, center_crop=center_crop)
+def test_a_skipped_batch_draws_the_same_numbers(image_folder, center_crop):
+    examples = training_set(image_folder(3, (90, 70)), random_flip=True, center_crop=center_crop)
     states = []
-    for passed_over in (0, 1):
+    for skipped in (0, 1):
         torch.manual_seed(5)
-        examples.pass_over(passed_over)
+        examples.skip_batches(skipped)
         first = examples.collate([examples[0], examples[1]])
-        assert (first == {}) == bool(passed_over)
+        assert (first == {}) == bool(skipped)
         second = loaded(examples, [2])
         states.append((torch.get_rng_state(), second))
     assert all(torch.equal(one, other) for one, other in zip(*states))
@@ -251,9 +251,7 @@ def test_threads_load_the_same_in_the_same_order(image_folder, center_crop):
     folder = image_folder(9, (90, 70))
     batches = []
     for threads in (0, 4):
-        examples = examples_of(folder, random_flip=True, center_crop=center_crop)
-        if threads:
-            examples.load_in_threads(threads)
+        examples = training_set(folder, threads, random_flip=True, center_crop=center_crop)
         torch.manual_seed(1)
         batches.append([loaded(examples, rows) for rows in ([8, 1, 5], [0, 2, 3, 4, 6, 7])])
     assert all(torch.equal(one, other) for one, other in zip(*batches))
@@ -261,15 +259,14 @@ def test_threads_load_the_same_in_the_same_order(image_folder, center_crop):
 
 @pytest.mark.parametrize("center_crop", [True, False])
 def test_pictures_are_loaded_at_the_same_time(image_folder, monkeypatch, center_crop):
-    examples = examples_of(image_folder(3, (90, 70)), center_crop=center_crop)
-    examples.load_in_threads(3)
-    together, picture = threading.Barrier(3, timeout=30), examples.picture
+    examples = training_set(image_folder(3, (90, 70)), 3, center_crop=center_crop)
+    together, image = threading.Barrier(3, timeout=30), examples.examples.image
 
     def wait_for_the_others(row):
         together.wait()
-        return picture(row)
+        return image(row)
 
-    monkeypatch.setattr(examples, "picture", wait_for_the_others)
+    monkeypatch.setattr(examples.examples, "image", wait_for_the_others)
     assert loaded(examples, [0, 1, 2]).shape == (3, 3, 64, 64)
 
 
@@ -277,8 +274,7 @@ def test_pictures_are_loaded_at_the_same_time(image_folder, monkeypatch, center_
 def test_what_a_thread_cannot_load_is_named(image_folder, center_crop):
     folder = image_folder(3)
     (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:60])
-    examples = examples_of(folder, center_crop=center_crop)
-    examples.load_in_threads(2)
+    examples = training_set(folder, 2, center_crop=center_crop)
     with pytest.raises(DataError, match=r"row 1.*001\.png.*cannot be used"):
         loaded(examples, [0, 1, 2])
 
@@ -296,14 +292,13 @@ def test_the_interpolation_is_the_one_asked_for():
 
 
 def test_pixels_and_flip():
-    made = config(dataset_name="openmoji", random_flip=True, center_crop=True)
     picture = coordinates(64, 64)
     flipped = 0
     for seed in range(20):
         torch.manual_seed(seed)
         expected = torch.rand(1) < 0.5
         torch.manual_seed(seed)
-        levels = cut(picture, (0, 0), draw_mirrored(made), 64)
+        levels = crop(picture, (0, 0), draw_mirrored(), 64)
         assert levels.shape == (3, 64, 64) and levels.dtype == torch.uint8
         assert levels[0, 0, 0] == (63 if expected else 0)
         assert levels[2].max() == 0
@@ -319,11 +314,8 @@ def test_levels_become_what_torchvision_makes_of_them():
 
 
 def test_one_of_several_captions_is_drawn(image_folder):
-    from sdnb.models import embedded
-
     folder = image_folder(1)
     write_metadata(folder, {"file_name": "000.png", "text": ["red heart", "blue heart"]})
-    pictures = load_folder(folder)
-    pictures.tokenizer = compat.clip_tokenizer(*embedded.caption_vocabulary(), 24)
+    pictures = training_set(folder)
     seen = {tuple(pictures.collate([pictures[0]])["input_ids"][0].tolist()) for _ in range(30)}
     assert len(seen) == 2

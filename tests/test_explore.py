@@ -10,9 +10,9 @@ from executed import outputs, papermill
 from PIL import Image
 from training import train
 
-from sdnb.data import image_captions as data
+from sdnb.data.loading import load_data
 from sdnb.errors import RunError
-from sdnb.models import pipeline as models
+from sdnb.models.pipeline import load_parts
 from sdnb.report import explore
 from sdnb.report.page import write_page
 from sdnb.report.run import Run
@@ -34,17 +34,17 @@ def broken(image_folder):
 
 
 def test_a_survey_finds_what_is_wrong(broken):
-    surveyed = explore.survey(data.load(config(train_data_dir=str(broken))).train)
+    surveyed = explore.survey(load_data(config(train_data_dir=str(broken))).train)
     assert len(surveyed) == 6
     assert list(surveyed.index[surveyed.problem.notna()]) == [3]
     assert "003.png" in surveyed.problem[3]
     assert surveyed.same_as.dropna().to_dict() == {4: 1}
     assert (surveyed.width[5], surveyed.height[5]) == (40, 90)
     said = explore.overview(surveyed, 64).iloc[:, 0]
-    assert said["pictures"] == 6 and said["cannot be used"] == 1 and said["the same as an earlier one"] == 1
-    assert said["smaller than 64, to be enlarged"] == 1 and said["sizes"] == "40×64 to 64×90"
-    assert "20% of the pictures are smaller" in explore.sizes(surveyed, 64).alt
-    listed = explore.troubles(surveyed).to_html()
+    assert said["images"] == 6 and said["cannot be used"] == 1 and said["same as an earlier one"] == 1
+    assert said["smaller than 64, will be enlarged"] == 1 and said["sizes"] == "40×64 to 64×90"
+    assert "20% of the images are smaller" in explore.sizes(surveyed, 64).alt
+    listed = explore.problems(surveyed).to_html()
     assert "Mend the file" in listed and "picture 4" in listed and "picture 2" not in listed
 
 
@@ -52,18 +52,18 @@ def test_where_nothing_can_be_used(image_folder):
     folder = image_folder(2)
     for path in folder.glob("*.png"):
         path.write_bytes(b"no picture")
-    surveyed = explore.survey(data.load(config(train_data_dir=str(folder))).train)
+    surveyed = explore.survey(load_data(config(train_data_dir=str(folder))).train)
     assert explore.overview(surveyed, 64).iloc[:, 0]["cannot be used"] == 2
     explore.sizes(surveyed, 64).svg()
 
 
 def test_what_the_vae_keeps_and_what_noise_does():
     settings = config(dataset_name="openmoji")
-    examples, parts = data.load(settings).train, models.load(settings)
+    examples, parts = load_data(settings).train, load_parts(settings)
     kept = explore.kept_by_vae(parts, examples, [0, 5])
     assert re.search(r"ratio -?\d+\.\d dB", kept.alt) and len(kept.axes) == 6
     noised = explore.noised(parts, examples, 0, [0, 999], seed=1)
-    assert "timestep 0: 100% of the picture; timestep 999: " in noised.alt
+    assert "timestep 0: 100% image; timestep 999: " in noised.alt
     clean, noise = (np.asarray(axes.get_images()[0].get_array()) for axes in noised.axes[:2])
     assert clean.shape == noise.shape == (64, 64, 3) and (clean != noise).any()
 

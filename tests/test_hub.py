@@ -139,14 +139,14 @@ def test_a_refusal_comes_before_the_training(tmp_path):
     with a_hub(refuses=True) as server:
         done = push(server, tmp_path / "run")
     assert done.returncode == 1
-    assert "push_to_hub: the repository a-model cannot be made" in done.stderr and "HF_TOKEN" in done.stderr
+    assert "push_to_hub: the repository a-model cannot be created" in done.stderr and "HF_TOKEN" in done.stderr
     assert "Traceback" not in done.stderr
     assert run_folder.RunFolder(tmp_path / "run").steps.empty
 
 
 def test_the_card(pushed):
     run = pushed[2]
-    text = hub.card(run)
+    text = str(hub.card(run))
     head = yaml.safe_load(text.split("---")[1])
     assert head["pipeline_tag"] == "text-to-image" and "sdnb" in head["tags"]
     assert "base_model" not in head, "an embedded model is none of the hub's"

@@ -18,9 +18,12 @@ import torch
 from processes import Forked, none_left, processes_of, wait_for
 
 from sdnb.errors import ConfigError, DataError, ModelError, RunError
-from sdnb.launch import notebook as launch
+from sdnb.launch import notebook
+from sdnb.launch.notebook import launch
+from sdnb.launch.plan import Plan, prepare
 from sdnb.launch.ranks import free_port
 from sdnb.models import pipeline as models
+from sdnb.models.pipeline import model_folder
 from sdnb.report.run import Run
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
@@ -32,14 +35,14 @@ pytestmark = pytest.mark.usefixtures("forked_ranks")
 
 def start(settings, **changes):
     show = changes.pop("show", QUIET["show"])
-    return launch.launch(launch.prepare(TrainConfig(**{**settings, **changes})), show=show)
+    return launch(prepare(TrainConfig(**{**settings, **changes})), show=show)
 
 
 def together(plans):
     """Launched at once. Where one of them fails, or the test's time is over, none is waited for."""
     with ThreadPoolExecutor() as pool:
         try:
-            return list(pool.map(lambda plan: launch.launch(plan, **QUIET), plans))
+            return list(pool.map(lambda plan: launch(plan, **QUIET), plans))
         except BaseException:
             for plan in plans:
                 for process in (processes := processes_of(plan.config.output_dir)):
@@ -95,7 +98,7 @@ def test_two_ranks_train_as_one(settings, image_folder):
 def test_two_machines_train_as_one(settings, tmp_path, ranks):
     """Each launches its own ranks; they meet at machine 0's address, and that keeps the run folder."""
     machines = [
-        launch.prepare(
+        prepare(
             TrainConfig(**{
                 **settings, "num_machines": 2, "machine_rank": rank, "num_processes": ranks,
                 "main_process_ip": "127.0.0.1", "main_process_port": port, "output_dir": str(tmp_path / "shared"),
@@ -115,7 +118,7 @@ def test_two_machines_train_as_one(settings, tmp_path, ranks):
 def test_a_run_after_a_run_and_two_at_once(settings, tmp_path):
     settings = {**settings, "gradient_accumulation_steps": 1}
     plans = [
-        launch.prepare(TrainConfig(**{**settings, "num_processes": 2, "output_dir": str(tmp_path / name)}))
+        prepare(TrainConfig(**{**settings, "num_processes": 2, "output_dir": str(tmp_path / name)}))
         for name in ("a", "b")
     ]
     both = together(plans)
@@ -142,7 +145,7 @@ def test_following_a_run_that_is_resumed(settings, tmp_path):
                 run_folder.append(folder / run_folder.STEPS, record)
 
     process = SimpleNamespace(poll=iter([None, 0]).__next__)
-    launch._follow(process, Run(folder), run_folder.Tail(folder / run_folder.LOG), 12, followed, show)
+    notebook._follow(process, Run(folder), run_folder.Tail(folder / run_folder.LOG), 12, followed, show)
     assert seen == [list(range(1, 11)), list(range(1, 13))]
 
 
@@ -160,7 +163,7 @@ def test_a_ranks_exception_comes_with_its_traceback(settings, tmp_path):
     """A text encoder that does not fit the UNet: torch's own error, deep inside a rank."""
     import shutil
 
-    model = Path(shutil.copytree(models.source(TrainConfig(**settings)), tmp_path / "model"))
+    model = Path(shutil.copytree(model_folder(TrainConfig(**settings)), tmp_path / "model"))
     unet = json.loads((model / "unet" / "config.json").read_text())
     (model / "unet" / "config.json").write_text(json.dumps({**unet, "cross_attention_dim": 96}))
     made = models.UNet2DConditionModel.from_config(json.loads((model / "unet" / "config.json").read_text()))
@@ -181,7 +184,7 @@ def test_a_killed_rank_ends_the_run_and_keeps_what_was_measured(settings, ranks)
         os.kill(max(process.pid for process in processes_of(folder)), signal.SIGKILL)
 
     began = time.time()
-    with pytest.raises(RunError, match="died of SIGKILL") as error:
+    with pytest.raises(RunError, match="killed by SIGKILL") as error:
         start(settings, num_processes=ranks, steps=2000, show=at_step(3, kill_the_last_rank))
     assert time.time() - began < 90
     assert "steps) and the log are in" in str(error.value)
@@ -224,7 +227,7 @@ def test_ranks_that_do_not_join_are_an_error(settings, monkeypatch):
     if int(version("accelerate").partition(".")[0]) < 1:
         assert start(settings, num_processes=2).summary["world_size"] == 2
         return
-    with pytest.raises(RunError, match="2 ranks were asked for and 1 joined"):
+    with pytest.raises(RunError, match="2 ranks were started, but 1 joined"):
         start(settings, num_processes=2)
 
 
@@ -249,37 +252,37 @@ def test_what_is_wrong_is_found_before_anything_is_launched(settings, tmp_path):
         (dict(cache_dir=__file__), ConfigError),
     ):
         with pytest.raises(error):
-            launch.prepare(TrainConfig(**{**settings, **changes}))
+            prepare(TrainConfig(**{**settings, **changes}))
     assert not Path(settings["output_dir"]).exists()
 
 
 def test_the_ranks_of_a_machine_share_its_cores(settings):
     asked = TrainConfig(**{**settings, "num_processes": 4, "num_machines": 2, "main_process_ip": "10.0.0.1"})
     for config, threads in ((asked, "4"), (asked.updated(num_machines=1), "2"), (asked.updated(num_processes=2), "8")):
-        plan = launch.Plan(config, {"cpu_cores": 8, "devices": {"type": "cpu"}}, examples=None, predicted=None)
-        assert launch._process_environment(plan)["OMP_NUM_THREADS"] == threads
+        plan = Plan(config, {"cpu_cores": 8, "devices": {"type": "cpu"}}, examples=None, predicted=None)
+        assert notebook._process_environment(plan)["OMP_NUM_THREADS"] == threads
 
 
 def test_a_process_that_forks_ranks_for_gpus_does_not_use_these_itself(settings):
-    plan = launch.Plan(
+    plan = Plan(
         TrainConfig(**{**settings, "num_processes": 2}), {"cpu_cores": 8, "devices": {"type": "cuda"}},
         examples=None, predicted=None,
     )  # fmt: skip
-    assert launch._process_environment(plan) == {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "4"}
+    assert notebook._process_environment(plan) == {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "4"}
 
 
 def test_the_plan_says_what_will_run(settings):
     how = dict(train_batch_size=8, gradient_accumulation_steps=4, num_processes=2, dataset_name="openmoji")
     made = TrainConfig(**{**settings, **how})
-    plan = launch.prepare(made)
+    plan = prepare(made)
     assert plan.facts["global batch"].startswith("64 = 8 × 4")
     # 833 / 8 = 105 batches, 53 rounds of two ranks: 13 full steps and one of a single micro-batch; 848 - 833 repeats.
     assert (
-        "53 micro-batches a rank, 14 optimizer steps, 1 of them short; 848 pictures, 15 of them"
+        "53 micro-batches per rank, 14 optimizer steps, 1 of them short; 848 images, 15 of them"
         in plan.facts["an epoch"]
     )
     assert plan.facts["precision"].startswith("no")
-    assert re.fullmatch(r"[\d.]+ GiB a rank predicted, [\d.]+ GiB free", plan.facts["memory"])
+    assert re.fullmatch(r"[\d.]+ GiB per rank predicted, [\d.]+ GiB free", plan.facts["memory"])
     assert plan.facts["micro-batches"] == "4 of a step are run as one larger batch"
     assert "833 to train on, 1085 held out" in plan.facts["data"]
     pictures, captions, total = plan.look(6)
@@ -288,5 +291,5 @@ def test_the_plan_says_what_will_run(settings):
 
 def test_settings_are_data_in_the_plans_html(settings, image_folder):
     folder = image_folder(2, name="<script>alert(1)</script>".replace("/", ""))
-    plan = launch.prepare(TrainConfig(**{**settings, "dataset_name": None, "train_data_dir": str(folder)}))
+    plan = prepare(TrainConfig(**{**settings, "dataset_name": None, "train_data_dir": str(folder)}))
     assert "<script>" not in plan._repr_html_()

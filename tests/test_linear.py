@@ -7,7 +7,7 @@ from torch import nn
 from training import train
 
 from sdnb.machine import onednn_linear
-from sdnb.models import pipeline as models
+from sdnb.models.pipeline import load_parts
 from sdnb.settings.config import TrainConfig
 
 
@@ -33,7 +33,7 @@ def test_a_linear_layer_is_a_convolution():
 
 def test_a_whole_unet(settings):
     config = TrainConfig(**settings)
-    unet = models.load(config).unet
+    unet = load_parts(config).unet
     convolved = copy.deepcopy(unet)
     onednn_linear.convolve(convolved)
     given = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 77, unet.config.cross_attention_dim)
@@ -46,14 +46,13 @@ def test_a_training_is_the_same_either_way(settings, monkeypatch, tmp_path):
     seen = []
     convolve = onednn_linear.convolve
     monkeypatch.setattr(onednn_linear, "convolve", lambda module: (seen.append(module), convolve(module)))
-    monkeypatch.setattr(onednn_linear, "_mkl_falls_behind", lambda: True)
     losses = []
-    for asked in (True, False):
-        run = train(settings, steps=4, onednn_linear=asked, output_dir=str(tmp_path / str(asked)))
+    for slower in (True, False):
+        monkeypatch.setattr(onednn_linear, "_mkl_is_slower", lambda slower=slower: slower)
+        run = train(settings, steps=4, output_dir=str(tmp_path / str(slower)))
         losses.append(torch.tensor(run.steps.loss.to_numpy()))
-        assert len(seen) == 1, "where it is asked for, and only there"
+        assert len(seen) == 1, "where MKL is slower, and only there"
     assert torch.allclose(*losses, rtol=1e-4)
+    monkeypatch.setattr(onednn_linear, "_mkl_is_slower", lambda: True)
     train(settings, mixed_precision="bf16", output_dir=str(tmp_path / "bf16"))
-    monkeypatch.setattr(onednn_linear, "_mkl_falls_behind", lambda: False)
-    train(settings, output_dir=str(tmp_path / "elsewhere"))
-    assert len(seen) == 1
+    assert len(seen) == 1, "in float32 only"

@@ -16,7 +16,7 @@ def test_the_progress_line():
     assert live.progress([], 100) == "step 0/100 · starting"
     line = live.progress(records(50), 100)
     assert line == "██████████░░░░░░░░░░ step 50/100 · 1:40 left · loss 0.2500 · 16.0 images/s"
-    assert live.progress(records(50, peak_memory_gib=1.26), 100) == f"{line} · 1.3 GiB at the most"
+    assert live.progress(records(50, peak_memory_gib=1.26), 100) == f"{line} · peak 1.3 GiB"
     assert "loss not finite" in live.progress([{**records(1)[0], "loss": None}], 100)
 
 

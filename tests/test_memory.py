@@ -16,7 +16,7 @@ from sdnb.launch import memory
 from sdnb.machine import environment
 from sdnb.machine.environment import Devices
 from sdnb.models import embedded
-from sdnb.models import pipeline as models
+from sdnb.models.pipeline import model_folder
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
@@ -48,7 +48,7 @@ def measured_gib(tmp_path_factory):
     command = [
         sys.executable, "-m", "sdnb.train", "--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji",
         "--resolution=64", "--train_batch_size=32", "--max_train_steps=2", "--lr_warmup_steps=0", "--report_to=none",
-        "--fold_micro_batches=1", "--encoder_cache_gib=0", "--no-keep_freed_memory",
+        "--fold_micro_batches=1", "--encoder_cache_gib=0",
     ]  # fmt: skip
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     running = []
@@ -146,7 +146,7 @@ def test_a_torch_whose_adamw_is_not_fused_on_a_gpu(monkeypatch):
 
 
 def test_a_model_in_a_folder():
-    embedded, folder = predict(config()), predict(config(models.source(config())))
+    embedded, folder = predict(config()), predict(config(model_folder(config())))
     assert (folder.weights_gib, folder.activations_gib) == (embedded.weights_gib, embedded.activations_gib)
 
 
@@ -242,24 +242,6 @@ def test_the_published_training_is_folded_whole_on_gpus_of_80_gb():
         gpus = Devices("cuda", ("a GPU",) * ranks, (gib,) * ranks, (gib - 0.5,) * ranks, True)
         settled, _ = memory.settle(sd(train_batch_size=8, gradient_accumulation_steps=4, num_processes=ranks), gpus)
         assert settled.fold_micro_batches == folded
-
-
-def test_a_step_that_runs_as_cuda_graphs_is_one_batch():
-    """Whatever the memory; and what would help is what can then be done."""
-    graphs = dict(cuda_graphs=True, compile_unet="blocks")
-    settings = config(gradient_accumulation_steps=4, train_batch_size=32, **graphs)
-    settled, predicted = memory.settle(settings, machine(100, 100))
-    assert settled.fold_micro_batches == 4
-    less = machine(100, predicted.total_gib - 0.1)
-    with pytest.raises(ConfigError) as error:
-        memory.settle(settings, less)
-    for changes in (
-        dict(fold_micro_batches=2, cuda_graphs=False),
-        dict(train_batch_size=16, gradient_accumulation_steps=8, cuda_graphs=False),
-    ):
-        said = " with ".join(f"{name} = {value}" for name, value in changes.items())
-        assert said_gib(str(error.value), said)[1] == ", enough"
-        memory.settle(settings.updated(**changes), less)
 
 
 def test_memory_that_no_rank_uses_does_not_count():

@@ -11,9 +11,10 @@ import pytest
 from made_runs import FakeRun, config, published_run, records
 from tqdm import tqdm
 
-from sdnb.metrics import results as metrics
 from sdnb.metrics import throughput
+from sdnb.metrics.results import measure
 from sdnb.metrics.step_clock import PHASES
+from sdnb.metrics.steps import mark, time_by_phase, warmup_steps
 
 
 def test_the_published_number_and_the_true_one():
@@ -74,25 +75,25 @@ def test_two_steps_give_no_interval():
 
 
 def test_warm_up():
-    assert [metrics.warmup_steps(steps) for steps in (1, 2, 5, 101)] == [0, 1, 1, 10]
+    assert [warmup_steps(steps) for steps in (1, 2, 5, 101)] == [0, 1, 1, 10]
 
 
 def test_marks():
-    steps = metrics.mark(published_run(), config())
+    steps = mark(published_run(), config())
     assert steps.short.sum() == 25 and steps[steps.short].micro_batches.eq(2).all()
     assert not steps.steady[:10].any() and steps.steady[10:].all()
 
 
 def test_the_running_mean_weighs_pictures():
-    steps = metrics.mark(records([4, 2], 1, loss=[0.1, 0.4]), config())
+    steps = mark(records([4, 2], 1, loss=[0.1, 0.4]), config())
     assert steps.running_loss.iloc[1] == pytest.approx((0.1 * 4 + 0.4 * 2) / 6)
-    long = metrics.mark(records([4] * 30, 1, loss=np.arange(30)), config())
+    long = mark(records([4] * 30, 1, loss=np.arange(30)), config())
     assert long.running_loss.iloc[-1] == pytest.approx(np.arange(20, 30).mean())
 
 
 def test_the_results_of_the_published_run():
     ranks = [{"peak_memory_gib": 20.0 + rank} for rank in range(8)]
-    measured = metrics.measure(FakeRun(published_run(), summary={"ranks": ranks, "ended": 250.0}))
+    measured = measure(FakeRun(published_run(), summary={"ranks": ranks, "ended": 250.0}))
     assert measured["images/s per GPU"].value == pytest.approx(14.3, abs=0.05)
     assert measured["MFU"].value == pytest.approx(14.3 * 3.537 / 312, rel=0.01)
     assert measured["peak memory"].text == "27.00 GiB"
@@ -105,60 +106,60 @@ def test_the_results_of_the_published_run():
 
 def test_what_the_encoders_were_spared_counts_for_no_flop():
     steps = published_run().assign(encoded_images=0, encoded_captions=0)
-    measured = metrics.measure(FakeRun(steps))
+    measured = measure(FakeRun(steps))
     assert measured["MFU"].value == pytest.approx(14.3 * 2.407 / 312, rel=0.01)
     assert "VAE" not in measured["MFU"].how
     assert measured["encodings kept"].text == "100 %"
     with pytest.raises(StopIteration):
-        metrics.measure(FakeRun(published_run()))["encodings kept"]
+        measure(FakeRun(published_run()))["encodings kept"]
 
 
 def test_a_peak_that_is_given_goes_before_the_known_one():
     run = FakeRun(published_run())
     run.config = run.config.updated(device_peak_tflops=624.0)
     run.model["reachable_tflops"] = 250.0
-    measured = metrics.measure(run)
+    measured = measure(run)
     assert measured["MFU"].value == pytest.approx(14.3 * 3.537 / 624, rel=0.01)
-    assert "20% of the 250 TFLOP/s that a matrix product alone reaches" in measured["MFU"].how
+    assert "20% of the 250 TFLOP/s that a plain matrix product reaches" in measured["MFU"].how
 
 
 def test_images_per_joule():
     steps = published_run()
-    measured = metrics.measure(FakeRun(steps.assign(joules=8 * 400.0 * steps.seconds)))
+    measured = measure(FakeRun(steps.assign(joules=8 * 400.0 * steps.seconds)))
     assert measured["images per joule"].value == pytest.approx(14.3 / 400, rel=0.01)
-    assert "400 W a GPU" in measured["images per joule"].how
+    assert "400 W per GPU" in measured["images per joule"].how
 
 
 def test_a_run_that_was_cut_short_still_has_results():
-    measured = metrics.measure(FakeRun(published_run()[:1]))
+    measured = measure(FakeRun(published_run()[:1]))
     assert measured["images/s per GPU"].value == pytest.approx(14.3, abs=0.05)
-    assert "not reach its end" in measured["peak memory"].text
+    assert "run is incomplete" in measured["peak memory"].text
     assert measured["nominal IPS"].value is None
 
 
 def test_a_target_that_is_met():
-    assert metrics.measure(FakeRun(records([4] * 20, 1, loss=0.04)))["target"].text.startswith("met")
+    assert measure(FakeRun(records([4] * 20, 1, loss=0.04)))["target"].text.startswith("met")
 
 
 def test_a_loss_that_is_not_finite_meets_no_target():
     steps = records([4] * 20, 1, loss=[0.01] * 12 + [math.nan] + [0.01] * 7)
-    result = metrics.measure(FakeRun(steps))["target"]
+    result = measure(FakeRun(steps))["target"]
     assert result.value == 0 and "not finite" in result.text
 
 
 def test_where_the_time_goes():
-    phases = metrics.time_by_phase(metrics.mark(published_run(), config()))
+    phases = time_by_phase(mark(published_run(), config()))
     assert dict(phases) == pytest.approx(dict.fromkeys(PHASES, 0.1))
 
 
 def test_the_first_step_after_a_resume_is_no_steady_one():
     steps = published_run()
-    marked = metrics.mark(steps, config(), resumed_after=[50])
+    marked = mark(steps, config(), resumed_after=[50])
     assert list(marked.step[~marked.steady]) == [*range(1, 11), 51]
     run = FakeRun(steps, summary={"ranks": [{"peak_memory_gib": 20.0}], "ended": 250.0})
     run.environment |= {"host": "b", "resumed": [{"started": 0.0, "host": "a", "after_step": 50}]}
-    measured = metrics.measure(run)
-    assert "10 of warm-up left out, and 1 that came first after a resume" in measured["images/s per GPU"].how
+    measured = measure(run)
+    assert "without 10 of warm-up and 1 directly after a resume" in measured["images/s per GPU"].how
     assert measured["resumed"].text == "after step 50" and "on another machine" in measured["resumed"].how
     assert "from the last resume" in measured["total time"].how
 
@@ -170,12 +171,12 @@ def test_slow_steps_and_why():
     steps.loc[[30, 40, 50], "seconds"] = [4.0, 5.0, 2.3]
     steps.at[50, "phase_seconds"] = {**dict.fromkeys(PHASES, 0.1), "backward": 0.4}
     run = FakeRun(steps, checkpointing_steps=40)
-    run.validation = pd.DataFrame(dict(step=[0, 30], loss=0.1, standard_error=0.01, pictures=64))
-    slow = metrics.slow_steps(metrics.measure(run))
+    run.validation = pd.DataFrame(dict(step=[0, 30], loss=0.1, standard_error=0.01, images=64))
+    slow = measure(run).slow_steps
     assert list(slow.step) == [31, 41, 51]
     assert list(slow.extra_seconds) == pytest.approx([2.0, 3.0, 0.3])
     assert list(slow.because) == ["after a held-out measurement", "after a checkpoint", "backward took longer"]
 
 
 def test_without_much_to_compare_no_step_is_slow():
-    assert metrics.slow_steps(metrics.measure(FakeRun(records([4] * 4, 0.5)))).empty
+    assert measure(FakeRun(records([4] * 4, 0.5))).slow_steps.empty

@@ -161,7 +161,7 @@ def test_run_all_again_and_again_in_a_kernel_that_has_computed(tmp_path, small, 
     for code in cells("once", 2):
         execute(client, code)
     interrupted = cells("interrupted", 5000)
-    launching = next(index for index, code in enumerate(interrupted) if "launch.launch(" in code)
+    launching = next(index for index, code in enumerate(interrupted) if "launch(" in code)
     for code in interrupted[:launching]:
         execute(client, code)
     # Otherwise the kernel might pass over the next cell, as it does with those that wait behind one that fails.

@@ -9,7 +9,7 @@ from made_runs import FakeRun, published_run
 from PIL import Image
 
 from sdnb.figures import run_plots
-from sdnb.metrics import results as metrics
+from sdnb.metrics.results import measure
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
@@ -17,8 +17,8 @@ from sdnb.settings.config import TrainConfig
 @pytest.fixture
 def measured():
     run = FakeRun(published_run())
-    run.validation = pd.DataFrame(dict(step=[0, 101], loss=[0.2, 0.1], standard_error=[0.01, None], pictures=[64, 64]))
-    return metrics.measure(run)
+    run.validation = pd.DataFrame(dict(step=[0, 101], loss=[0.2, 0.1], standard_error=[0.01, None], images=[64, 64]))
+    return measure(run)
 
 
 def labels(figure):
@@ -28,7 +28,7 @@ def labels(figure):
 def test_the_loss(measured):
     figure = run_plots.loss(measured)
     assert labels(figure)[:2] == ["each step", "mean of 10 steps"]
-    assert "target 0.0456" in labels(figure) and "64 held-out pictures, 95 % interval" in labels(figure)
+    assert "target 0.0456" in labels(figure) and "64 held-out images, 95 % interval" in labels(figure)
     assert figure.axes[0].get_xlabel() == "optimizer step"
     assert "ends at 0.1000" in figure.get_supxlabel()
     figure.svg()
@@ -36,7 +36,7 @@ def test_the_loss(measured):
 
 def test_without_a_target_there_is_no_line(measured):
     run = FakeRun(published_run(), target=None)
-    assert not [label for label in labels(run_plots.loss(metrics.measure(run))) if "target" in label]
+    assert not [label for label in labels(run_plots.loss(measure(run))) if "target" in label]
 
 
 def test_step_times_mark_the_short_steps(measured):
@@ -45,8 +45,8 @@ def test_step_times_mark_the_short_steps(measured):
     assert len(points["short step"].get_xdata()) == 25
     assert len(points["full step"].get_xdata()) == 76
     assert np.allclose(points["short step"].get_ydata(), 2 * 0.558)
-    assert "25 of 101 steps are short; 10 are left out" in figure.get_supxlabel()
-    assert "warm-up, left out" in labels(figure)
+    assert "25 of 101 steps are short; 10 are warm-up" in figure.get_supxlabel()
+    assert "warm-up" in labels(figure)
     assert figure.axes[0].get_ylabel() == "seconds"
 
 
@@ -57,16 +57,16 @@ def test_where_the_time_goes(measured):
 
 
 def test_a_run_of_one_step_can_be_drawn():
-    measured = metrics.measure(FakeRun(published_run()[:1]))
+    measured = measure(FakeRun(published_run()[:1]))
     for draw in (run_plots.loss, run_plots.step_times, run_plots.where_time_goes):
         draw(measured).svg()
 
 
 def test_pictures_with_captions_that_look_like_formulas():
-    figure = run_plots.pictures([Image.new("RGB", (8, 8))] * 2, ["costs $5 or $6", "x" * 300], total=9)
+    figure = run_plots.examples([Image.new("RGB", (8, 8))] * 2, ["costs $5 or $6", "x" * 300], total=9)
     figure.svg()
     assert figure.axes[0].get_title() == "costs $5 or $6"
-    assert figure.get_supxlabel() == "2 of 9 pictures."
+    assert figure.get_supxlabel() == "2 of 9 images."
 
 
 def test_samples_stand_under_their_prompt(tmp_path):
@@ -101,7 +101,7 @@ def test_the_ink_of_a_figure_is_the_pages(measured):
 
 
 def test_thousands_of_steps_stay_a_small_figure():
-    many = metrics.measure(FakeRun(pd.concat([published_run()] * 60, ignore_index=True).assign(step=range(1, 6061))))
+    many = measure(FakeRun(pd.concat([published_run()] * 60, ignore_index=True).assign(step=range(1, 6061))))
     assert len(run_plots.step_times(many).svg()) < 500_000
 
 
@@ -109,9 +109,9 @@ def test_a_slow_step_is_named(measured):
     run = FakeRun(published_run())
     run.steps.loc[48, "seconds"] = 9.0
     run.steps.at[48, "phase_seconds"] = {**run.steps.phase_seconds[48], "data": 7.0}
-    chart = run_plots.step_times(metrics.measure(run))
+    chart = run_plots.step_times(measure(run))
     assert [text.get_text() for text in chart.axes[0].texts] == ["49: data took longer"]
-    assert "1 took much longer than the others" in chart.alt
+    assert "1 took much longer than similar steps" in chart.alt
 
 
 def test_names_of_slow_steps_do_not_cover_each_other(measured):
@@ -119,7 +119,7 @@ def test_names_of_slow_steps_do_not_cover_each_other(measured):
     for row in (40, 41, 44, 45, 80):
         run.steps.loc[row, "seconds"] = 9.0 + row / 1000
         run.steps.at[row, "phase_seconds"] = {**run.steps.phase_seconds[row], "data": 7.0}
-    chart = run_plots.step_times(metrics.measure(run))
+    chart = run_plots.step_times(measure(run))
     places = [text.get_window_extent() for text in chart.axes[0].texts]
     assert len(places) == 5
     assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))

@@ -87,7 +87,7 @@ def test_reference_yaml_is_the_reference_command():
     command["learning_rate"] = float(command["learning_rate"])
     expected = TrainConfig(
         **command, mixed_precision="fp16", num_processes=8, target_loss=0.0456,
-        encoder_cache_gib=0, fold_micro_batches=1, fused_optimizer=False, onednn_linear=False, keep_freed_memory=False,
+        encoder_cache_gib=0, fold_micro_batches=1, fused_optimizer=False,
     )  # fmt: skip
     assert TrainConfig.from_yaml(ROOT / "params" / "reference.yaml") == expected
     accelerate = yaml.safe_load((ROOT / "params" / "accelerate-8gpu.yaml").read_text())

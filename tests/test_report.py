@@ -111,10 +111,10 @@ def test_from_the_command_line(executed, tmp_path):
 def test_what_is_no_executed_notebook(tmp_path):
     file = tmp_path / "train.ipynb"
     file.write_text("{")
-    with pytest.raises(RunError, match="is no notebook"):
+    with pytest.raises(RunError, match="is not a notebook"):
         write_page(file)
     nbformat.write(new_notebook(cells=[new_code_cell("1")]), file)
-    with pytest.raises(RunError, match="has not been executed"):
+    with pytest.raises(RunError, match="has no outputs"):
         write_page(file)
 
 
@@ -129,7 +129,7 @@ def test_json_that_is_no_notebook(tmp_path, content):
 
 def test_the_notebook_is_not_written_over(executed):
     before = executed.read_bytes()
-    with pytest.raises(RunError, match="is the notebook itself"):
+    with pytest.raises(RunError, match="this is the notebook"):
         write_page(executed, executed)
     assert executed.read_bytes() == before
 

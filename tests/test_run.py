@@ -1,21 +1,17 @@
 """A run to look at, and the table of all."""
 
-import json
-import re
 import shlex
 
 import pandas as pd
 import pytest
 from made_runs import make_run
-from processes import ROOT
 
 import sdnb
 from sdnb.errors import RunError
 from sdnb.metrics.results import PAGE_MIME
 from sdnb.metrics.step_clock import PHASES
-from sdnb.report.run import _IN_THE_NOTEBOOK
 from sdnb.run import folder as run_folder
-from sdnb.settings.config import TrainConfig
+from sdnb.settings.flags import parse
 
 
 @pytest.fixture
@@ -28,7 +24,7 @@ def test_its_results_and_figures(run):
     assert run.plot_loss().alt.startswith("Loss of each optimizer step")
     assert run.plot_step_times().alt.startswith("Wall time")
     assert run.plot_phases().alt.startswith("Where the time")
-    assert run.samples().alt.startswith("Pictures drawn")
+    assert run.samples().alt.startswith("Images drawn")
 
 
 def test_its_frame_is_numbers_only(run):
@@ -55,20 +51,22 @@ def test_prompts_and_names_are_data_on_the_card(tmp_path):
 
 
 def test_the_command_makes_the_same_run(run):
-    (command,) = [line for line in run.reproduce() if line.startswith("papermill")]
-    *_, given = shlex.split(command)
-    assert TrainConfig(**json.loads(given)).trajectory() == run.config.trajectory()
+    *launcher, module = shlex.split(run.reproduce()[-1].partition(" --pretrained")[0])
+    assert (launcher, module) == (["accelerate", "launch", "--num_processes", "8", "--cpu", "-m"], "sdnb.train")
+    *_, flags = shlex.split(run.reproduce()[-1])[0], shlex.split(run.reproduce()[-1])[7:]
+    made = parse(flags)
+    assert made.updated(num_processes=8).trajectory() == run.config.trajectory()
 
 
-def test_what_the_notebook_sets_is_said_in_the_command():
-    """A setting of its parameter cell that is not said would have the notebook's value instead of the run's."""
-    assigned = set()
-    for name in ("notebooks/train", "pretraining/pretrain"):
-        cells = json.loads((ROOT / f"{name}.ipynb").read_text())["cells"]
-        (cell,) = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
-        assigned |= set(re.findall(r"^(\w+) = ", "".join(cell["source"]), re.M))
-    the_vaes = {"vae_steps", "vae_batch_size", "vae_learning_rate"}
-    assert assigned - the_vaes - {"steps", "output_dir"} == _IN_THE_NOTEBOOK
+def test_every_setting_can_be_repeated_on_the_command_line(tmp_path):
+    settings = dict(
+        fused_optimizer=False, validation_prompts=["a sun", "b"], use_ema=True, learning_rate=1e-5, snr_gamma=5.0,
+        mixed_precision="no", num_processes=1,
+    )  # fmt: skip
+    run = sdnb.Run(make_run(tmp_path / "run", **settings))
+    command = shlex.split(run.reproduce()[-1])
+    assert command[:3] == ["python", "-m", "sdnb.train"]
+    assert parse(command[3:]).updated(num_processes=1, output_dir=None) == run.config.updated(output_dir=None)
 
 
 def test_a_run_without_a_step_yet(run):
@@ -76,7 +74,7 @@ def test_a_run_without_a_step_yet(run):
     assert run.frame.empty
     with pytest.raises(RunError, match="no step has been recorded yet"):
         _ = run.results
-    assert "did not reach its end" in run._repr_mimebundle_()["text/html"]
+    assert "incomplete" in run._repr_mimebundle_()["text/html"]
 
 
 def test_all_runs_in_a_table(tmp_path):
@@ -109,9 +107,8 @@ def test_its_page_says_how_its_threads_waited(run):
 
     watched = dict(threads=2, waiting="asleep", cores_used_by_others=0.9)
     assert said(watched) == (
-        "2 threads a rank, asleep while they waited for each other when the training began, as 0.90 of the cores were "
-        "used by other processes"
+        "2 threads per rank, asleep while waiting at the start, when other processes used 0.90 cores"
     )
     assert said(watched, asleep_share=0.37).endswith("; asleep 37% of the time")
-    fixed = dict(threads=1, waiting="one thread has none to wait for")
-    assert said(fixed) == "1 thread a rank; one thread has none to wait for"
+    fixed = dict(threads=1, waiting="a single thread never waits")
+    assert said(fixed) == "1 thread per rank; a single thread never waits"

@@ -44,7 +44,7 @@ def test_a_folder_with_other_things_in_it_may_be_used(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="no run can be written there"):
+    with pytest.raises(RunError, match="cannot be written"):
         run_folder.create(config(output_dir=str(tmp_path / "file" / "run")))
 
 
@@ -117,6 +117,6 @@ def test_a_watched_file_that_is_cut(tmp_path):
 
 
 def test_the_lock_is_one_trainings(tmp_path):
-    with run_folder.lock(tmp_path), pytest.raises(RunError, match="another training is running"):
+    with run_folder.lock(tmp_path), pytest.raises(RunError, match="another run is using"):
         run_folder.lock(tmp_path)
     run_folder.lock(tmp_path).close()

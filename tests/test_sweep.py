@@ -55,7 +55,7 @@ def test_past_a_failure_and_taken_up_again(tmp_path, monkeypatch):
 
     executed.clear()
     path = grid_file(tmp_path, **small, learning_rate=1e-6, grid=dict(max_train_samples=[8, 12]))
-    with pytest.raises(RunError, match="0 of 2 trainings succeeded"):
+    with pytest.raises(RunError, match="0 of 2 runs succeeded"):
         sweep.run(sweep.load(path), runs, said.append)
     assert len(executed) == 2, "what was complete was another training"
     assert len(run_folder.RunFolder(runs / "max_train_samples=8.before-1").steps) == 3, "and is kept"
@@ -72,7 +72,7 @@ def test_a_training_that_did_not_reach_its_end_is_begun_again(tmp_path, monkeypa
         return "it broke"
 
     monkeypatch.setattr(sweep, "_execute", execute)
-    with pytest.raises(RunError, match="0 of 2 trainings succeeded"):
+    with pytest.raises(RunError, match="0 of 2 runs succeeded"):
         sweep.run(sweep.load(path), tmp_path / "runs", lambda line: None)
     assert executed == ["train_batch_size=1", "train_batch_size=2"]
     assert len(run_folder.RunFolder(tmp_path / "runs" / "train_batch_size=1.before-1").steps) == 40
@@ -98,7 +98,7 @@ def test_mistakes_show_before_anything_runs(tmp_path, content, said):
 
 def test_the_grids_that_come_along_are_right():
     for path in (sweep.PROJECT / "params").glob("sweep-*.yaml"):
-        assert len(sweep.load(path).trainings) > 1
+        assert len(sweep.load(path).runs) > 1
 
 
 def test_the_short_form_of_max_train_steps_can_be_swept(tmp_path):
@@ -116,7 +116,7 @@ def test_the_figure_of_a_sweep(tmp_path):
     figure = comparison_plots.swept(compared, ["num_processes", "train_batch_size"])
     said = figure.get_supxlabel().replace("\n", " ")
     assert "The most is 106.67 images/s with num_processes = 2" in said
-    assert "From 1 to 2 ranks it scales with 83% train_batch_size = 4" in said
+    assert "Scaling efficiency from 1 to 2 ranks (train_batch_size = 4): 83%" in said
     upper, lower = figure.axes
     assert [label.get_text() for label in upper.get_xticklabels()] == ["1", "2"]
     assert lower.get_ylabel() == "peak memory of a rank, GiB"

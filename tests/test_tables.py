@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from sdnb.errors import CacheError
-from sdnb.models.encoding_cache import Table
+from sdnb.models.encoding_cache import EncodingCache
 
 MIB = 2**20
 
 
 def table(folder, key="a key", rows=5, shape=(3, 4), dtype=torch.float16, limit=MIB):
-    return Table(folder, "moments", key, rows, shape, dtype, limit)
+    return EncodingCache(folder, "moments", key, rows, shape, dtype, limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -72,10 +72,10 @@ def test_they_sleep_while_others_use_the_cores(two_threads, monkeypatch, caplog)
     "device, count, variable, said",
     [
         ("cuda", 2, None, "the cuda device computes"),
-        ("cpu", 1, None, "one thread has none to wait for"),
-        ("cpu", 2, "OMP_WAIT_POLICY", "as OMP_WAIT_POLICY=1 asks for"),
-        ("cpu", 2, "GOMP_SPINCOUNT", "as GOMP_SPINCOUNT=1 asks for"),
-        ("cpu", 2, "KMP_BLOCKTIME", "as KMP_BLOCKTIME=1 asks for"),
+        ("cpu", 1, None, "a single thread never waits"),
+        ("cpu", 2, "OMP_WAIT_POLICY", "as set by OMP_WAIT_POLICY=1"),
+        ("cpu", 2, "GOMP_SPINCOUNT", "as set by GOMP_SPINCOUNT=1"),
+        ("cpu", 2, "KMP_BLOCKTIME", "as set by KMP_BLOCKTIME=1"),
     ],
 )
 def test_where_nothing_is_to_be_decided(two_threads, monkeypatch, device, count, variable, said):
@@ -92,7 +92,7 @@ def test_where_the_system_does_not_say_what_uses_its_cores(two_threads, monkeypa
         raise FileNotFoundError("/proc/stat")
 
     monkeypatch.setattr(threads.Path, "read_text", not_there)
-    assert "what uses the cores cannot be read" in threads.Waits("cpu").now()["waiting"]
+    assert "the load of the cores cannot be read" in threads.Waits("cpu").now()["waiting"]
 
 
 def test_libgomp_has_its_threads_wait_so():

@@ -11,23 +11,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from training import small_model, train
 
 from sdnb.compat import has_stances
+from sdnb.data.loading import load_data
 from sdnb.errors import ConfigError
 from sdnb.machine import environment
-from sdnb.metrics import results as metrics
+from sdnb.metrics.results import measure
 from sdnb.metrics.step_clock import PHASES, StepClock
-from sdnb.models import pipeline as models
-from sdnb.models.ema import EMA
+from sdnb.models.pipeline import load_parts
 from sdnb.settings.config import TrainConfig
-from sdnb.train import loop as training
+from sdnb.train import loop, setup
 from sdnb.train.evaluation import HeldOutLoss
-from sdnb.train.loop import set_up
 from sdnb.train.objective import draw_noise, dream, loss_of, target_of
+from sdnb.train.setup import configure
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_what_else_the_run_folder_holds(run):
 
 def test_no_held_out_pictures_is_said(run):
     assert run.validation.empty
-    assert "WARNING no held-out pictures" in run.log
+    assert "WARNING no held-out loss" in run.log
 
 
 def test_pictures_before_and_after(run):
@@ -107,18 +107,18 @@ def test_the_trained_pipeline_loads_and_draws(run):
     pipeline = StableDiffusionPipeline.from_pretrained(run.folder)
     picture = pipeline("red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert picture.size == (64, 64)
-    untrained = models.load(run.config).unet.state_dict()
+    untrained = load_parts(run.config).unet.state_dict()
     trained = pipeline.unet.state_dict()
     assert any(not torch.equal(trained[name], untrained[name]) for name in trained)
 
 
 def test_what_is_saved_is_the_average_of_the_weights(settings, tmp_path):
     """The same training without EMA ends at other weights; the average lies between the start and those."""
-    start = models.load(TrainConfig(**settings)).unet.conv_in.weight
+    start = load_parts(TrainConfig(**settings)).unet.conv_in.weight
     ends = {}
     for use_ema in (False, True):
         run = train(settings, use_ema=use_ema, output_dir=str(tmp_path / f"ema-{use_ema}"))
-        ends[use_ema] = models.load(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)})).unet
+        ends[use_ema] = load_parts(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)})).unet
     plain, average = (ends[use_ema].conv_in.weight - start for use_ema in (False, True))
     # After two steps with decays 0 (not yet) … (1 + 1) / (10 + 1): close to the weights, but not they.
     assert 0.5 < (average.norm() / plain.norm()).item() < 1.0
@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_training(settings, tmp_path):
     assert list(first.steps.loss) == list(second.steps.loss), "looking at it does not change it"
     assert list(first.steps.loss) != list(other.steps.loss)
     assert list(first.validation.step) == [0, 1, 2]
-    assert (first.validation.pictures == 6).all()
+    assert (first.validation.images == 6).all()
     assert (first.validation.standard_error > 0).all()
 
 
@@ -147,7 +147,7 @@ def test_a_training_that_diverges_is_said(settings):
     run = train(settings, learning_rate=1e30, steps=3)
     assert run.steps.loss.isna().any()
     assert "rank 0 WARNING step" in run.log and "the loss is not finite" in run.log
-    measured = metrics.measure(run)
+    measured = measure(run)
     assert measured["final loss"].text == "nan"
     assert "NaN" not in json.dumps(measured._repr_mimebundle_())
     assert "ERROR" not in run.log
@@ -162,7 +162,7 @@ def test_a_learning_rate_schedule(settings):
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_overflows_leaves_the_schedule_where_it_is(settings, monkeypatch, fused):
     """As in float16 on a GPU, and as in the reference."""
-    plain_accelerator = training._accelerator
+    plain_accelerator = setup.make_accelerator
 
     def scaling_accelerator(config):
         accelerator, first = plain_accelerator(config), iter([math.inf])
@@ -173,7 +173,7 @@ def test_a_step_that_overflows_leaves_the_schedule_where_it_is(settings, monkeyp
         accelerator.backward = lambda loss: backward(loss * next(first, 1.0))
         return accelerator
 
-    monkeypatch.setattr(training, "_accelerator", scaling_accelerator)
+    monkeypatch.setattr(setup, "make_accelerator", scaling_accelerator)
     run = train(settings, fused_optimizer=fused, lr_scheduler="linear", steps=4)
     assert list(run.steps.grad_norm.map(math.isfinite)) == [False, True, True, True]
     assert list(run.steps.lr) == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.5e-3])
@@ -209,12 +209,11 @@ def scheduler(prediction_type="epsilon"):
 
 def test_noise_offset_and_perturbation():
     latents = torch.zeros(2, 4, 8, 8)
-    config = TrainConfig(pretrained_model_name_or_path="tiny", dataset_name="openmoji")
-    noise, added = draw_noise(latents, config)
+    noise, added = draw_noise(latents)
     assert added is noise
-    noise, _ = draw_noise(latents, config.updated(noise_offset=10.0))
+    noise, _ = draw_noise(latents, noise_offset=10.0)
     assert noise.mean((2, 3)).std() > 3, "each channel of each picture is shifted"
-    noise, added = draw_noise(latents, config.updated(input_perturbation=0.1))
+    noise, added = draw_noise(latents, input_perturbation=0.1)
     assert 0.08 < (added - noise).std() < 0.12
 
 
@@ -240,12 +239,11 @@ def test_what_is_predicted():
 
 
 def test_the_held_out_loss_is_the_same_every_time_and_draws_nothing(settings):
-    from sdnb.data import image_captions as data
 
     config = TrainConfig(**settings)
-    parts, splits = models.load(config), data.load(config)
+    parts, splits = load_parts(config), load_data(config)
     state = torch.get_rng_state()
-    first, second = (HeldOutLoss(splits.held_out, parts, config, torch.device("cpu"))(parts.unet) for _ in range(2))
+    first, second = (HeldOutLoss(splits.held_out, parts, 2, torch.device("cpu"))(parts.unet) for _ in range(2))
     assert first == second
     assert torch.equal(state, torch.get_rng_state())
     assert 0.5 < first["loss"] < 2
@@ -255,12 +253,12 @@ def test_the_clock_adds_up(monkeypatch):
     moments = iter([1.0, 1.25, 1.75, 2.0, 4.0, 9.0, 9.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
     clock = StepClock(torch.device("cpu"))
-    clock.lap("data")
-    clock.lap("forward")
+    clock.end_phase("data")
+    clock.end_phase("forward")
     seconds, phases = clock.read()
     assert seconds == 1.0
     assert phases == {**dict.fromkeys(PHASES, 0.0), "data": 0.25, "forward": 0.5, "other": 0.25}
-    clock.lap("data")
+    clock.end_phase("data")
     clock.restart()
     seconds, phases = clock.read()
     assert seconds == phases["other"] == 0.5, "what came before the restart belongs to no step"
@@ -304,17 +302,17 @@ def test_dream_puts_what_was_missed_into_both():
 
 def test_dream_needs_a_model_that_predicts_noise(settings, tmp_path):
     """Which prediction_type is left to the model's scheduler to say."""
-    parts = models.load(TrainConfig(**settings))
+    parts = load_parts(TrainConfig(**settings))
     parts.noise_scheduler.register_to_config(prediction_type="v_prediction")
     with pytest.raises(ConfigError, match="this one predicts a velocity"):
-        set_up(parts, TrainConfig(**settings, dream_training=True), torch.device("cpu"))
+        configure(parts, TrainConfig(**settings, dream_training=True), torch.device("cpu"))
 
 
 def test_what_a_scheduler_cannot_train_is_refused(settings):
-    parts = models.load(TrainConfig(**settings))
+    parts = load_parts(TrainConfig(**settings))
     parts.noise_scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ConfigError, match="scheduler says sample: set it to epsilon"):
-        set_up(parts, TrainConfig(**settings), torch.device("cpu"))
+        configure(parts, TrainConfig(**settings), torch.device("cpu"))
 
 
 def test_where_the_average_is_kept_does_not_change_it(settings, tmp_path):
@@ -323,25 +321,11 @@ def test_where_the_average_is_kept_does_not_change_it(settings, tmp_path):
         for number, how in enumerate(({}, dict(offload_ema=True), dict(foreach_ema=True)))
     )
     weights = [
-        models.load(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)})).unet.state_dict()
+        load_parts(TrainConfig(**{**settings, "pretrained_model_name_or_path": str(run.folder)})).unet.state_dict()
         for run in (plain, *others)
     ]
     for other in weights[1:]:
         assert all(torch.allclose(weights[0][name], other[name], atol=1e-7) for name in other)
-
-
-def test_the_average_lies_in_memory_as_the_weights_do(settings, tmp_path):
-    """Also one that was saved before the weights were laid out so."""
-    config = TrainConfig(**settings, use_ema=True, mixed_precision="no")
-    parts = models.load(config)
-    EMA(parts.unet, config).save(tmp_path)
-    config = config.updated(channels_last=True)
-    average = EMA(parts.unet, config)
-    set_up(parts, config, torch.device("cpu"))
-    strides = [parameter.stride() for parameter in parts.unet.parameters()]
-    for have in (lambda: average.settle(torch.device("cpu")), lambda: average.load(tmp_path)):
-        have()
-        assert [one.stride() for one in average.shadow_params] == strides
 
 
 @pytest.mark.parametrize(
@@ -370,16 +354,9 @@ def test_the_schedule_of_epochs_on_several_ranks_is_the_references_and_said_to_b
         num_processes=2, is_main_process=True, device="cpu", distributed_type=SimpleNamespace(value="MULTI_CPU")
     )
     for config, said in ((made.updated(max_train_steps=15), 0), (made, 1)):
-        training._say_what_begins(two, config, 40, 0)
+        splits, steps = SimpleNamespace(train=range(40)), config.total_steps(40)
+        loop._log_start(SimpleNamespace(config=config, accelerator=two, splits=splits, step=0, total_steps=steps))
         assert caplog.text.count("laid out for 30 steps") == said
-
-
-def test_cuda_graphs_on_several_ranks_are_warned_of(settings, caplog):
-    graphs, kind = TrainConfig(**settings, compile_unet="whole", cuda_graphs=True), SimpleNamespace(value="MULTI_GPU")
-    for ranks in (1, 2):
-        accelerator = SimpleNamespace(num_processes=ranks, is_main_process=True, device="cuda", distributed_type=kind)
-        training._say_what_begins(accelerator, graphs.updated(num_processes=ranks), 40, 0)
-        assert ("known to fail" in caplog.text) == (ranks > 1)
 
 
 def test_what_is_compiled_in_blocks_is_not_cut_again_for_several_ranks(settings, monkeypatch):
@@ -390,7 +367,7 @@ def test_what_is_compiled_in_blocks_is_not_cut_again_for_several_ranks(settings,
         (dict(compile_unet="whole", gradient_checkpointing=True), False),
     ):
         config = TrainConfig(**settings, **how, mixed_precision="no")
-        set_up(models.load(config), config, torch.device("cpu"))
+        configure(load_parts(config), config, torch.device("cpu"))
         assert torch._dynamo.config.optimize_ddp == cut
 
 
@@ -401,8 +378,8 @@ def test_compiled_as_a_whole_the_unet_is_one_graph(settings, monkeypatch, checkp
     graphs, compile_with = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compile_with(module, backend=graphs))
     config = TrainConfig(**settings, compile_unet="whole", gradient_checkpointing=checkpointing, mixed_precision="bf16")
-    parts = models.load(config)
-    set_up(parts, config, torch.device("cpu"))
+    parts = load_parts(config)
+    configure(parts, config, torch.device("cpu"))
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     unet = accelerator.prepare(parts.unet.train())
@@ -418,9 +395,9 @@ def test_what_is_compiled_trains_the_same_and_only_whole_steps_are_compiled_for(
     """5 pictures: epochs of a whole step and one of a single picture. Pictures are drawn in yet another size. The UNet
     has one block to compile."""
     folder = shutil.copytree(small_model(), tmp_path / "model")
-    config = dict(models.load(TrainConfig(**settings)).unet.config)
+    config = dict(load_parts(TrainConfig(**settings)).unet.config)
     config |= dict(down_block_types=("CrossAttnDownBlock2D",), mid_block_type=None, up_block_types=("UpBlock2D",))
-    models.UNet2DConditionModel.from_config({**config, "block_out_channels": (16,)}).save_pretrained(folder / "unet")
+    UNet2DConditionModel.from_config({**config, "block_out_channels": (16,)}).save_pretrained(folder / "unet")
     settings |= dict(pretrained_model_name_or_path=str(folder), dataset_name=None, steps=4)
     settings["train_data_dir"] = str(image_folder(5))
     plain = train(settings, output_dir=str(tmp_path / "plain"))

@@ -8,13 +8,13 @@ from accelerate.state import AcceleratorState
 
 from sdnb.cache import cache_root, made_once
 from sdnb.data import openmoji
-from sdnb.launch import notebook as launch
+from sdnb.launch.plan import prepare
 from sdnb.models import embedded
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.train import loop as training
 
-training.reachable_tflops = functools.cache(training.reachable_tflops)  # takes as long as such a training
+training.measured_matmul_tflops = functools.cache(training.measured_matmul_tflops)  # takes as long as such a training
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def small_model():
 
 @functools.cache
 def small_data():
-    """A data set of 13 pictures to train on and 6 that are held out."""
+    """A data set of 13 images to train on and 6 that are held out."""
 
     def make(folder):
         for split, count in (("train", 13), ("validation", 6)):
@@ -43,7 +43,7 @@ def small_data():
 def train(settings, **changes):
     """A training to its end; returns its run."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    plan = launch.prepare(TrainConfig(**{**settings, **changes}))
+    plan = prepare(TrainConfig(**{**settings, **changes}))
     folder = run_folder.begin(plan.config, plan.environment)
     training.train(plan.config.updated(output_dir=str(folder)), splits=plan.examples)
     return run_folder.RunFolder(folder)

@@ -1,4 +1,4 @@
-"""The micro-batches of a training, epoch after epoch, and the place among them, which can be kept and taken up."""
+"""The micro-batches of a run, epoch after epoch, and the position among them, which can be saved and restored."""
 
 from __future__ import annotations
 
@@ -10,100 +10,99 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from sdnb.settings.config import TrainConfig
 
+class MicroBatches:
+    """A rank's micro-batches, in the order of accelerate's loader, which is the reference's.
 
-class Batches:
-    """A rank's micro-batches, in the order that accelerate's loader deals them, which is the reference's.
+    The loader fetches one micro-batch ahead. With `num_workers=0` its random draws (crop, mirroring, caption) come from
+    the generators that the training step also uses. To resume mid-epoch, replay it without loading images:
 
-    The loader fetches one micro-batch ahead, and with `num_workers=0` its draws (crop, mirroring, caption) come from
-    the generators that the training step draws from as well. To take up a place in an epoch, its beginning is gone
-    through again: with the generators as they were when it began, which gives the order and the workers their seeds;
-    with those of the last fetch for the micro-batch that was fetched but not trained on; and at last with those of the
-    place.
+    1. Start from the RNG state at the epoch's start. This fixes the order, and the workers' seeds.
+    2. Before the last fetch, restore the RNG state of that time. This fixes the micro-batch that was fetched ahead.
+    3. Restore the RNG state of the position itself.
     """
 
-    def __init__(self, loader: DataLoader, config: TrainConfig) -> None:
+    def __init__(self, loader: DataLoader, accumulation_steps: int, whole_steps: bool = False) -> None:
         """Args:
-        loader: over a `data.ImageCaptions`, prepared by accelerate.
+        loader: over a `TrainingSet`, prepared by accelerate.
+        accumulation_steps: micro-batches of a full step.
+        whole_steps: do not end a step where an epoch ends.
         """
         self.loader = loader
-        self.config = config
+        self.accumulation_steps, self.whole_steps = accumulation_steps, whole_steps
         self.epoch = 0
         self._taken = 0
-        self._epochs_own: Iterator[dict[str, Any]] | None = None
-        self._resume_with: dict[str, Any] | None = None
+        self._iterator: Iterator[dict[str, Any]] | None = None
+        self._resume_from: dict[str, Any] | None = None
 
     def of_a_step(self) -> Iterator[tuple[dict[str, Any], bool]]:
-        """The micro-batches of the next optimizer step, each with whether it is the step's last. The end of an epoch
-        ends the step, unless `whole_steps` is set."""
-        for number in range(1, self.config.gradient_accumulation_steps + 1):
-            if self._epochs_own is None:
-                self._epochs_own = self._begin_epoch()
-            self._before_fetch = generators()
-            batch = next(self._epochs_own)
-            batch["pixels"] = list(batch["pixels"])  # loaded by now, or here
+        """The micro-batches of the next optimizer step, each with whether it is the step's last."""
+        for number in range(1, self.accumulation_steps + 1):
+            if self._iterator is None:
+                self._iterator = self._begin_epoch()
+            self._before_fetch = rng_states()
+            batch = next(self._iterator)
+            batch["pixels"] = list(batch["pixels"])  # threads may have loaded them already
             self._taken += 1
             epoch_ends = self._taken == len(self.loader)
             if epoch_ends:
-                next(self._epochs_own, None)  # lets the loader end, too
-                self._epochs_own, self._taken = None, 0
+                next(self._iterator, None)  # lets the loader end, too
+                self._iterator, self._taken = None, 0
                 self.epoch += 1
-            last = number == self.config.gradient_accumulation_steps or (epoch_ends and not self.config.whole_steps)
+            last = number == self.accumulation_steps or (epoch_ends and not self.whole_steps)
             yield batch, last
             if last:
                 return
 
-    def place(self) -> dict[str, Any]:
-        """Where the training is, after a step; what `take_up` needs. `torch.save` can write it."""
-        place = {"epoch": self.epoch, "taken": self._taken, "generators": self._generators()}
-        if torch.cuda.is_initialized():  # it is what this training runs on
-            place["generators"]["cuda"] = torch.cuda.get_rng_state()
+    def state_dict(self) -> dict[str, Any]:
+        """The position after a step. `torch.save` can write it."""
+        state = {"epoch": self.epoch, "taken": self._taken, "generators": self._rng_states()}
+        if torch.cuda.is_initialized():  # the run uses a GPU
+            state["generators"]["cuda"] = torch.cuda.get_rng_state()
         if self._taken:
-            place.update(at_start=self._at_start, before_fetch=self._before_fetch)
-        return place
+            state.update(at_start=self._at_start, before_fetch=self._before_fetch)
+        return state
 
-    def take_up(self, place: dict[str, Any]) -> None:
-        """Go on from a place, with the next step, as if nothing had happened in between."""
-        self.epoch, self._resume_with = place["epoch"], place
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position with the next step."""
+        self.epoch, self._resume_from = state["epoch"], state
 
     def _begin_epoch(self) -> Iterator[dict[str, Any]]:
-        place, self._resume_with = self._resume_with, None
-        if place is not None and place["taken"]:
-            return self._gone_through(place)
-        if place is not None:
-            self._set_generators(place["generators"])
-        self._taken, self._at_start = 0, self._generators()
-        self.loader.dataset.pass_over(0)
+        state, self._resume_from = self._resume_from, None
+        if state is not None and state["taken"]:
+            return self._replay(state)
+        if state is not None:
+            self._set_rng_states(state["generators"])
+        self._taken, self._at_start = 0, self._rng_states()
+        self.loader.dataset.skip_batches(0)
         return iter(self.loader)
 
-    def _gone_through(self, place: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        self._taken, self._at_start = place["taken"], place["at_start"]
-        self._set_generators(self._at_start)
-        self.loader.dataset.pass_over(self._taken)
+    def _replay(self, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        self._taken, self._at_start = state["taken"], state["at_start"]
+        self._set_rng_states(self._at_start)
+        self.loader.dataset.skip_batches(self._taken)
         iterator = iter(self.loader)
         for _ in range(self._taken - 1):
             next(iterator)
-        set_generators(place["before_fetch"])
+        set_rng_states(state["before_fetch"])
         next(iterator)
-        self._set_generators(place["generators"])
+        self._set_rng_states(state["generators"])
         return iterator
 
-    def _generators(self) -> dict[str, Any]:
-        order = self.loader.synchronized_generator  # draws the order where there are several ranks
-        return {**generators(), "order": order.get_state() if order is not None else None}
+    def _rng_states(self) -> dict[str, Any]:
+        order = self.loader.synchronized_generator  # draws the order if there are several ranks
+        return {**rng_states(), "order": order.get_state() if order is not None else None}
 
-    def _set_generators(self, states: dict[str, Any]) -> None:
-        set_generators(states)
+    def _set_rng_states(self, states: dict[str, Any]) -> None:
+        set_rng_states(states)
         if states["order"] is not None:
             self.loader.synchronized_generator.set_state(states["order"])
         if "cuda" in states and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(states["cuda"])
 
 
-def generators() -> dict[str, Any]:
-    """The states of the generators on the host that a training draws from, as `torch.save` and a `torch.load` that
-    trusts nobody can take them."""
+def rng_states() -> dict[str, Any]:
+    """The states of the host's random number generators, in a form that `torch.load(weights_only=True)` accepts."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -112,7 +111,7 @@ def generators() -> dict[str, Any]:
     }
 
 
-def set_generators(states: dict[str, Any]) -> None:
+def set_rng_states(states: dict[str, Any]) -> None:
     kind, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

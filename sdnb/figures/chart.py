@@ -1,6 +1,6 @@
-"""How every figure looks: its colours, its title, and a caption with the number that matters.
+"""The look of all figures: colours, title, and a caption with the number that matters.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from PIL import Image
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
 PINK, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
-INK, SOFT = "#1c2430", "#5b6675"  # a page that shows a figure as SVG may put its own in their place
+INK, SOFT = "#1c2430", "#5b6675"  # a page may replace them in an SVG figure
 RUN_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, INK, GREY)
-WIDTH = 8.7  # inches: as wide as a page, and as a cell of JupyterLab beside its file browser
-_MOST_POINTS = 2000  # that a figure draws as shapes; more are an image in it
+WIDTH = 8.7  # inches: the width of a page, and of a JupyterLab cell beside the file browser
+_MOST_POINTS = 2000  # drawn as shapes; more become a bitmap
 
 
 class Chart(Figure):
-    """A figure that says in words what it shows, in `alt`. In a notebook it shows itself, as SVG and as PNG."""
+    """A figure with a text description, `alt`. A notebook shows it as SVG and as PNG."""
 
     def __init__(self, title: str, caption: str, height: float, width: float = WIDTH) -> None:
         super().__init__(figsize=(width, height), layout="constrained", dpi=110)
@@ -51,11 +51,11 @@ class Chart(Figure):
         return self.panels()[0, 0]
 
     def svg(self) -> str:
-        """An SVG element that looks the same with any fonts, its ink by the CSS variables --ink and --soft."""
+        """An SVG element that needs no fonts. The CSS variables --ink and --soft set its ink."""
         drawn = io.StringIO()
         with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": self.alt}):
-            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            self.savefig(drawn, format="svg", transparent=True, metadata=nothing)
+            no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            self.savefig(drawn, format="svg", transparent=True, metadata=no_metadata)
         element = drawn.getvalue()
         element = element[element.index("<svg") :]
         for name, colour in (("ink", INK), ("soft", SOFT)):
@@ -70,7 +70,7 @@ class Chart(Figure):
             "image/svg+xml": self.svg(),
             "image/png": base64.b64encode(drawn.getvalue()).decode(),
         }
-        # JupyterLab puts what is transparent on a light ground then
+        # JupyterLab then shows a transparent figure on a light background
         about = {"alt": self.alt, "needs_background": "light"}
         return data, {"image/svg+xml": about, "image/png": about}
 
@@ -81,17 +81,17 @@ def legend(axes: Axes, **options: Any) -> None:
 
 
 def dots(axes: Axes, x: Any, y: Any, marker: str = "o", **options: Any) -> None:
-    """Points without a line. Thousands of them become an image, so that a page stays small."""
+    """Points without a line. Thousands of them become a bitmap, so that a page stays small."""
     axes.plot(x, y, marker, rasterized=len(x) > _MOST_POINTS, **options)
 
 
 def name_points(axes: Axes, x: Iterable[float], y: Iterable[float], names: Iterable[str]) -> None:
-    """A name beside each point, a line higher or lower where it would cover one before it, or left out.
+    """A name beside each point. It moves up or down if it would cover an earlier one, and is dropped if nothing helps.
 
-    The axes must have the limits that they are to have.
+    The axes must have their final limits.
     """
-    axes.figure.draw_without_rendering()  # which sets them out, so that the names' places are known
-    before: list[Bbox] = []
+    axes.figure.draw_without_rendering()  # fixes the layout, and so the names' positions
+    taken: list[Bbox] = []
     for one_x, one_y, name in zip(x, y, names):
         left = one_x > np.quantile(axes.get_xlim(), 0.7)
         text = axes.annotate(
@@ -101,8 +101,8 @@ def name_points(axes: Axes, x: Iterable[float], y: Iterable[float], names: Itera
         for lines in (0, 1, -1, 2, -2):
             text.set_position((-6 if left else 6, 10 * lines))
             place = text.get_window_extent()
-            if not any(place.overlaps(other) for other in before):
-                before.append(place)
+            if not any(place.overlaps(other) for other in taken):
+                taken.append(place)
                 break
         else:
             text.remove()
@@ -115,7 +115,7 @@ def grid_of(
     columns: Sequence[str],
     rows: Sequence[str] = ("",),
 ) -> Chart:
-    """Pictures in rows and columns with their names; long names are cut. None leaves its place empty."""
+    """Images in rows and columns, with names; long names are cut. None is an empty place."""
     across, down = len(columns), len(rows)
     side = min(2.2, WIDTH / across)
     chart = Chart(title, caption, (side + 0.25) * down + 0.5, width=max(side * across, 5))

@@ -1,4 +1,4 @@
-"""Figures of runs side by side."""
+"""Figures that compare runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from PIL import Image
 
 from sdnb.figures.chart import INK, RUN_COLOURS, Chart, dots, grid_of, legend
 from sdnb.figures.run_plots import held_out
-from sdnb.metrics.results import RUNNING_MEAN_STEPS, Measurements
+from sdnb.metrics.results import Measurements
+from sdnb.metrics.steps import RUNNING_MEAN_STEPS
 from sdnb.run.comparison import MANY, Comparison
 from sdnb.run.folder import SAMPLES
 
@@ -22,7 +23,7 @@ def throughputs(comparison: Comparison) -> Chart:
     estimates = {label: measured.throughput for label, measured in comparison.measured.items()}
     best = max(estimates, key=lambda label: estimates[label].value)
     first = next(iter(estimates.values()))
-    caption = f"{best} trains the most, {estimates[best]}. Lines: 95 % confidence within the run, where it is known."
+    caption = f"{best} trains the most, {estimates[best]}. Lines: 95 % confidence within the run, if known."
     chart = Chart("Images per second and device", caption, 1.4 + 0.45 * len(estimates))
     axes = chart.panel()
     for row, (colour, estimate) in enumerate(zip(itertools.cycle(RUN_COLOURS), estimates.values())):
@@ -37,8 +38,8 @@ def throughputs(comparison: Comparison) -> Chart:
 
 
 def swept(comparison: Comparison, settings: Sequence[str]) -> Chart:
-    """Images/s, all devices together, and peak memory over the first of the settings, a line for each choice of the
-    others; the best is marked. Where ranks were swept, the caption has their scaling efficiency."""
+    """Images/s of all devices and peak memory over the first setting, with one line for each choice of the others. The
+    best is marked. If ranks were swept, the caption has their scaling efficiency."""
     setting, *others = settings
     points: dict[str, list[tuple[Any, Measurements]]] = {}
     for measured in comparison.measured.values():
@@ -51,7 +52,8 @@ def swept(comparison: Comparison, settings: Sequence[str]) -> Chart:
         for rest, line in points.items():
             few, many = (pick(line, key=lambda point: point[0]) for pick in (min, max))
             efficiency = _all_devices(many[1]) / many[0] / (_all_devices(few[1]) / few[0])
-            caption += f" From {few[0]} to {many[0]} ranks it scales with {efficiency:.0%} {rest}."
+            where = f" ({rest})" if rest else ""
+            caption += f" Scaling efficiency from {few[0]} to {many[0]} ranks{where}: {efficiency:.0%}."
     chart = Chart(f"Over {setting}", caption, 3.8)
     ((left, right),) = chart.panels(1, 2)
     values = list(dict.fromkeys(value for line in points.values() for value, _ in line))
@@ -76,13 +78,13 @@ def _peak_gib(measured: Measurements) -> float:
 
 
 def losses(comparison: Comparison) -> Chart:
-    """The running means of the loss, single losses where a log has no more, and the held-out losses with their 95 %
-    intervals, over the optimizer steps."""
+    """The running means of the loss, and the held-out losses with their 95 % intervals, over the optimizer steps. For a
+    log with gaps, single losses."""
     ends = {label: measured.steps.running_loss.iloc[-1] for label, measured in comparison.measured.items()}
-    said = ", ".join(f"{label} {end:.4f}" for label, end in ends.items() if np.isfinite(end))
-    caption = f"Running means of {RUNNING_MEAN_STEPS} steps end at: {said or 'not known'}."
+    known = ", ".join(f"{label} {end:.4f}" for label, end in ends.items() if np.isfinite(end))
+    caption = f"Running means of {RUNNING_MEAN_STEPS} steps end at: {known or 'unknown'}."
     if any(len(measured.validation) for measured in comparison.measured.values()):
-        caption += " Dots: held-out pictures, with 95 % intervals."
+        caption += " Dots: held-out images, with 95 % intervals."
     chart = Chart("Loss", caption, 4.0)
     axes = chart.panel()
     for colour, (label, measured) in zip(itertools.cycle(RUN_COLOURS), comparison.measured.items()):
@@ -105,8 +107,8 @@ def step_times(comparison: Comparison) -> Chart:
         label: measured.steps[measured.steps.steady & ~measured.steps.short].seconds.dropna()
         for label, measured in comparison.measured.items()
     }
-    said = ", ".join(f"{label} {seconds.median():.3f} s" for label, seconds in full.items() if len(seconds) > 2)
-    caption = f"Medians of the full steps after the warm-up: {said or 'not known'}. Diamonds are short steps."
+    known = ", ".join(f"{label} {seconds.median():.3f} s" for label, seconds in full.items() if len(seconds) > 2)
+    caption = f"Medians of the full steps after the warm-up: {known or 'unknown'}. Diamonds are short steps."
     chart = Chart("Wall time of each optimizer step", caption, 3.6)
     axes = chart.panel()
     for colour, (label, measured) in zip(itertools.cycle(RUN_COLOURS), comparison.measured.items()):
@@ -119,12 +121,12 @@ def step_times(comparison: Comparison) -> Chart:
 
 
 def _name_runs(axes: Axes, comparison: Comparison) -> None:
-    """The legend; of many runs beside the axes, where it covers none of them."""
+    """The legend; beside the axes if there are many runs."""
     legend(axes, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(comparison.runs) > MANY else {}))
 
 
 def samples(comparison: Comparison) -> Chart | None:
-    """What each run drew last, of the prompts that all of them drew; None if there are none."""
+    """The last images of each run, for the prompts that all of them drew; None if there are none."""
     drawn = {label: run.drawn for label, run in comparison.runs.items() if not run.drawn.empty}
     if not drawn:
         return None

@@ -1,6 +1,6 @@
-"""What a notebook shows while a training runs: one progress line, and under it the loss and the step times so far.
+"""What a notebook shows during a run: one progress line, and below it the loss and the step times so far.
 
-It is drawn by hand, as SVG of some kilobytes: a plotting library would take processor time from a training on the CPU.
+The SVG is written by hand and has some kilobytes: a plotting library would take CPU time from the training.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from sdnb.figures.chart import BLUE, ORANGE
-from sdnb.metrics.results import RUNNING_MEAN_STEPS
+from sdnb.metrics.steps import RUNNING_MEAN_STEPS
 
-LATELY = 20  # steps that the pace is taken from
+RECENT_STEPS = 20  # that the pace is computed from
 SECONDS_BETWEEN = 1.0
 _MOST_POINTS = 300
 _WIDE, _HIGH, _LEFT, _TOP = 400, 130, 46, 18
 
 
 def progress(records: Sequence[dict[str, Any]], total: int) -> str:
-    """Where a run is, in one line: step, time left, loss, images/s and memory, from the records of its steps."""
+    """The progress of a run in one line: step, time left, loss, images/s and memory, from the records of its steps."""
     if not records:
         return f"step 0/{total} · starting"
-    lately, last = records[-LATELY:], records[-1]
+    recent, last = records[-RECENT_STEPS:], records[-1]
     step, loss = last["step"], last["loss"]
-    seconds = sum(record["seconds"] for record in lately)
-    pace = sum(record["images"] for record in lately) / seconds
-    left = _clock((total - step) * seconds / len(lately))
+    seconds = sum(record["seconds"] for record in recent)
+    pace = sum(record["images"] for record in recent) / seconds
+    left = _clock((total - step) * seconds / len(recent))
     bar = "█" * (20 * step // total)
-    memory = f" · {last['peak_memory_gib']:.1f} GiB at the most" if "peak_memory_gib" in last else ""
+    memory = f" · peak {last['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in last else ""
     return (
         f"{bar:░<20} step {step}/{total} · {left} left · "
         f"loss {'not finite' if loss is None else f'{loss:.4f}'} · {pace:.1f} images/s{memory}"
@@ -43,9 +43,8 @@ def _clock(seconds: float) -> str:
 
 
 class Live:
-    """Shows a run under its cell, each state in the place of the one before, about once a second, so that the saved
-    notebook has one output. What the ranks log is under it, too; at the end, what they warn of. A plain script has the
-    line alone."""
+    """Shows a run under its cell, about once a second. Each state replaces the one before, so the saved notebook has
+    one output. It includes the latest log lines; at the end, the warnings. A plain script prints the line only."""
 
     def __init__(self, total_steps: int) -> None:
         from IPython import get_ipython
@@ -60,7 +59,7 @@ class Live:
         state = line, log, ended
         if state == self.shown or (not ended and time.monotonic() < self.shown_at + SECONDS_BETWEEN):
             return
-        # A run that came to its end has better figures in the cells that follow.
+        # The next cells have better figures of a complete run.
         complete = ended and records and records[-1]["step"] == self.total_steps
         figure = "" if complete else figures(records, self.total_steps)
         below = f"<pre style='font-size:smaller'>{html.escape(log)}</pre>" if log else ""
@@ -73,10 +72,10 @@ class Live:
 
 
 def figures(records: Sequence[dict[str, Any]], total: int) -> str:
-    """The loss and the time of each step, as two SVG elements; nothing before the second step."""
+    """The loss and the time of each step, as two SVG elements; empty before the second step."""
     if len(records) < 2:
         return ""
-    shown = range(0, len(records), max(1, len(records) // _MOST_POINTS))  # of a long run not all are gone through
+    shown = range(0, len(records), max(1, len(records) // _MOST_POINTS))  # a long run has too many
     steps = [records[row]["step"] for row in shown]
     losses = [records[row]["loss"] for row in shown]
     means = [_running_loss(records[max(0, row + 1 - RUNNING_MEAN_STEPS) : row + 1]) for row in shown]
@@ -90,7 +89,7 @@ def figures(records: Sequence[dict[str, Any]], total: int) -> str:
 
 
 def _running_loss(records: Sequence[dict[str, Any]]) -> float | None:
-    """As `metrics.mark` has it."""
+    """As `metrics.steps.mark` computes it."""
     if any(record["loss"] is None for record in records):
         return None
     return sum(record["loss"] * record["images"] for record in records) / sum(record["images"] for record in records)
@@ -101,7 +100,7 @@ def _line(colour: str, opacity: float, width: float) -> str:
 
 
 def _end_of_axis(step: int, total: int) -> int:
-    """The last step of the axis: further than the run is, but not so far that what it has done is not seen."""
+    """The last step of the axis: a little further than the run, so that the curve stays visible."""
     end = 25
     while end < step:
         end *= 2
@@ -116,7 +115,7 @@ def _panel(
     lines: Sequence[tuple[Sequence[float | None], str]] = (),
     colours: Sequence[str] = (),
 ) -> str:
-    """Lines over the steps, each with its style, or a point of a colour for each value; from 0 to the largest value."""
+    """Lines over the steps, each with its style, or one coloured point per value; from 0 to the largest value."""
     top = max((value for value in values if value is not None), default=1) or 1
 
     def place(step: int, value: float | None) -> tuple[float, float] | None:
@@ -142,7 +141,7 @@ def _panel(
 
 
 def _unbroken(points: Sequence[tuple[float, float] | None]) -> list[list[tuple[float, float]]]:
-    """Lines between the gaps."""
+    """The lines between gaps."""
     parts: list[list[tuple[float, float]]] = [[]]
     for point in points:
         if point is None:

@@ -1,4 +1,4 @@
-"""Figures of a run. They draw what `metrics` has computed."""
+"""Figures of a run. They draw what the room `metrics` computes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from sdnb.figures.chart import (
     legend,
     name_points,
 )
-from sdnb.metrics.results import RUNNING_MEAN_STEPS, Measurements, slow_steps, time_by_phase
+from sdnb.metrics.results import Measurements
+from sdnb.metrics.steps import RUNNING_MEAN_STEPS, time_by_phase
 from sdnb.run.folder import SAMPLES, RunFolder
 
 PHASE_COLOURS = {
@@ -36,10 +37,11 @@ _MOST_NAMED = 5
 
 
 def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
-    """The loss of each step faintly, its running mean, the held-out loss with its 95 % interval, and the target.
+    """The loss of each step in a faint colour, its running mean, the held-out loss with its 95 % interval, and the
+    target.
 
     Args:
-        what: the loss is, for the axis.
+        what: the label of the loss axis.
     """
     steps, validation = measured.steps, measured.validation
     last = steps.iloc[-1]
@@ -51,7 +53,7 @@ def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
     axes.plot(steps.step, steps.loss, color=BLUE, alpha=0.3, lw=1, label="each step")
     axes.plot(steps.step, steps.running_loss, color=BLUE, lw=2, label=f"mean of {RUNNING_MEAN_STEPS} steps")
     if len(validation):
-        label = f"{int(validation.pictures.iloc[-1])} held-out pictures, 95 % interval"
+        label = f"{int(validation.images.iloc[-1])} held-out images, 95 % interval"
         held_out(axes, validation, fmt="o-", color=RED, lw=1.2, label=label)
     if measured.config.target_loss is not None:
         axes.axhline(measured.config.target_loss, color=GREY, ls="--", label=f"target {measured.config.target_loss:g}")
@@ -61,38 +63,36 @@ def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
 
 
 def held_out(axes: Axes, validation: pd.DataFrame, **options: Any) -> None:
-    """The losses on held-out pictures with their 95 % intervals."""
+    """The losses on held-out images with their 95 % intervals."""
     margin = 1.96 * validation.standard_error.astype(float)
     axes.errorbar(validation.step, validation.loss, margin, ms=4, elinewidth=1, capsize=2, **options)
 
 
 def step_times(measured: Measurements) -> Chart:
-    """The wall time of each step: short ones, the warm-up, those in which pictures are encoded for the first time, and
-    the slowest of the others with what made them so."""
-    steps, slow = measured.steps, slow_steps(measured)
+    """The wall time of each step. Short steps, the warm-up, and steps that encode new images are marked. The slowest of
+    the others are named with the reason."""
+    steps, slow = measured.steps, measured.slow_steps
     full, short = steps[~steps.short], steps[steps.short]
-    keeps = (full.encoded_images < full.images).any()  # otherwise every step encodes, and it tells none from another
-    encoding = full[(full.encoded_images > 0) & keeps]
+    cached = (full.encoded_images < full.images).any()  # else every step encodes, and the mark means nothing
+    encoding = full[(full.encoded_images > 0) & cached]
     plain = full[~full.step.isin(encoding.step)]
     steady = full[full.steady]
     warmup = int((~steps.steady).sum())
     median = (
         f"{steady.seconds.median():.3f} s is the median of the full steps after the warm-up; " if len(steady) else ""
     )
-    caption = f"{median}{len(short)} of {len(steps)} steps are short; {warmup} are left out as warm-up."
+    caption = f"{median}{len(short)} of {len(steps)} steps are short; {warmup} are warm-up."
     if len(slow):
-        caption += f" {len(slow)} took much longer than the others; the slowest are named."
+        caption += f" {len(slow)} took much longer than similar steps; the slowest are named."
     chart = Chart("Wall time of each optimizer step", caption, 3.8)
     axes = chart.panel()
     dots(axes, plain.step, plain.seconds, color=BLUE, ms=4, label="full step")
     if len(encoding):
-        dots(
-            axes, encoding.step, encoding.seconds, color=BLUE, ms=4, mfc="none", label="full step that encodes pictures"
-        )
+        dots(axes, encoding.step, encoding.seconds, color=BLUE, ms=4, mfc="none", label="full step that encodes images")
     if len(short):
         dots(axes, short.step, short.seconds, "D", color=ORANGE, ms=5, label="short step")
     if warmup:
-        axes.axvspan(0.5, warmup + 0.5, color=GREY, alpha=0.2, lw=0, label="warm-up, left out")
+        axes.axvspan(0.5, warmup + 0.5, color=GREY, alpha=0.2, lw=0, label="warm-up")
     if len(steady):
         axes.axhline(steady.seconds.median(), color=BLUE, lw=1, alpha=0.6, label="median")
     axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None), xlim=(0.5, len(steps) + 0.5))
@@ -106,7 +106,9 @@ def where_time_goes(measured: Measurements) -> Chart:
     """The mean time of a step by phase."""
     phases = time_by_phase(measured.steps)
     share = 100 * phases / phases.sum()
-    caption = f"Of {phases.sum():.3f} s a step, {share.max():.0f} % go to {share.idxmax()}. Mean of the steady steps."
+    caption = (
+        f"A step takes {phases.sum():.3f} s; {share.max():.0f} % of it is {share.idxmax()}. Mean of the steady steps."
+    )
     chart = Chart("Where the time of a step goes", caption, 2.9)
     axes = chart.panel()
     axes.barh(phases.index, phases, color=[PHASE_COLOURS[phase] for phase in phases.index])
@@ -118,7 +120,7 @@ def where_time_goes(measured: Measurements) -> Chart:
 
 
 def samples(run: RunFolder) -> Chart | None:
-    """Pictures of the same prompts and seeds, a row for each step at which they were drawn; None without any."""
+    """Images of the same prompts and seeds, one row for each step at which they were drawn; None if there are none."""
     drawn = run.drawn
     if drawn.empty:
         return None
@@ -127,19 +129,19 @@ def samples(run: RunFolder) -> Chart | None:
     first = drawn.iloc[0]
     how = f"Seed {first.seed}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."
     if run.model.get("random_weights"):
-        how += " The model started from random weights: its pictures do not show anything yet."
+        how += " The model started from random weights, so its images show nothing yet."
     labels = ["before" if step == 0 else f"after step {step}" for step in times]
     return grid_of(
         [[images.get((step, prompt)) for prompt in prompts] for step in times],
-        "Pictures drawn from the same noise as the training went on", how, columns=prompts, rows=labels,
+        "Images drawn from the same noise during the training", how, columns=prompts, rows=labels,
     )  # fmt: skip
 
 
-def pictures(images: Sequence[Image.Image], captions: Sequence[str], total: int) -> Chart:
-    """Some training pictures with their captions."""
-    return grid_of([list(images)], "What it trains on", f"{len(images)} of {total} pictures.", columns=captions)
+def examples(images: Sequence[Image.Image], captions: Sequence[str], total: int) -> Chart:
+    """Some training images with their captions."""
+    return grid_of([list(images)], "What it trains on", f"{len(images)} of {total} images.", columns=captions)
 
 
 def _spread(values: list[int], most: int) -> list[int]:
-    """So many of the values at most, from all over, the first and the last among them."""
+    """At most so many of the values, evenly chosen, with the first and the last."""
     return [values[round(index)] for index in np.linspace(0, len(values) - 1, min(most, len(values)))]

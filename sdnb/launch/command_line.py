@@ -1,4 +1,4 @@
-"""The command line of a training: one rank, alone or as `accelerate launch` starts it, with the reference's flags."""
+"""The command line of a run: one rank, alone or as `accelerate launch` starts it, with the reference's flags."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ from sdnb.settings.config import TrainConfig
 from sdnb.settings.flags import parse
 
 if TYPE_CHECKING:
-    from sdnb.data.image_captions import Splits
+    from sdnb.data.loading import Splits
 
 
 def main() -> None:
-    """One rank of a training, alone or as `accelerate launch` starts it, with the settings of the command line. It ends
-    the process. What trains is loaded when the settings have been read: that takes seconds."""
-    gc.disable()  # until all is loaded: looking through it for garbage takes a fifth of that time
+    """One rank, alone or as `accelerate launch` starts it, with the settings of the command line. It ends the process.
+    It parses the flags first, because loading torch takes seconds."""
+    gc.disable()  # until everything is loaded: collecting takes a fifth of that time
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     folder = splits = None
     if world > 1:
-        end_with_parent()  # accelerate launch, killed, would leave its ranks behind
+        end_with_parent()  # when accelerate launch is killed, its ranks would stay
         cores, ranks_here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        os.environ.setdefault("OMP_NUM_THREADS", str(share(cores, ranks_here)))  # which torch reads when it is loaded
+        os.environ.setdefault("OMP_NUM_THREADS", str(share(cores, ranks_here)))  # torch reads it when it is loaded
     try:
         config = _as_launched(parse(sys.argv[1:]), world)
         if rank == 0:
-            from sdnb.data import image_captions as data
-            from sdnb.train.checkpoint_folder import find
+            from sdnb.data.loading import load_data
+            from sdnb.train.checkpoint_folder import find_checkpoints
 
-            splits = data.load(config)
-            config.total_steps(len(splits.train))  # which there may be too few examples for
-            find(config, splits.train)  # what cannot be resumed is left as it is
+            splits = load_data(config)
+            config.epoch(len(splits.train))  # there may be too few examples
+            find_checkpoints(config, splits.train)  # raises before anything in the folder changes
             run_folder.begin(config, environment.capture())
         folder = Path(config.output_dir).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
         _end("", 0)
     except KeyboardInterrupt:
-        measured = f"; what was measured is in {folder}" if folder else ""
+        measured = f"; the measurements are in {folder}" if folder else ""
         _end(f"interrupted{measured}" if rank == 0 else "", 130)
     except Exception as error:
         known = isinstance(error, SdnbError)
         details = str(error) if known else traceback.format_exc()
         if not known or (folder is None and rank):
-            # A rank that lost its peer fails too, and wrong settings are every rank's: the launcher ends this one
-            # before it says so.
+            # A rank that lost its peer fails, too, and wrong settings fail on every rank: the launcher ends this one
+            # before it reports that.
             time.sleep(2)
         first = run_folder.fail(folder, rank, type(error).__name__, details) if folder else rank == 0
         _end(f"error: {details}" if first else "", 1)
@@ -86,8 +86,8 @@ def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
 
 
 def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) -> None:
-    """Train; on rank 0 with the reference's progress bar, what is logged, and at the end what was measured."""
-    from sdnb.metrics import results as metrics
+    """Train. Rank 0 shows the reference's progress bar and the log, and at the end the results."""
+    from sdnb.metrics.results import measure
     from sdnb.train.loop import train
 
     if rank:
@@ -105,7 +105,7 @@ def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) ->
 
         train(config, show, splits)
     run = run_folder.RunFolder(config.output_dir)
-    print(metrics.measure(run) if len(run.steps) else "no step was left to train", f"in {run.folder}", sep="\n")
+    print(measure(run) if len(run.steps) else "there were no steps left", f"in {run.folder}", sep="\n")
 
 
 class _AboveTheBar(logging.StreamHandler):
@@ -118,5 +118,5 @@ def _end(message: str, status: int) -> None:
         print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    # At once: to take all modules apart takes a second or two, and ranks that wait for this one would be waited for.
+    # At once: interpreter shutdown takes a second or two, and would wait for ranks that wait for this one.
     os._exit(status)

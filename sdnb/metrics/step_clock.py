@@ -1,11 +1,11 @@
-"""Where the time of an optimizer step goes, measured without making the device wait."""
+"""Where the time of an optimizer step goes, measured without waiting for the device."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:  # who reads a run needs the phases, and not torch, which takes seconds to load
+if TYPE_CHECKING:  # readers of a run need the phases, but not torch, which takes seconds to load
     import torch
 
 PHASES = ("data", "encode", "forward", "backward", "optimizer", "ema", "other")
@@ -17,10 +17,10 @@ class Moment(NamedTuple):
 
 
 class StepClock:
-    """Times the phases of a step on the device, and the step itself on the wall.
+    """Times the phases of a step on the device, and the whole step on the wall clock.
 
-    On a GPU a lap records an event, which costs the host a few microseconds and the device nothing; the events are read
-    once a step, after the step's results have been read and the device has thus come to rest.
+    On a GPU the end of a phase is an event. It costs the host some microseconds and the device nothing. The events are
+    read once a step, when the device is idle because the step's results have been read.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,28 +32,28 @@ class StepClock:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a step now; what came since the last one (a validation, a picture drawn) belongs to none."""
-        self._laps = [("", self._now())]
+        """Start a step now. The time since the last step, such as a validation, counts for no step."""
+        self._ends = [("", self._now())]
 
-    def lap(self, phase: str) -> None:
-        """End a phase: the time since the last lap was its."""
-        self._laps.append((phase, self._now()))
+    def end_phase(self, phase: str) -> None:
+        """The time since the end of the phase before belongs to this phase."""
+        self._ends.append((phase, self._now()))
 
     def read(self) -> tuple[float, dict[str, float]]:
-        """End the step and begin the next.
+        """End the step and start the next one.
 
         Returns:
-            The step's seconds on the wall, and the seconds of each phase; `other` is what no lap claimed.
+            The step's seconds on the wall clock, and the seconds of each phase; `other` is the rest.
         """
         end_of_step = self._now()
-        seconds = end_of_step.wall - self._laps[0][1].wall
+        seconds = end_of_step.wall - self._ends[0][1].wall
         if self._on_gpu:
-            self._laps[-1][1].event.synchronize()
+            self._ends[-1][1].event.synchronize()
         phases = dict.fromkeys(PHASES, 0.0)
-        for (_, start), (phase, end) in zip(self._laps, self._laps[1:]):
+        for (_, start), (phase, end) in zip(self._ends, self._ends[1:]):
             phases[phase] += start.event.elapsed_time(end.event) / 1000 if self._on_gpu else end.wall - start.wall
         phases["other"] += max(0.0, seconds - sum(phases.values()))
-        self._laps = [("", end_of_step)]
+        self._ends = [("", end_of_step)]
         return seconds, phases
 
     def _now(self) -> Moment:

@@ -1,4 +1,4 @@
-"""The arithmetic of throughput: images per second with its interval, and what a progress bar makes of it."""
+"""Throughput: images per second with a confidence interval, and what a progress bar shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMOOTHING = 0.3  # of tqdm's progress bar
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % confidence interval."""
+    """A number with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -33,9 +33,9 @@ class Estimate:
 def images_per_second(images: np.ndarray, seconds: np.ndarray) -> Estimate:
     """Σ images / Σ seconds over steps, with its 95 % confidence interval.
 
-    The variance is that of a ratio estimate (Cochran, Sampling Techniques, 1977, section 6.3), its residuals'
-    autocorrelation taken into account as in Newey and West (Econometrica 55, 1987), with the 4 (n/100)^(2/9) lags of
-    their second paper (Review of Economic Studies 61, 1994). With fewer than three steps the interval is unknown (NaN).
+    The variance is that of a ratio estimate (Cochran, Sampling Techniques, 1977, section 6.3). It includes the
+    autocorrelation of the residuals as in Newey and West (Econometrica 55, 1987), with the 4 (n/100)^(2/9) lags of
+    their second paper (Review of Economic Studies 61, 1994). With fewer than three steps the interval is NaN.
     """
     images, seconds = np.asarray(images, float), np.asarray(seconds, float)
     n, ratio = len(images), images.sum() / seconds.sum()
@@ -52,17 +52,17 @@ def images_per_second(images: np.ndarray, seconds: np.ndarray) -> Estimate:
 
 
 def ratio_of(one: Estimate, other: Estimate) -> Estimate:
-    """The ratio of two independent estimates, with its 95 % confidence interval: of its logarithm, whose variance is
-    the sum of theirs (the delta method). NaN where one of the intervals is not known."""
+    """The ratio of two independent estimates, with its 95 % confidence interval by the delta method: the variance of
+    its logarithm is the sum of theirs. NaN if one of the intervals is unknown."""
     ratio = one.value / other.value
     margin = math.hypot(*((each.high - each.low) / 2 / each.value for each in (one, other)))
     return Estimate(ratio, ratio * math.exp(-margin), ratio * math.exp(margin))
 
 
 def smoothed_seconds_per_step(seconds: np.ndarray) -> float:
-    """The s/it that tqdm's progress bar shows after the last of these steps: its own moving average, smoothing 0.3."""
+    """The s/it that tqdm's progress bar shows after the last of these steps: a moving average with smoothing 0.3."""
     now = 0.0
-    # All that its average depends on is given, as the environment's TQDM_… would decide the rest.
+    # All parameters of the average are given, because TQDM_… in the environment would set the others.
     bar = tqdm(total=len(seconds) + 1, file=io.StringIO(), disable=False, smoothing=SMOOTHING, mininterval=0.1,
                maxinterval=10.0, miniters=None)  # fmt: skip
     bar._time = lambda: now
@@ -76,14 +76,14 @@ def smoothed_seconds_per_step(seconds: np.ndarray) -> float:
 
 
 def seconds_per_micro_batch(shown: float, micro_batches: Sequence[int]) -> float:
-    """What a micro-batch takes where tqdm's progress bar shows so many s/it after steps of so many micro-batches, if
-    each takes as long: the average is linear in it."""
+    """Seconds per micro-batch, from the s/it that tqdm shows after steps of so many micro-batches. All micro-batches
+    are assumed to take the same time, and the average is linear in it."""
     return shown / smoothed_seconds_per_step(np.asarray(micro_batches, float))
 
 
 def nominal_ips(steps: pd.DataFrame, config: TrainConfig) -> float:
-    """Images per second per GPU as it is published: global batch / smoothed seconds per step at the last step but one /
-    GPUs. It takes every step for a full one. NaN where there is only one step."""
+    """Images per second and GPU, as trainers publish it: global batch / smoothed seconds per step at the last step but
+    one / GPUs. It counts every step as a full one. NaN if there is only one step."""
     if len(steps) < 2:
         return math.nan
-    return config.global_batch / smoothed_seconds_per_step(steps.seconds.iloc[:-1]) / config.num_processes
+    return config.global_batch / smoothed_seconds_per_step(steps.seconds.iloc[:-1]) / config.ranks

@@ -1,4 +1,4 @@
-"""The exponential moving average of the UNet's weights."""
+"""The exponential moving average (EMA) of the UNet's weights."""
 
 from __future__ import annotations
 
@@ -11,37 +11,29 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
-from sdnb.settings.config import TrainConfig
-
 
 class EMA(EMAModel):
-    """diffusers' EMAModel, which can wait in the host's memory between steps, and is saved without a random draw."""
+    """diffusers' EMAModel. It can stay in host memory between steps, and saving it draws no random numbers."""
 
-    def __init__(self, unet: UNet2DConditionModel, config: TrainConfig) -> None:
+    def __init__(self, unet: UNet2DConditionModel, offload: bool = False, fused: bool = True) -> None:
         """Args:
-        unet: what the average begins with.
+        unet: its weights are the average's first value.
+        offload: keep the average in pinned host memory between steps, if the device is a GPU.
+        fused: update all weights in one pass over memory.
         """
         super().__init__(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
-        self._offloaded = config.offload_ema
-        self._fused = config.fused_optimizer or config.foreach_ema
-        self._channels_last = config.channels_last
+        self._offload, self._fused = offload, fused
 
     def settle(self, device: torch.device) -> None:
-        """Go to where it is between steps: the device, or with `offload_ema` pinned memory of the host; in the order in
-        memory that the weights have, which torch's foreach kernels ask for (ATen/native/ForeachUtils.h)."""
+        """Move to where the average stays between steps: the device, or with `offload` the host."""
         self._device = device
-        if self._channels_last:
-            self.shadow_params = [
-                average.to(memory_format=torch.channels_last) if average.dim() == 4 else average
-                for average in self.shadow_params
-            ]
-        if self._offloaded and device.type == "cuda":
+        if self._offload and device.type == "cuda":
             self.shadow_params = [average.to("cpu").pin_memory() for average in self.shadow_params]
         else:
             self.to(device)
 
     def step(self, parameters: Iterator[torch.nn.Parameter]) -> None:
-        if not (self._offloaded and self._device.type == "cuda"):
+        if not (self._offload and self._device.type == "cuda"):
             return self._average(parameters)
         kept = self.shadow_params
         self.shadow_params = [average.to(self._device, non_blocking=True) for average in kept]
@@ -59,8 +51,8 @@ class EMA(EMAModel):
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
 
     @contextmanager
-    def in_place_of(self, unet: torch.nn.Module) -> Iterator[None]:
-        """The UNet with the averaged weights, for the time of a `with`."""
+    def applied_to(self, unet: torch.nn.Module) -> Iterator[None]:
+        """Within a `with`, the UNet has the averaged weights."""
         self.store(unet.parameters())
         self.copy_to(unet.parameters())
         try:
@@ -69,8 +61,8 @@ class EMA(EMAModel):
             self.restore(unet.parameters())
 
     def save(self, folder: Path) -> None:
-        """Write it as `EMAModel.save_pretrained` does, but without drawing weights to be overwritten: whether a
-        checkpoint is made must not change the training."""
+        """Write the average like `EMAModel.save_pretrained`, which also draws random weights and overwrites them. A
+        checkpoint must not change the training, so this draws none."""
         state = {name: value for name, value in self.state_dict().items() if name != "shadow_params"}
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(self.model_config)
@@ -81,7 +73,7 @@ class EMA(EMAModel):
         unet.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Take up what `save`, or the reference, has written."""
+        """Read an average that `save`, or the reference, has written."""
         saved = UNet2DConditionModel.from_pretrained(folder)
         state = json.loads((folder / "config.json").read_text())
         self.load_state_dict({name: state[name] for name in self.state_dict() if name in state})

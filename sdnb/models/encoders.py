@@ -1,4 +1,4 @@
-"""The frozen half of the model, VAE and text encoder: run for each micro-batch, or once a picture and a caption."""
+"""The frozen encoders, VAE and text encoder: run for every micro-batch, or once per image and caption."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sdnb.data.image_captions import ImageCaptions, tokenize
 from sdnb.data.transforms import normalize
 from sdnb.errors import CacheError
 from sdnb.machine import environment
-from sdnb.models.encoding_cache import Table, size_of
+from sdnb.models.encoding_cache import EncodingCache, size_of
 from sdnb.models.pipeline import Parts
 from sdnb.settings.config import TrainConfig
 
@@ -24,138 +25,140 @@ logger = logging.getLogger("sdnb")
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# A change of one of these may change what is computed.
+# A new version of one of these may compute other values.
 _PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "ftfy", "pillow")
-_AT_ONCE = {"cpu": 4}  # pictures: eight were 0 to 5 % faster there, and took 0.1 GiB more
+_IMAGES_AT_ONCE = {"cpu": 4}  # eight were 0 to 5 % faster, and took 0.1 GiB more
 
 
 class Encoders:
-    """Gives the moments of the VAE's posterior and the text encoder's hidden states for a micro-batch.
+    """Computes the moments of the VAE's posterior, and the text encoder's hidden states, for a micro-batch.
 
-    What it keeps are the moments and not a draw from them, so that drawing and its order stay as they are. A picture, a
-    mirrored picture, and a caption are each encoded when they are first met, in one batch with what else of the
-    micro-batch was not met before; in float32 on a CPU what they give is the same, to the bit, in any company.
+    The cache holds moments and not latents drawn from them, so the random draws and their order stay the same. An
+    image, its mirror image and a caption are each encoded when they first occur, in one batch with the other new ones
+    of the micro-batch. In float32 on a CPU the result does not depend on the rest of that batch, to the bit.
     """
 
     def __init__(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, device: torch.device) -> None:
         """Args:
-        examples: the pictures and captions to be met; told what is kept, so that they load no more than is needed.
+        examples: the images and captions of all micro-batches.
         """
+        assert config.mixed_precision is not None
         dtype = WEIGHT_DTYPES[config.mixed_precision]
         self.device, self.examples = device, examples
         self.vae = parts.vae.to(device, dtype)
         self.text_encoder = parts.text_encoder.to(device, dtype)
-        self.moments = self.hidden_states = None
-        self._new: dict[Table, dict[int, tuple[Tensor, Tensor]]] = {}
-        self._layouts: dict[int, Tensor] = {}
+        self.moments: EncodingCache | None = None
+        self.hidden_states: EncodingCache | None = None
+        self._new: dict[EncodingCache, dict[int, tuple[Tensor, Tensor]]] = {}
+        self._memory_layouts: dict[int, Tensor] = {}
         self.encoded_images = self.encoded_captions = 0
         self._warned = False
-        reason = _why_not(config)
+        reason = _why_not_cached(config)
         if reason is None:
             try:
-                self._open_tables(parts, examples, config, dtype)
+                self._open_caches(parts, config, dtype)
             except CacheError as error:
                 reason = str(error)
         if reason is not None:
             logger.info("the encoders run for every micro-batch: %s", reason)
         else:
-            examples.keep(self.moments)
-            self._laid_out(config.train_batch_size)  # now, while memory for a batch of pictures is given back
+            self._memory_layout(config.train_batch_size)  # now, so that the memory it takes is released before the run
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Moments [batch, 2 × channels, h, w], the mean and the logarithm of the variance, and hidden states [batch,
-        tokens, width] of a micro-batch of `ImageCaptions.collate`."""
-        if self.moments is None:
+        tokens, width] of a micro-batch of `TrainingSet.collate`."""
+        if self.moments is None or self.hidden_states is None:
             pixels, token_ids = batch["pixels"], batch["input_ids"]
             self.encoded_images += len(pixels)
             self.encoded_captions += len(token_ids)
-            return self._encode_pictures(torch.stack(pixels)), self._encode_captions(token_ids)
-        pixels = dict(zip(batch["loaded"], batch["pixels"]))
+            return self._encode_images(torch.stack(pixels)), self._encode_captions(token_ids)
+        loaded = dict(zip(batch["loaded"], batch["pixels"]))
 
         def encode_views(views: list[int]) -> Tensor:
-            # not among the pixels if its row turned out to be torn
-            missing = [pixels[view] if view in pixels else self.examples.levels(view) for view in views]
-            pieces = torch.stack(missing).split(_AT_ONCE.get(self.device.type, len(missing)))
-            # One picture alone would go through other kernels (oneDNN's), whose last bits are others.
-            company = [piece if len(piece) > 1 else piece.repeat(2, 1, 1, 1) for piece in pieces]
-            return torch.cat([self._encode_pictures(together) for together in company])[: len(missing)]
+            # A view is not loaded if its row was found damaged only now.
+            pixels = [loaded[view] if view in loaded else self.examples.pixels_uint8(view) for view in views]
+            pieces = torch.stack(pixels).split(_IMAGES_AT_ONCE.get(self.device.type, len(pixels)))
+            # A single image would be computed by other kernels of oneDNN, with other last bits.
+            pairs = [piece if len(piece) > 1 else piece.repeat(2, 1, 1, 1) for piece in pieces]
+            return torch.cat([self._encode_images(piece) for piece in pairs])[: len(pixels)]
 
         def encode_captions(captions: list[int]) -> Tensor:
             return self._encode_captions(self.token_ids[captions])
 
-        moments, new = self._look_up(self.moments, batch["views"], encode_views)
+        moments, new_images = self._look_up(self.moments, batch["views"], encode_views)
         hidden_states, new_captions = self._look_up(self.hidden_states, batch["captions"], encode_captions)
-        self.encoded_images += new
+        self.encoded_images += new_images
         self.encoded_captions += new_captions
-        return torch.empty_like(self._laid_out(len(moments))).copy_(moments), hidden_states
+        return torch.empty_like(self._memory_layout(len(moments))).copy_(moments), hidden_states
 
     def take_counts(self) -> tuple[int, int]:
-        """How many pictures and captions were encoded since the last time that this was asked."""
+        """Images and captions that were encoded since the last call."""
         counts = self.encoded_images, self.encoded_captions
         self.encoded_images = self.encoded_captions = 0
         return counts
 
-    def keep_new(self) -> None:
-        """Write what was computed since the last time into the tables. To be called when the device has come to rest:
-        it is not waited for here."""
-        for table, new in self._new.items():
+    def store_new(self) -> None:
+        """Write new encodings into the cache. The device must be idle: this does not wait for it."""
+        for cache, new in self._new.items():
             try:
                 for row, (_, values) in new.items():
-                    table.write(row, values)
-            except OSError as error:  # such as on a full disk: what is not kept is encoded again
+                    cache.write(row, values)
+            except OSError as error:  # such as a full disk: what is not stored will be encoded again
                 if not self._warned:
-                    logger.warning("%s: not all that the encoders give can be kept: %s", table.path, error)
+                    logger.warning("%s: some encodings cannot be stored: %s", cache.path, error)
                 self._warned = True
             new.clear()
 
-    def _look_up(self, table: Table, rows: Sequence[int], encode: Callable[[list[int]], Tensor]) -> tuple[Tensor, int]:
-        """The rows on the device, and how many had to be computed; those are on their way to the host."""
-        new = self._new.setdefault(table, {})
-        read = {row: table.read(row) for row in rows if row not in new}
+    def _look_up(
+        self, cache: EncodingCache, rows: Sequence[int], encode: Callable[[list[int]], Tensor]
+    ) -> tuple[Tensor, int]:
+        """The rows on the device, and how many had to be computed. Those are also on their way to the host."""
+        new = self._new.setdefault(cache, {})
+        read = {row: cache.read(row) for row in rows if row not in new}
         missing = [row for row, values in read.items() if values is None]
-        kept = {row: values for row, values in read.items() if values is not None}
+        stored = {row: values for row, values in read.items() if values is not None}
         if missing:
             values = encode(missing)
             new.update(zip(missing, zip(values, values.to("cpu", non_blocking=True))))
         found = {row: values for row, (values, _) in new.items()}
-        if kept:
-            found |= zip(kept, self._sent(torch.stack(list(kept.values()))))
+        if stored:
+            found |= zip(stored, self._to_device(torch.stack(list(stored.values()))))
         return torch.stack([found[row] for row in rows]), len(missing)
 
-    def _sent(self, values: Tensor) -> Tensor:
-        """Values of the host on the device, which is not waited for."""
+    def _to_device(self, values: Tensor) -> Tensor:
+        """Copies without waiting for the device."""
         if self.device.type == "cuda":
             values = values.pin_memory()
         return values.to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def _encode_pictures(self, levels: Tensor) -> Tensor:
-        pictures = normalize(self._sent(levels)).to(self.vae.dtype)
-        return self.vae.encode(pictures).latent_dist.parameters
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(normalize(self._to_device(pixels)).to(self.vae.dtype)).latent_dist.parameters
 
     @torch.no_grad()
     def _encode_captions(self, token_ids: Tensor) -> Tensor:
-        return self.text_encoder(self._sent(token_ids), return_dict=False)[0]
+        return self.text_encoder(self._to_device(token_ids), return_dict=False)[0]
 
-    def _laid_out(self, batch_size: int) -> Tensor:
-        """Moments as the VAE lays them out for so many pictures: noise that is drawn like the latents fills them in the
-        order in which they lie in memory, and that is not the same for every number of pictures."""
-        if batch_size not in self._layouts:
-            side = self.examples.config.resolution
-            self._layouts[batch_size] = self._encode_pictures(torch.zeros(batch_size, 3, side, side, dtype=torch.uint8))
-        return self._layouts[batch_size]
+    def _memory_layout(self, batch_size: int) -> Tensor:
+        """Moments in the memory layout that the VAE gives a batch of this size. Noise drawn like the latents fills them
+        in the order of their memory, and the VAE's layout depends on the batch size."""
+        if batch_size not in self._memory_layouts:
+            side = self.examples.settings.resolution
+            black = torch.zeros(batch_size, 3, side, side, dtype=torch.uint8)
+            self._memory_layouts[batch_size] = self._encode_images(black)
+        return self._memory_layouts[batch_size]
 
-    def _open_tables(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, dtype: torch.dtype) -> None:
+    def _open_caches(self, parts: Parts, config: TrainConfig, dtype: torch.dtype) -> None:
+        examples, captions = self.examples, self.examples.distinct_captions
         side = config.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
         moments = (2 * parts.vae.config.latent_channels, side, side)
-        captions = examples.distinct_captions
         hidden_states = (parts.tokenizer.model_max_length, parts.text_encoder.config.hidden_size)
-        folder = cache_root(config.cache_dir) / "encodings"
+        folder: Path = cache_root(config.cache_dir) / "encodings"
         limit = config.encoder_cache_gib * 2**30
         needed = size_of(examples.views, moments, dtype) + size_of(len(captions), hidden_states, dtype)
         if needed > limit:
             raise CacheError(
-                f"{needed / 2**30:.2f} GiB would be needed to keep what they give, and encoder_cache_gib is "
+                f"the cache of their outputs needs {needed / 2**30:.2f} GiB, and encoder_cache_gib is "
                 f"{config.encoder_cache_gib:g}"
             )
         self.token_ids = torch.cat(
@@ -169,19 +172,19 @@ class Encoders:
             ("hidden_states", [*computed_with, _digest(parts.text_encoder), token_ids], len(captions), hidden_states),
         )
         self.moments, self.hidden_states = (
-            Table(folder, kind, json.dumps(key), rows, shape, dtype, limit) for kind, key, rows, shape in tables
+            EncodingCache(folder, kind, json.dumps(key), rows, shape, dtype, limit) for kind, key, rows, shape in tables
         )
         logger.info(
-            "the encoders run once for each of %d views of pictures and %d captions; what they give is kept in %s",
+            "the encoders run once for each of %d images (with mirror images) and %d captions; cache: %s",
             examples.views, len(captions), folder,
         )  # fmt: skip
 
 
-def _why_not(config: TrainConfig) -> str | None:
+def _why_not_cached(config: TrainConfig) -> str | None:
     if not config.encoder_cache_gib:
         return "encoder_cache_gib is 0"
     if not config.center_crop:
-        return "the crop is random (center_crop is not set), so no picture is seen twice"
+        return "the crop is random (center_crop is not set), so no image occurs twice"
     return None
 
 

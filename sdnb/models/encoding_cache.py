@@ -1,4 +1,4 @@
-"""Tables of arrays of one shape, each kept in a file that all processes of a machine read and write at once."""
+"""A cache of arrays of one shape in a file, which all processes of a machine read and write at once."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from torch import Tensor
 from sdnb.errors import CacheError
 
 SUFFIX = ".table"
-_HEADER_BYTES = 64  # a hash of what the table depends on, and zeros
+_HEADER_BYTES = 64  # a hash of everything that the rows depend on, and zeros
 _CHECKSUM_BYTES = 8
 
 
-class Table:
-    """Rows that are absent or whole: an array is written before its checksum, and one that does not match its checksum
-    when it is first read, such as after a loss of power, counts as absent. Nothing of the file is mapped: it stays in
-    the system's memory while there is room, is none of the process's own, and may be cut short meanwhile.
+class EncodingCache:
+    """Rows that are absent or complete. An array is written before its checksum. A row that does not match its checksum
+    when it is first read, such as after a loss of power, counts as absent. The file is not mapped into memory: it stays
+    in the system's page cache while there is room, takes no memory of the process, and may be cut short at any time.
     """
 
     def __init__(
         self, folder: Path, kind: str, key: str, rows: int, shape: tuple[int, ...], dtype: torch.dtype, limit: float
     ) -> None:
-        """Open a table, or make it with every row absent.
+        """Open the cache, or make it with every row absent.
 
         Args:
-            kind: the beginning of its file's name.
-            key: everything that its rows depend on; another key is another table.
-            rows: how many there can be; each of `shape` and `dtype`.
-            limit: bytes that all tables in the folder may have together. To make this one, those that were not used for
-                the longest time are removed; a process that has one of them open keeps it as long as it runs.
+            kind: first part of the file's name.
+            key: everything that the rows depend on; another key is another file.
+            rows: how many rows there can be, each of `shape` and `dtype`.
+            limit: bytes that all caches in the folder may have together. To make room, the least recently used ones are
+                removed. A process that has one of them open keeps it until the process ends.
 
         Raises:
-            CacheError: if it is larger than the limit, or the file cannot be made, such as on a full disk.
+            CacheError: if the cache is larger than the limit, or the file cannot be made, such as on a full disk.
         """
         self._arguments = (folder, kind, key, rows, shape, dtype, limit)
         self.shape, self.dtype = shape, dtype
@@ -49,68 +49,68 @@ class Table:
         size = size_of(rows, shape, dtype)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not _is_one(self.path, header, size):
+            if not _is_complete(self.path, header, size):
                 _make_room(folder, size, limit)
                 _make(self.path, header, size)
             os.utime(self.path)
             self._file = self.path.open("r+b", buffering=0)
         except OSError as error:
             raise CacheError(f"{self.path}: cannot be made with {size / 2**30:.2f} GiB: {error}") from None
-        self._row_bytes, self._arrays_begin = math.prod(shape) * dtype.itemsize, _place_of_checksum(rows)
+        self._row_bytes, self._arrays_begin = math.prod(shape) * dtype.itemsize, _checksum_offset(rows)
         self._checked = np.zeros(rows, bool)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Table, self._arguments  # a worker that is not forked opens the file anew
+        return EncodingCache, self._arguments  # a worker process that is not forked opens the file again
 
     def __contains__(self, row: int) -> bool:
-        """Whether the row was written. It may still turn out to be torn when it is read."""
-        return bool(self._checksum_of(row))
+        """Whether the row was written. Reading it may still show that it is damaged."""
+        return bool(self._stored_checksum(row))
 
     def read(self, row: int) -> Tensor | None:
-        """The row, on the host; None if it is absent."""
+        """The row, in host memory; None if it is absent."""
         array = np.empty(self._row_bytes, np.uint8)
-        if os.preadv(self._file.fileno(), [array], self._place(row)) < self._row_bytes:
+        if os.preadv(self._file.fileno(), [array], self._offset(row)) < self._row_bytes:
             return None  # the file was cut
         if not self._checked[row]:
-            if self._checksum_of(row) != _checksum(array):
+            if self._stored_checksum(row) != _checksum(array):
                 return None
             self._checked[row] = True
         return torch.from_numpy(array).view(self.dtype).view(self.shape)
 
     def write(self, row: int, values: Tensor) -> None:
-        """Keep `values`, of the table's shape and dtype, on the host.
+        """Store `values`, of the cache's shape and dtype, in host memory.
 
         Raises:
             OSError: if they cannot be written.
         """
         array = values.contiguous().view(-1).view(torch.uint8).numpy()
-        os.pwrite(self._file.fileno(), array, self._place(row))
+        os.pwrite(self._file.fileno(), array, self._offset(row))
         checksum = _checksum(array).to_bytes(_CHECKSUM_BYTES, "little")
-        os.pwrite(self._file.fileno(), checksum, _place_of_checksum(row))
+        os.pwrite(self._file.fileno(), checksum, _checksum_offset(row))
 
-    def _checksum_of(self, row: int) -> int:
+    def _stored_checksum(self, row: int) -> int:
         """0 if the row is absent."""
-        return int.from_bytes(os.pread(self._file.fileno(), _CHECKSUM_BYTES, _place_of_checksum(row)), "little")
+        return int.from_bytes(os.pread(self._file.fileno(), _CHECKSUM_BYTES, _checksum_offset(row)), "little")
 
-    def _place(self, row: int) -> int:
+    def _offset(self, row: int) -> int:
         return self._arrays_begin + row * self._row_bytes
 
 
 def size_of(rows: int, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of the file of a table with so many rows."""
-    return _place_of_checksum(rows) + rows * math.prod(shape) * dtype.itemsize
+    """Bytes of the file of a cache with so many rows."""
+    return _checksum_offset(rows) + rows * math.prod(shape) * dtype.itemsize
 
 
-def _place_of_checksum(row: int) -> int:
+def _checksum_offset(row: int) -> int:
     return _HEADER_BYTES + row * _CHECKSUM_BYTES
 
 
 def _make_room(folder: Path, needed: int, limit: float) -> None:
     if needed > limit:
-        raise CacheError(f"{needed / 2**30:.2f} GiB would be needed, and the limit is {limit / 2**30:.2f}")
-    by_use = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
-    in_use = sum(path.stat().st_size for path in by_use)
-    for path in by_use:
+        raise CacheError(f"{needed / 2**30:.2f} GiB are needed, and the limit is {limit / 2**30:.2f}")
+    oldest_first = sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
+    in_use = sum(path.stat().st_size for path in oldest_first)
+    for path in oldest_first:
         if in_use + needed <= limit:
             return
         in_use -= path.stat().st_size
@@ -118,10 +118,10 @@ def _make_room(folder: Path, needed: int, limit: float) -> None:
 
 
 def _checksum(array: np.ndarray) -> int:
-    return 1 << 32 | zlib.crc32(array)  # never 0, which says that there is nothing
+    return 1 << 32 | zlib.crc32(array)  # never 0, which means absent
 
 
-def _is_one(path: Path, header: bytes, size: int) -> bool:
+def _is_complete(path: Path, header: bytes, size: int) -> bool:
     if not path.exists() or path.stat().st_size != size:
         return False
     with path.open("rb") as file:
@@ -132,7 +132,7 @@ def _make(path: Path, header: bytes, size: int) -> None:
     handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with open(handle, "wb") as file:
-            # all of it, now: a page that finds no room when it is written ends the process
+            # Allocate all of it now: a later write may fail on a full disk.
             os.posix_fallocate(file.fileno(), 0, size)
             file.write(header)
         os.replace(aside, path)

@@ -1,6 +1,8 @@
-"""`python -m sdnb.report out.ipynb`: an executed notebook as one HTML page."""
+"""`python -m sdnb.report out.ipynb`: the same as `sdnb report`."""
 
-from sdnb.report.page import main
+import sys
+
+from sdnb.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    main(["report", *sys.argv[1:]])

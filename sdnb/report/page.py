@@ -1,42 +1,40 @@
-"""An executed notebook as one HTML page that needs nothing else: `python -m sdnb.report out.ipynb`.
+"""An executed notebook as one self-contained HTML page: `python -m sdnb.report out.ipynb`.
 
-The page has the notebook's sections in their order, those tagged `appendix` after the others, and cells tagged
-`not-in-report` not at all; then what `metrics.PAGE_MIME` tells of what was shown. It asks nothing of any network, and a
-policy in it forbids to.
+The page has the notebook's sections in order. Sections tagged `appendix` come last; cells tagged `not-in-report` are
+left out. At the end are the settings, the machine and the commands, from the output of type `PAGE_MIME`. The page loads
+nothing from a network, and its content security policy forbids it.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import getpass
 import hashlib
 import re
-import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbconvert import HTMLExporter
 
-from sdnb import __version__
-from sdnb.errors import RunError, SdnbError
+from sdnb.errors import RunError
 from sdnb.metrics.results import PAGE_MIME, RESULTS_MIME
 
 HEADLINE = ("images/s per", "nominal IPS", "seconds per step", "final loss", "target", "total time")
 _TEMPLATE = "template"
 
-# A token of the hub or of another service, and what is assigned to a name that is one's.
+# Tokens of the hub and other services, and values assigned to names of tokens and passwords.
 _SECRETS = re.compile(
     r"""(?i)\b(?:hf_|sk-|gh[pousr]_)\w{8,}|((?:_token|api_key|password)["']?\s*[=:]\s*)(\\?["'])(?:(?!\2).)+\2"""
 )
-_HOME = re.escape(str(Path.home()).rstrip("/") or "/root")  # a user without one has the root, as in some containers
+_HOME = re.escape(str(Path.home()).rstrip("/") or "/root")  # the home is / in some containers
 _HOMES = re.compile(rf"(?:/home/[\w.-]+|/Users/[\w.-]+|/root|{_HOME})(?![\w-])")
 
 
 def redacted(text: str) -> str:
-    """A text without the tokens in it, a user's home folder written as ~, and their name taken out of other paths."""
+    """A text without tokens. Home folders become ~, and the user's name becomes … in other paths."""
     text = _SECRETS.sub(lambda found: f"{found[1]}{found[2]}…{found[2]}" if found[1] else "…", text)
     text = _HOMES.sub("~", text)
     return re.sub(rf"(?<=/){re.escape(_user())}(?![\w-])", "…", text)
@@ -45,7 +43,7 @@ def redacted(text: str) -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, as in some containers
+    except (KeyError, OSError):  # some containers have a user without a name
         return Path.home().name or "root"
 
 
@@ -54,19 +52,19 @@ def _redacted(node: Any) -> Any:
         return redacted(node)
     if isinstance(node, list):
         return [_redacted(one) for one in node]
-    if isinstance(node, dict):  # pictures are letters, too, but not words
+    if isinstance(node, dict):  # images are base64, which may look like a token
         return type(node)({key: one if key.startswith("image/") else _redacted(one) for key, one in node.items()})
     return node
 
 
 def shown(notebook: nbformat.NotebookNode, mime: str) -> Any:
-    """What an executed notebook shows of a type, the last; None where it did not get that far."""
+    """The last output of a type in an executed notebook; None if there is none."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return next((output.data[mime] for output in reversed(outputs) if mime in output.get("data", {})), None)
 
 
 def results(notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
-    """The rows of the results table that an executed notebook shows; none where it did not get that far."""
+    """The rows of the results table in an executed notebook; empty if there is none."""
     return shown(notebook, RESULTS_MIME) or []
 
 
@@ -76,32 +74,32 @@ def write_page(
     """Write the page of an executed notebook.
 
     Args:
-        page_path: left out, it is beside the notebook, named after the run that the notebook shows, if it shows one.
-        besides: goes before what the notebook shows of its page: its `title`, the commands that `reproduce` it.
+        page_path: default: beside the notebook, named after the run that it shows, if it shows one.
+        besides: replaces parts of what the notebook says about its page, such as `title` and `reproduce`.
 
     Returns:
-        Where the page is, and the headline results.
+        The page's path, and the headline results.
 
     Raises:
-        RunError: if the notebook is not there, is none, or has not been executed.
+        RunError: if the file is missing, is no notebook, or has not been executed.
     """
     source = Path(notebook_path)
     try:
         notebook = _redacted(nbformat.reads(source.read_text(), as_version=4))
     except OSError as error:
         raise RunError(f"{source}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # a file can fail to be a notebook in many ways
-        raise RunError(f"{source}: is no notebook: {str(error).partition(chr(10))[0]}") from None
+    except Exception as error:  # nbformat raises many types
+        raise RunError(f"{source}: is not a notebook: {str(error).partition(chr(10))[0]}") from None
     if not any(cell.get("outputs") for cell in notebook.cells):
-        raise RunError(f"{source}: has not been executed: run it first, for example with papermill")
+        raise RunError(f"{source}: has no outputs: execute it first, for example with papermill")
     about = {**(shown(notebook, PAGE_MIME) or {}), **_redacted(besides or {})}
     target = Path(page_path) if page_path else source.with_name(f"{_file_name(about.get('name')) or source.stem}.html")
     if target.resolve() == source.resolve():
-        raise RunError(f"{target}: is the notebook itself; give the page another name")
+        raise RunError(f"{target}: this is the notebook; give the page another name")
     headline = about.get("headline") or [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
     title = about.get("title") or _title(notebook, source)
     notebook.cells = _arranged(notebook.cells)
-    # nbconvert's own templates load scripts from the network; ours loads nothing.
+    # nbconvert's own templates load scripts from the network.
     exporter = HTMLExporter(
         template_name=_TEMPLATE,
         extra_template_basedirs=[str(Path(__file__).parent)],
@@ -115,7 +113,7 @@ def write_page(
             "about": about,
             "title": title,
             "headline": headline,
-            "version": __version__,
+            "version": version("sdnb"),
             "source": source.name,
             "script": script,
             "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -129,7 +127,7 @@ def write_page(
 
 
 def _title(notebook: nbformat.NotebookNode, source: Path) -> str:
-    """Of a page that shows no run: the notebook's own heading, and its file."""
+    """The title of a page without a run: the notebook's heading, and its file."""
     texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     heading = next((text.partition("\n")[0][2:].strip() for text in texts if text.startswith("# ")), None)
     return f"{heading}: {source.stem}" if heading else f"{source.resolve().parent.name}/{source.name}"
@@ -151,14 +149,14 @@ def _arranged(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookN
 
 
 def _is_empty(section: Sequence[nbformat.NotebookNode]) -> bool:
-    """Whether a section is about what there is nothing of, such as pictures that no run has drawn."""
+    """Whether a section has code but no output, such as the images of a run that drew none."""
     code = [cell for cell in section if cell.cell_type == "code"]
     headed = section and section[0].cell_type == "markdown"
     return bool(headed and code and not any(cell.outputs for cell in code))
 
 
 def _folded(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """The code of a cell that shows nothing is with the code of the next that does, so that it takes no place."""
+    """Joins the code of a cell without output to the next cell with output."""
     folded: list[nbformat.NotebookNode] = []
     silent: list[nbformat.NotebookNode] = []
     for cell in cells:
@@ -178,19 +176,8 @@ def _tags(cell: nbformat.NotebookNode) -> Sequence[str]:
     return cell.metadata.get("tags", ())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sdnb.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("notebook", help="an executed notebook")
-    parser.add_argument("page", nargs="?", help="the page to write; left out, beside the notebook, named after the run")
-    arguments = parser.parse_args()
-    try:
-        write_and_say(arguments.notebook, arguments.page)
-    except SdnbError as error:
-        sys.exit(f"error: {error}")
-
-
-def write_and_say(notebook: str, page: str | None = None) -> None:
-    """Write the page, and print the headline results and where it is."""
+def write_and_print(notebook: str, page: str | None = None) -> None:
+    """Write the page, and print the headline results and the page's path."""
     written, headline = write_page(notebook, page)
     for row in headline:
         print(f"{row['name']:<24}{row['text']}")

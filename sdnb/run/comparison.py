@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in their settings and their machines, and whether their throughput does."""
+"""Compares runs: which settings and machines differ, and whether the throughput does."""
 
 from __future__ import annotations
 
@@ -22,54 +22,55 @@ from sdnb.run.folder import CONFIG, RunFolder
 from sdnb.run.importing import PUBLISHED
 
 BASELINE = "published"
-# Where a run is kept says nothing of how it was trained.
+UNKNOWN = "unknown"
+# The location of a run does not affect its training.
 _NOT_COMPARED = {"output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "hub_token"}
-# The work of a picture: where it differs, a ratio of speeds is not one of machines alone.
+# These decide the work per image. If they differ, a ratio of speeds compares more than machines.
 _WORK = ("pretrained_model_name_or_path", "resolution")
-MANY = 4  # more runs than that, and the statements about each two are folded
+MANY = 4  # with more runs, the statements about pairs are folded
 _HAVE_RATIOS = ("images", "nominal", "seconds", "peak memory", "total time", "final loss", "held-out loss")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs by their labels, in the order given; the first is what the others are compared with."""
+    """Runs by label. The first is the one that the others are compared with."""
 
     runs: dict[str, RunFolder]
     measured: dict[str, Measurements]
 
     @property
     def settings(self) -> pd.DataFrame:
-        """The settings that differ, a row each; of a run that sdnb did not train, those that are known."""
+        """The settings that differ, one per row; for an imported run, those that are known."""
         columns = {}
         for label, run in self.runs.items():
             known = run.environment.get("imported", {}).get("known_settings")
-            said = {name: value for name, value in run.config.model_dump(mode="json").items()
-                    if name not in _NOT_COMPARED}  # fmt: skip
-            columns[label] = {name: _say(value) if known is None or name in known else "not known"
-                              for name, value in said.items()}  # fmt: skip
+            columns[label] = {
+                name: _text(value) if known is None or name in known else UNKNOWN
+                for name, value in run.config.model_dump(mode="json", exclude=_NOT_COMPARED).items()
+            }
         return _differing(pd.DataFrame(columns))
 
     @property
     def environments(self) -> pd.DataFrame:
-        """What differs in machines and versions, a row each."""
+        """The differences of machines and versions, one per row."""
         columns = {}
         for label, run in self.runs.items():
             seen = run.environment
-            devices = seen.get("devices", {}).get("names") or ["not known"]
+            devices = seen.get("devices", {}).get("names") or [UNKNOWN]
             columns[label] = {
                 "devices": f"{len(devices)} × {devices[0]}",
-                "CPU": seen.get("cpu", "not known"),
-                "CPU instructions": seen.get("cpu_capability", "not known"),
-                "CPU cores": _say(seen.get("cpu_cores", "not known")),
-                "system": seen.get("system", "not known"),
-                "Python": seen.get("python", "not known"),
-                **{name: _say(version) for name, version in seen.get("packages", {}).items()},
+                "CPU": seen.get("cpu", UNKNOWN),
+                "CPU instructions": seen.get("cpu_capability", UNKNOWN),
+                "CPU cores": _text(seen.get("cpu_cores", UNKNOWN)),
+                "system": seen.get("system", UNKNOWN),
+                "Python": seen.get("python", UNKNOWN),
+                **{name: _text(version) for name, version in seen.get("packages", {}).items()},
             }
-        return _differing(pd.DataFrame(columns).fillna("not known"))
+        return _differing(pd.DataFrame(columns).fillna(UNKNOWN))
 
     @property
     def results(self) -> pd.DataFrame:
-        """The results, a row each; in brackets the ratio to the first run's."""
+        """The results, one per row; in brackets the ratio to the first run."""
         names = dict.fromkeys(row.name for measured in self.measured.values() for row in measured.results)
         first = next(iter(self.measured.values()))
         before = {row.name: row.value for row in first.results}
@@ -86,14 +87,14 @@ class Comparison:
 
     @property
     def statements(self) -> list[str]:
-        """Of each two runs, whether they differ in images/s per device, and by how much."""
+        """For each pair of runs, whether and how much they differ in images/s per device."""
         statements = [
             _compare(one, self.measured[one].throughput, other, self.measured[other].throughput)
             for one, other in combinations(self.runs, 2)
         ]
         differs = [name for name in _WORK if name in self.settings.index]
         if differs:
-            statements.append(f"Not all do the same work for a picture: {' and '.join(differs)} differ.")
+            statements.append(f"The runs do not do the same work per image: {' and '.join(differs)} differ.")
         return statements
 
     def __repr__(self) -> str:
@@ -101,14 +102,14 @@ class Comparison:
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         statements, labels = self.statements, list(self.runs)
-        said = f"<ul>{''.join(f'<li>{html.escape(statement)}</li>' for statement in statements)}</ul>"
+        listed = f"<ul>{''.join(f'<li>{html.escape(statement)}</li>' for statement in statements)}</ul>"
         if many := len(labels) > MANY:
-            said = f"<details><summary>All {len(statements)} statements, of each two runs</summary>{said}</details>"
+            listed = f"<details><summary>All {len(statements)} statements about pairs</summary>{listed}</details>"
         others = f" and {len(labels) - 2} more" if len(labels) > 2 else ""
         folders = json.dumps([BASELINE if run.folder == PUBLISHED else str(run.folder) for run in self.runs.values()])
         return {
             "text/plain": repr(self),
-            "text/html": f"{self.results.to_html()}{said}" if many else f"{said}{self.results.to_html()}",
+            "text/html": f"{self.results.to_html()}{listed}" if many else f"{listed}{self.results.to_html()}",
             PAGE_MIME: {
                 "kind": "comparison",
                 "name": " beside ".join(label.replace("/", "-") for label in labels[:2]) + others,
@@ -125,7 +126,7 @@ class Comparison:
         }
 
     def _headlined(self, many: bool) -> list[tuple[str, str]]:
-        """What is said at the top of a page, and the run that it is of: all of them, or of many the ends."""
+        """The headlines of the page, each with its run: all runs, or of many the fastest and the slowest."""
         if not many:
             return [(label, label) for label in self.runs]
         by_rate = sorted(self.runs, key=lambda label: self.measured[label].throughput.value)
@@ -134,20 +135,20 @@ class Comparison:
 
 def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison:
     """Args:
-    runs: run folders, the first the one to compare with; or a folder that has run folders in it; left out, the
+    runs: run folders, the first the one to compare with; or a folder that contains run folders. Default: the
         project's `runs/`. `published` is the published measurement that comes with the package.
 
     Raises:
-        RunError: if one is not there or has no steps, or there are not two.
+        RunError: if one is missing or has no steps, or there are fewer than two.
     """
     found = _find(runs)
     if len(found) < 2:
-        said = f"only {found[0]}" if found else "none"
-        raise RunError(f"to compare takes two runs, and there is {said}: give runs, a list of run folders")
+        there = f"only {found[0]}" if found else "none"
+        raise RunError(f"a comparison needs two runs, and there is {there}: give runs, a list of run folders")
     opened = [RunFolder(folder) for folder in found]
     for run in opened:
         if not len(run.steps):
-            raise RunError(f"{run.folder}: has no steps to compare; take it out of the list")
+            raise RunError(f"{run.folder}: has no steps to compare; remove it from the list")
     labelled = dict(zip(_labels([run.folder for run in opened]), opened))
     return Comparison(labelled, {label: measure(run) for label, run in labelled.items()})
 
@@ -159,11 +160,11 @@ def _find(given: Sequence[str | Path] | str | Path | None) -> list[Path]:
         try:
             given = json.loads(given)
         except json.JSONDecodeError as error:
-            raise RunError(f'runs = {given}: is no list as JSON has them, such as ["one", "other"]: {error}') from None
+            raise RunError(f'runs = {given}: is not a JSON list, such as ["one", "other"]: {error}') from None
     if isinstance(given, (str, Path)) and given != BASELINE:
         folder = Path(given).expanduser()
         if not folder.is_dir():
-            raise RunError(f"runs = {given}: there is no such folder (seen from {Path.cwd()})")
+            raise RunError(f"runs = {given}: there is no such folder (the current folder is {Path.cwd()})")
         if (folder / CONFIG).exists():
             return [folder]
         return sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if len(RunFolder(path.parent).steps))
@@ -172,7 +173,7 @@ def _find(given: Sequence[str | Path] | str | Path | None) -> list[Path]:
 
 
 def _labels(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that are different."""
     paths = [path.resolve() for path in paths]
     if len(set(paths)) < len(paths):
         raise RunError(
@@ -186,23 +187,21 @@ def _labels(paths: list[Path]) -> list[str]:
 
 def _compare(one: str, first: Estimate, other: str, second: Estimate) -> str:
     ratio = ratio_of(second, first)
-    said = f"{other} trains {ratio.value:.3g} times as many images/s per device as {one}"
+    statement = f"{other} trains {ratio.value:.3g} times as many images/s per device as {one}"
     if not math.isfinite(ratio.low):
-        return f"{said}; whether that is chance cannot be said: one of them has no confidence interval."
-    said += f" (95 % confidence: {ratio.low:.3g} to {ratio.high:.3g})"
+        return f"{statement}. It is unknown whether that is chance: one of them has no confidence interval."
+    statement += f" (95 % confidence: {ratio.low:.3g} to {ratio.high:.3g})"
     if ratio.low <= 1 <= ratio.high:
-        return f"{said}: no significant difference."
-    return (
-        f"{said}: a significant difference, within these runs. A machine can differ from itself by more: repeat both."
-    )
+        return f"{statement}: no significant difference."
+    return f"{statement}: a significant difference. Two runs on the same machine can differ by more: repeat both."
 
 
 def _differing(frame: pd.DataFrame) -> pd.DataFrame:
-    known = frame.where(frame != "not known")
+    known = frame.where(frame != UNKNOWN)
     return frame[known.nunique(axis=1) > 1]
 
 
-def _say(value: Any) -> str:
+def _text(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""The trained pipeline on the Hugging Face hub, with a card that shows its pictures, settings and measurements.
+"""Uploads the trained pipeline to the Hugging Face hub, with a card that shows its images, settings and measurements.
 
 The token comes from `hub_token`, the environment (HF_TOKEN) or the hub's own login, in this order.
 """
@@ -10,47 +10,47 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 from sdnb.errors import RunError
-from sdnb.metrics import results as metrics
+from sdnb.metrics.results import measure
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
 TAGS = ("stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training", "sdnb")
 CARD = "README.md"
-# The pipeline, its pictures and its measurements; no checkpoint, and nothing that names the machine or its user.
+# The pipeline, its images and its measurements; no checkpoint, and nothing that names the machine or its user.
 UPLOADED = (CARD, "model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", f"{run_folder.SAMPLES}/*",
             run_folder.STEPS, run_folder.VALIDATION)  # fmt: skip
 NOT_UPLOADED = ("checkpoint-*", ".*", "logs/*")
 
 
 def create(config: TrainConfig) -> str:
-    """Make the repository, or find it: before the training, so that a missing permission does not cost one.
+    """Create the repository, or find it: before the training, so that a missing permission does not waste one.
 
     Returns:
         Its full name, owner/name.
 
     Raises:
-        RunError: if that cannot be done.
+        RunError: if that is impossible.
     """
-    name = config.hub_model_id or Path(config.output_dir).name
+    name = config.hub_model_id or run_folder.path_of(config).name
     try:
         return create_repo(name, exist_ok=True, token=_token(config)).repo_id
-    except Exception as error:  # the hub's client raises its own, its HTTP library's, and OSError
+    except Exception as error:  # the hub's client raises its own types, those of its HTTP library, and OSError
         raise RunError(
-            f"push_to_hub: the repository {name} cannot be made: {error}\nGive a token that may write as the "
-            "environment variable HF_TOKEN, or log in with `hf auth login`; or leave push_to_hub out."
+            f"push_to_hub: the repository {name} cannot be created: {error}\nSet the environment variable HF_TOKEN to "
+            "a token with write access, or run `hf auth login`; or turn push_to_hub off."
         ) from error
 
 
 def publish(run: run_folder.RunFolder, config: TrainConfig, repository: str) -> None:
-    """Write the card into the run folder and upload what `UPLOADED` names.
+    """Write the card into the run folder, and upload the files that `UPLOADED` names.
 
     Raises:
-        RunError: if it cannot be uploaded; the pipeline is in the run folder all the same.
+        RunError: if the upload fails. The run folder has the pipeline in any case.
     """
-    (run.folder / CARD).write_text(card(run))
+    card(run).save(run.folder / CARD)
     try:
         upload_folder(
             repo_id=repository,
@@ -63,11 +63,11 @@ def publish(run: run_folder.RunFolder, config: TrainConfig, repository: str) -> 
     except Exception as error:
         raise RunError(
             f"the training is complete and saved, but its upload to {repository} failed: {error}\n"
-            f"Try again with: {_again(run, repository)}"
+            f"Try again with: {_upload_command(run, repository)}"
         ) from error
 
 
-def _again(run: run_folder.RunFolder, repository: str) -> str:
+def _upload_command(run: run_folder.RunFolder, repository: str) -> str:
     program = (
         "from sdnb.run import folder, hub; "
         f"run = folder.RunFolder({str(run.folder)!r}); hub.publish(run, run.config, {repository!r})"
@@ -79,10 +79,10 @@ def _token(config: TrainConfig) -> str | None:
     return config.hub_token.get_secret_value() if config.hub_token else None
 
 
-def card(run: run_folder.RunFolder) -> str:
-    """The model card of a complete run, in Markdown."""
-    config, measured = run.config, metrics.measure(run)
-    model, data = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir
+def card(run: run_folder.RunFolder) -> ModelCard:
+    """The model card of a complete run."""
+    config, environment, drawn = run.config, run.environment, run.drawn
+    model, data = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir or ""
     about = ModelCardData(
         base_model=model if _on_hub(model) else None,
         datasets=[data] if _on_hub(data) else None,
@@ -91,46 +91,27 @@ def card(run: run_folder.RunFolder) -> str:
         pipeline_tag="text-to-image",
         tags=list(TAGS),
     )
-    devices, packages = run.environment["devices"], run.environment["packages"]
-    versions = ", ".join(f"{name} {packages[name]}" for name in ("torch", "diffusers", "transformers", "accelerate"))
-    return "\n".join(
-        [
-            f"---\n{about.to_yaml()}\n---\n",
-            "# Text-to-image fine-tuning\n",
-            f"{_text(_name(model))} fine-tuned on {_text(_name(data))} for {len(run.steps)} optimizer steps.\n",
-            *_pictures(run),
-            "## Measured\n",
-            _table(("", "Result", "How it is measured"), [(row.name, row.text, row.how) for row in measured.results]),
-            f"On {config.num_processes} × {_text(devices['names'][0])}, {versions}. A line for each step is in "
-            f"`{run_folder.STEPS}`.\n",
-            "## Settings\n",
-            _table(("Setting", "Value"), [(name, _name(value)) for name, value in config.trajectory().items()
-                                          if value is not None]),
-            "## Use\n",
-            "```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-            'pipeline = StableDiffusionPipeline.from_pretrained("…")\npicture = pipeline("…").images[0]\n```\n',
-        ]
-    )  # fmt: skip
+    packages = environment["packages"]
+    shown = dict(
+        model=_name(model),
+        data=_name(data),
+        steps=len(run.steps),
+        images=[] if drawn.empty else drawn[drawn.step == drawn.step.max()].to_dict("records"),
+        results=[vars(row) for row in measure(run).results],
+        ranks=config.num_processes,
+        device=environment["devices"]["names"][0],
+        versions=", ".join(f"{name} {packages[name]}" for name in ("torch", "diffusers", "transformers", "accelerate")),
+        settings={name: _name(value) for name, value in config.trajectory().items() if value is not None},
+    )
+    return ModelCard.from_template(about, template_path=str(Path(__file__).with_name("card.md.j2")), **_escaped(shown))
 
 
-def _pictures(run: run_folder.RunFolder) -> list[str]:
-    drawn = run.drawn
-    if drawn.empty:
-        return []
-    last = drawn[drawn.step == drawn.step.max()]
-    return [
-        *(f"![{_text(row.prompt)}]({run_folder.SAMPLES}/{row.file})" for row in last.itertuples()),
-        f"\nDrawn after step {last.step.iloc[0]}: {'; '.join(_text(prompt) for prompt in last.prompt)}.\n",
-    ]
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(_text(cell) for cell in line) + " |" for line in lines) + "\n"
-
-
-def _text(value: Any) -> str:
-    """A value as text that Markdown and HTML take as such."""
+def _escaped(value: Any) -> Any:
+    """Texts escaped for Markdown and HTML; file names stay."""
+    if isinstance(value, dict):
+        return {_escaped(name): text if name == "file" else _escaped(text) for name, text in value.items()}
+    if isinstance(value, list):
+        return [_escaped(one) for one in value]
     escaped = html.escape(" ".join(str(value).split()), quote=False)
     return "".join(f"\\{sign}" if sign in "|[]`*_\\" else sign for sign in escaped)
 
@@ -140,5 +121,5 @@ def _on_hub(name: str) -> bool:
 
 
 def _name(value: Any) -> Any:
-    """A folder by its own name: the path to it is nobody's business."""
+    """A folder's name only: its path is private."""
     return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value

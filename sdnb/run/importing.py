@@ -1,9 +1,8 @@
-"""A training that sdnb did not run, as a run folder: from the console log of diffusers' `train_text_to_image.py`, or
-from its TensorBoard events.
+"""Imports a run of diffusers' `train_text_to_image.py` as a run folder, from its console log or its TensorBoard events.
 
-The console log has the header of the training and tqdm's progress bar, once for each micro-batch of rank 0. The bar
-shows seconds per step as a moving average, rounded; undone, it gives the time of each step whose predecessor is in the
-log, too. It counts every step for a full one, so what a short step does to it is worked out from the header.
+The console log has a header, and tqdm's progress bar once for each micro-batch of rank 0. The bar shows the seconds per
+step as a rounded moving average. Undoing the average gives the time of each step that follows a logged one. The bar
+counts every step as a full one; the header tells which steps are short.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
 UNKNOWN = "unknown"
-# What was published of Stable Diffusion v1-4 on eight GPUs, a run folder like any other: the baseline to compare with.
+# The published measurement of Stable Diffusion v1-4 on eight GPUs, as a run folder.
 PUBLISHED = Path(__file__).parent / "published" / "sd-v1-4-8-gpus-2024"
 
 _BAR = re.compile(
@@ -38,18 +37,18 @@ _HEADER = {
     "gradient_accumulation_steps": r"Gradient Accumulation steps = (\d+)",
     "max_train_steps": r"Total optimization steps = (\d+)",
 }
-# From these of the events' hyperparameters a setting of the same name is known.
-_LEFT_OUT = {"output_dir", "hub_token", "validation_prompts", "train_data_dir", "cache_dir"}
+# Hyperparameters in the events that are not imported as settings.
+_NOT_IMPORTED = {"output_dir", "hub_token", "validation_prompts", "train_data_dir", "cache_dir"}
 
 
 @dataclass
 class Log:
-    """What was read: the settings that are known, and a record for each optimizer step that is there."""
+    """What a log contains: the known settings, and a record for each optimizer step."""
 
     settings: dict[str, Any]
     examples: int | None
     records: list[dict[str, Any]] = field(default_factory=list)
-    seconds_shown: dict[int, float] = field(default_factory=dict)  # by the progress bar after a step, s/it
+    seconds_shown: dict[int, float] = field(default_factory=dict)  # by the progress bar after each step, s/it
     total_seconds: float | None = None
     began: float | None = None
     device_type: str = "cuda"
@@ -59,10 +58,10 @@ def read(path: str | Path, **settings: Any) -> Log:
     """Read a console log, an event file, or a folder of event files.
 
     Args:
-        settings: of the training, where the file does not say them; `examples`, the number of pictures, among them.
+        settings: of the run, if the file does not contain them; also `examples`, the number of images.
 
     Raises:
-        RunError: if there is nothing of a training in it.
+        RunError: if the file contains no run.
     """
     source = Path(path).expanduser()
     if not source.exists():
@@ -78,8 +77,8 @@ def read(path: str | Path, **settings: Any) -> Log:
 
 def read_console(text: str, name: str, settings: dict[str, Any] | None = None) -> Log:
     """Args:
-    text: with carriage returns or line breaks between the states of the bar, and whatever else the ranks printed.
-    name: what to call it in a message.
+    text: with carriage returns or line breaks between the states of the bar, and any other output of the ranks.
+    name: its name in a message.
 
     Raises:
         RunError: if it has no progress bar, or no header.
@@ -87,12 +86,12 @@ def read_console(text: str, name: str, settings: dict[str, Any] | None = None) -
     found = {name: int(match[1]) for name, pattern in _HEADER.items() if (match := re.search(pattern, text))}
     bars = [match.groupdict() for match in _BAR.finditer(text)]
     if not bars:
-        raise RunError(f"{name}: has no progress bar of a training in it, such as «Steps:  99%|█| 100/101 [03:22<…»")
+        raise RunError(f"{name}: has no progress bar of a run, such as «Steps:  99%|█| 100/101 [03:22<…»")
     given = {**found, **(settings or {})}
     missing = {"examples", "train_batch_size", "gradient_accumulation_steps"} - set(given)
     if missing or not ("global_batch" in given or "num_processes" in given):
         flags = ", ".join(f"--{one}" for one in sorted(missing)) or "--num_processes"
-        raise RunError(f"{name}: has no header «***** Running training *****» that says it all; give {flags}")
+        raise RunError(f"{name}: has no complete header «***** Running training *****»; give {flags}")
     examples, together = given.pop("examples"), given.pop("global_batch", None)
     if together:
         given.setdefault("num_processes", together // given["train_batch_size"] // given["gradient_accumulation_steps"])
@@ -104,7 +103,7 @@ def read_console(text: str, name: str, settings: dict[str, Any] | None = None) -
     ):
         if match := re.search(pattern, text):
             given.setdefault(setting, match[1])
-    if "pretrained_model_name_or_path" in given:  # a path is of no use elsewhere, and may hold a user's name
+    if "pretrained_model_name_or_path" in given:  # a path is useless elsewhere, and may contain a user's name
         given["pretrained_model_name_or_path"] = Path(given["pretrained_model_name_or_path"]).name
     log = Log(given, examples, device_type="cuda" if re.search(r"Device: cuda", text) else "cpu")
     if stamp := re.search(r"(\d\d/\d\d/\d{4} \d\d:\d\d:\d\d) - INFO - \S+ - \*+ Running training", text):
@@ -115,12 +114,13 @@ def read_console(text: str, name: str, settings: dict[str, Any] | None = None) -
 
 
 def _follow(bars: list[dict[str, Any]], log: Log, config: TrainConfig) -> None:
-    """Fill in the records of all steps, and what the bar showed; what the log leaves out is NaN.
+    """Fill in the records of all steps, and what the bar showed; unknown values are NaN.
 
-    The bar shows each micro-batch's loss. With a step's last one it first moves on, still with the loss before (tqdm
-    may leave that out), and then shows the last one's.
+    The bar shows each micro-batch's loss. At the last one of a step it first advances with the loss before (tqdm may
+    skip that), and then shows the last one's loss.
     """
-    sizes = micro_batches(config, log.examples, config.max_train_steps)
+    assert log.examples is not None and config.max_train_steps is not None
+    sizes = config.epoch(log.examples).micro_batches_of(config.max_train_steps)
     last = min(max(int(bar["step"]) for bar in bars), config.max_train_steps)
     records = {step: _record(step, sizes[step - 1], config, log.examples) for step in range(1, last + 1)}
     at, before, earlier, moved_on = 0, math.nan, [], False
@@ -130,7 +130,7 @@ def _follow(bars: list[dict[str, Any]], log: Log, config: TrainConfig) -> None:
         if step > config.max_train_steps:
             break
         shown = float(bar["seconds"] or 0) or 1 / float(bar["rate"] or math.inf)
-        if shown and (bar is not bars[-1] or step < int(bar["total"])):  # at its close the bar shows the plain mean
+        if shown and (bar is not bars[-1] or step < int(bar["total"])):  # when it closes, the bar shows the plain mean
             log.seconds_shown.setdefault(step, shown)
         if step > at + 1:  # some of the log is missing
             earlier, moved_on = [loss], False
@@ -151,18 +151,18 @@ def _follow(bars: list[dict[str, Any]], log: Log, config: TrainConfig) -> None:
 def _record(step: int, size: int, config: TrainConfig, examples: int) -> dict[str, Any]:
     return {
         "step": step,
-        "epoch": (step - 1) // int(config.steps_per_epoch(examples)),
+        "epoch": (step - 1) // int(config.epoch(examples).steps),
         "micro_batches": size,
-        "images": size * config.train_batch_size * config.num_processes,
+        "images": size * config.train_batch_size * config.ranks,
         **dict.fromkeys(("loss", "step_loss", "lr", "seconds"), math.nan),
     }
 
 
 def undo_smoothing(shown: dict[int, float]) -> dict[int, float]:
-    """The seconds of the steps, from those that tqdm's bar showed after them; where the one before is known, too.
+    """The seconds of each step, from what tqdm's bar showed after it and after the step before.
 
     tqdm's average of the seconds x of n steps is v(n) = L(n) / (1 - b^n), L(n) = a x(n) + b L(n-1), a = 0.3, b = 1 - a.
-    Shown to 0.005, x is right to 0.03 s.
+    Shown to 0.005 s, it gives x to 0.03 s.
     """
     decay = 1 - SMOOTHING
     averages = {step: value * (1 - decay**step) for step, value in shown.items() if step}
@@ -172,14 +172,6 @@ def undo_smoothing(shown: dict[int, float]) -> dict[int, float]:
         for step, average in averages.items()
         if step and step - 1 in averages
     }
-
-
-def micro_batches(config: TrainConfig, examples: int, steps: int) -> list[int]:
-    """A rank's micro-batches in each of the first optimizer steps; the end of an epoch ends a step."""
-    full = config.gradient_accumulation_steps
-    epoch = config.micro_batches_per_epoch(examples)
-    sizes = [min(full, epoch - start) for start in range(0, epoch, full)]
-    return [sizes[step % len(sizes)] for step in range(steps)]
 
 
 def _read_events(source: Path, settings: dict[str, Any]) -> Log:
@@ -192,18 +184,18 @@ def _read_events(source: Path, settings: dict[str, Any]) -> Log:
         if "train_loss" in read_events.Tags()["scalars"]:
             events += read_events.Scalars("train_loss")
     if not events:
-        raise RunError(f"{source}: has no TensorBoard events of a training with a train_loss in it")
+        raise RunError(f"{source}: has no TensorBoard events with a train_loss")
     folder = source if source.is_dir() else source.parent
     given: dict[str, Any] = {}
     for path in sorted(folder.rglob("hparams.yml")):
         logged = yaml.safe_load(path.read_text()) or {}
         known = {name: value for name, value in logged.items() if name in TrainConfig.model_fields}
-        given |= {name: value for name, value in known.items() if value is not None and name not in _LEFT_OUT}
+        given |= {name: value for name, value in known.items() if value is not None and name not in _NOT_IMPORTED}
     given |= settings
     missing = {"examples", "num_processes", "train_batch_size", "gradient_accumulation_steps"} - set(given)
     if missing:
         raise RunError(
-            f"{source}: the events do not say {', '.join(sorted(missing))}; give "
+            f"{source}: the events do not contain {', '.join(sorted(missing))}; give "
             + ", ".join(f"--{name}" for name in sorted(missing))
         )
     examples = given.pop("examples")
@@ -211,11 +203,13 @@ def _read_events(source: Path, settings: dict[str, Any]) -> Log:
     given["max_train_steps"] = events[-1].step
     given.pop("num_train_epochs", None)
     config = _config(given)
-    sizes = micro_batches(config, examples, config.max_train_steps)
+    sizes = config.epoch(examples).micro_batches_of(events[-1].step)
     log = Log(given, examples, began=events[0].wall_time, total_seconds=events[-1].wall_time - events[0].wall_time)
     before = None
     for event in events:
-        share = config.gradient_accumulation_steps / sizes[event.step - 1]  # the reference divides by a full step's
+        share = (
+            config.gradient_accumulation_steps / sizes[event.step - 1]
+        )  # the reference divides by a full step's number
         follows = before is not None and before.step == event.step - 1
         log.records.append(
             {
@@ -230,23 +224,24 @@ def _read_events(source: Path, settings: dict[str, Any]) -> Log:
 
 
 def write(log: Log, folder: str | Path | None, name: str) -> run_folder.RunFolder:
-    """Make a run folder of it.
+    """Make a run folder.
 
     Args:
-        folder: left out, a new one under `runs/`.
-        name: of what was read; said in the run's environment.
+        folder: default: a new one under `runs/`.
+        name: of the log, for environment.json.
 
     Raises:
-        RunError: if there is a run in the folder already, or it cannot be written.
+        RunError: if the folder has a run already, or cannot be written.
     """
     config = _config(log.settings).updated(output_dir=str(folder) if folder else None)
     target = run_folder.create(config)
     config.updated(output_dir=None).save(target / run_folder.CONFIG)
     known = sorted({*log.settings, "max_train_steps"})
     imported = {"from": name, "known_settings": known, "examples": log.examples}
-    at = max((step for step in log.seconds_shown if step < config.max_train_steps), default=None)
-    if at:
-        sizes = micro_batches(config, log.examples, config.max_train_steps)
+    steps = config.max_train_steps or 0
+    at = max((step for step in log.seconds_shown if step < steps), default=None)
+    if at and log.examples:
+        sizes = config.epoch(log.examples).micro_batches_of(steps)
         shown = log.seconds_shown[at]
         imported |= {
             "at_step": at,
@@ -263,7 +258,7 @@ def write(log: Log, folder: str | Path | None, name: str) -> run_folder.RunFolde
         run_folder.append(target / run_folder.STEPS, record)
     run_folder.write(
         target / run_folder.SUMMARY,
-        {"world_size": config.num_processes, "total_seconds": log.total_seconds, "ranks": []},
+        {"world_size": config.ranks, "total_seconds": log.total_seconds, "ranks": []},
     )
     return run_folder.RunFolder(target)
 

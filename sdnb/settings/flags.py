@@ -1,11 +1,11 @@
-"""The command line: one flag a setting, with the reference's names."""
+"""The command line: one flag per setting, with the reference's names."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from pydantic.fields import FieldInfo
 
@@ -18,9 +18,25 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """Settings from a command line, such as that of diffusers' `train_text_to_image.py`. `--help` prints and exits.
 
     Raises:
-        ConfigError: if there is no such flag, a flag lacks its value, or a setting is wrong.
+        ConfigError: if a flag is unknown or lacks its value, or a setting is wrong.
     """
     return TrainConfig(**vars(_parser().parse_args(arguments)))
+
+
+def command_line(settings: dict[str, Any]) -> list[str]:
+    """The flags that give these settings, except for defaults. `parse` reads them back."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        default = TrainConfig.model_fields[name].default
+        if value is None or value == default or (isinstance(value, list) and tuple(value) == default):
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, (list, tuple)):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,31 +44,29 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m sdnb.train",
         usage="python -m sdnb.train --pretrained_model_name_or_path … --dataset_name … [--setting value …]\n"
         "       accelerate launch [its own options] -m sdnb.train --pretrained_model_name_or_path … …",
-        description="Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py. "
-        "What the run measured and made is in its run folder, output_dir.",
+        description="Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py. The run "
+        "folder, output_dir, gets the measurements and the trained pipeline.",
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=120),
     )
     parser.add_argument("--steps", type=_int, metavar="INT", help="short for --max_train_steps")
     for group in GROUPS:
-        arguments = parser.add_argument_group(group.__name__.lower())
+        arguments = parser.add_argument_group(group.__name__.removesuffix("Settings").lower())
         for name, field in group.model_fields.items():
-            arguments.add_argument(f"--{name}", **_how(name, field))
+            arguments.add_argument(f"--{name}", **_options(field))
     return parser
 
 
-def _how(name: str, field: FieldInfo) -> dict[str, Any]:
-    """What argparse needs to know of a setting. Values are checked by TrainConfig, which knows more."""
-    text = field.description.replace("%", "%%")
+def _options(field: FieldInfo) -> dict[str, Any]:
+    """argparse's options for a setting. TrainConfig checks the values, because it knows more."""
+    text = (field.description or "").replace("%", "%%")
     if _takes(field.annotation, bool):
         return dict(action=argparse.BooleanOptionalAction if field.default else "store_true", help=text)
     if not field.is_required() and field.default is not None:
         text += f" [{field.default}]"
-    metavar = (
-        next((kind.__name__.upper() for kind in (int, float) if _takes(field.annotation, kind)), "TEXT")
-        if not (choices := _choices(field.annotation))
-        else "{" + ",".join(choices) + "}"
-    )
+    kinds = [kind.__name__.upper() for kind in (int, float) if _takes(field.annotation, kind)]
+    choices = _choices(field.annotation)
+    metavar = "{" + ",".join(choices) + "}" if choices else kinds[0] if kinds else "TEXT"
     several = dict(nargs="+") if _takes(field.annotation, tuple) else {}
     return dict(type=_int if metavar == "INT" else str, metavar=metavar, help=text, **several)
 
@@ -74,7 +88,7 @@ def _choices(annotation: Any) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         unknown = message.rpartition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
         near = difflib.get_close_matches(unknown, flags, n=1) if "unrecognized" in message else []

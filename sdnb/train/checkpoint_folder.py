@@ -1,4 +1,4 @@
-"""What there is to resume from: checkpoint folders, whether they are whole, and whether they belong to a training."""
+"""Checkpoint folders: which of them are complete, and whether they belong to a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REFERENCE_FILES = ("unet/config.json", "optimizer.bin", "scheduler.bin")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder. `manifest` is None for one that the reference made."""
+    """A checkpoint folder. `manifest` is None if the reference made it."""
 
     folder: Path
     step: int
@@ -29,55 +29,55 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What there is to resume from: usable checkpoints, the first to be tried first, and why others are not."""
+class FoundCheckpoints:
+    """Usable checkpoints, best first, and why others are not usable."""
 
     usable: tuple[Checkpoint, ...]
-    passed_over: tuple[str, ...]
+    rejected: tuple[str, ...]
 
 
-def find(config: TrainConfig, examples: ImageCaptions) -> Found:
-    """What `resume_from_checkpoint` stands for in the run folder. Nothing, if it is not set, or if it is `latest` and
-    there is no checkpoint yet.
+def find_checkpoints(config: TrainConfig, examples: ImageCaptions) -> FoundCheckpoints:
+    """The checkpoints that `resume_from_checkpoint` names. None if it is not set, or if it is `latest` and there is no
+    checkpoint yet.
 
     Raises:
-        RunError: if a checkpoint that is named is not there or incomplete, if none of several is complete, or if it was
-            made with other settings that decide how a training goes.
+        RunError: if a named checkpoint is missing or incomplete, if none of several is complete, or if settings that
+            affect the result have changed.
     """
     wanted = config.resume_from_checkpoint
     if wanted is None:
-        return Found((), ())
+        return FoundCheckpoints((), ())
     if config.output_dir is None:
         raise RunError(f"resume_from_checkpoint = {wanted}: set output_dir to the folder of the run to resume")
-    where = Path(config.output_dir).expanduser().absolute()
-    there = [folder for _, folder in sorted(numbered(where), reverse=True)]
+    where = run_folder.path_of(config)
+    folders = [folder for _, folder in sorted(numbered(where), reverse=True)]
     if wanted != LATEST:
-        named = where / Path(wanted).name  # as the reference takes it: a path's last part, in output_dir
-        if named not in there:
-            names = ", ".join(folder.name for folder in there) or "none"
-            raise RunError(f"resume_from_checkpoint = {wanted}: no such checkpoint in {where}; there are: {names}")
-        there = [named]
-    elif there:
-        there = _not_given_up(where, there)
-    usable, passed_over = [], []
-    for folder in there:
+        named = where / Path(wanted).name  # like the reference: the last part of a path, in output_dir
+        if named not in folders:
+            names = ", ".join(folder.name for folder in folders) or "none"
+            raise RunError(f"resume_from_checkpoint = {wanted}: no such checkpoint in {where}; found: {names}")
+        folders = [named]
+    elif folders:
+        folders = _not_abandoned(where, folders)
+    usable, rejected = [], []
+    for folder in folders:
         try:
             usable.append(_inspect(folder))
         except RunError as error:
-            passed_over.append(str(error))
-    if there and not usable:
-        raise RunError("\n".join([f"resume_from_checkpoint = {wanted}: nothing to resume from", *passed_over]))
-    if usable and not config.resume_with_changes and (differ := differences(usable[0], config, examples)):
+            rejected.append(str(error))
+    if folders and not usable:
+        raise RunError("\n".join([f"resume_from_checkpoint = {wanted}: no checkpoint can be used", *rejected]))
+    if usable and not config.resume_with_changes and (changed := differences(usable[0], config, examples)):
         raise RunError(
-            f"{usable[0].folder} was made with other settings, so the training would not go on as it was:\n  "
-            + "\n  ".join(differ.values())
-            + "\nSet them back, or set resume_with_changes to go on with those of now."
+            f"{usable[0].folder} was made with other settings, and these affect the result:\n  "
+            + "\n  ".join(changed.values())
+            + "\nSet them back, or set resume_with_changes to resume with the new ones."
         )
-    return Found(tuple(usable), tuple(passed_over))
+    return FoundCheckpoints(tuple(usable), tuple(rejected))
 
 
 def numbered(where: Path) -> Iterator[tuple[int, Path]]:
-    """The checkpoint folders in a run folder, whole or not, each with the step that it was made after."""
+    """The checkpoint folders in a run folder, complete or not, each with its step."""
     for folder in where.glob("checkpoint-*"):
         if folder.is_dir() and (number := re.fullmatch(r"checkpoint-(\d+)", folder.name)):
             yield int(number[1]), folder
@@ -87,14 +87,14 @@ def _step(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
-def _not_given_up(folder: Path, there: list[Path]) -> list[Path]:
-    """Those no later than the records: later ones are of a training that was given up for an earlier checkpoint."""
+def _not_abandoned(folder: Path, checkpoints: list[Path]) -> list[Path]:
+    """Those not later than the records. If a run was resumed from an earlier checkpoint, later ones were abandoned."""
     last = run_folder.last_step(folder)
-    return [one for one in there if _step(one) <= last] or there
+    return [one for one in checkpoints if _step(one) <= last] or checkpoints
 
 
 def _inspect(folder: Path) -> Checkpoint:
-    """Raises RunError if a file is missing or is not as long as it was."""
+    """Raises RunError if a file is missing or has another size than in the manifest."""
     path = folder / MANIFEST
     if not path.exists():
         missing = [name for name in _REFERENCE_FILES if not (folder / name).is_file()]
@@ -120,12 +120,12 @@ def _size(path: Path) -> int:
 
 
 def identity(config: TrainConfig, examples: ImageCaptions) -> dict[str, Any]:
-    """What decides how a training goes: a checkpoint keeps it, to be resumed by no other."""
+    """All that affects the result of a run. A checkpoint stores it."""
     return {**config.trajectory(), "the data": examples.digest()}
 
 
 def differences(checkpoint: Checkpoint, config: TrainConfig, examples: ImageCaptions) -> dict[str, str]:
-    """Which settings that decide how a training goes are others now, and how; none for a checkpoint that says none."""
+    """By name, what affects the result and has changed since the checkpoint. Empty if the checkpoint does not say."""
     if checkpoint.manifest is None:
         return {}
     then, now = checkpoint.manifest["settings"], identity(config, examples)

@@ -1,0 +1,114 @@
+"""Loads the data set that the settings name: from the hub, a folder, or the embedded ones."""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from sdnb.data import openmoji
+from sdnb.data.image_captions import ImageCaptions, describe
+from sdnb.errors import DataError
+from sdnb.settings.config import TrainConfig
+from sdnb.settings.fields import EMBEDDED_DATA
+
+HELD_OUT_SPLITS = ("validation", "valid", "test")
+VANISHED = "lambdalabs/pokemon-blip-captions"
+
+
+@dataclass
+class Splits:
+    """The examples to train on, and those held out, if there are any."""
+
+    train: ImageCaptions
+    held_out: ImageCaptions | None
+
+
+def load_data(config: TrainConfig) -> Splits:
+    """The data set that the settings name.
+
+    Raises:
+        DataError: if it is not there, is empty, lacks a column, or lacks a caption.
+    """
+    splits = _load_splits(config)
+    train = splits["train"]
+    if config.max_train_samples is not None:
+        if config.max_train_samples > len(train):
+            raise DataError(f"max_train_samples = {config.max_train_samples}, but {describe(config)} has {len(train)}")
+        # The same ones on every rank and after a resume, also without a seed.
+        train = train.shuffle(seed=config.seed or 0).select(range(config.max_train_samples))
+    held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits and len(splits[name])), None)
+    return Splits(
+        ImageCaptions(train, config, "train"),
+        ImageCaptions(held_out, config, "held out") if held_out is not None else None,
+    )
+
+
+def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
+    name, folder = config.dataset_name, config.train_data_dir
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise DataError(f"train_data_dir {folder}: there is no such folder (the current folder is {Path.cwd()})")
+    files = {"train": _all_in(Path(folder).expanduser())} if name is None else None
+    if name in EMBEDDED_DATA:
+        # With the files named, `datasets` does not search the folder for splits.
+        rendered = openmoji.folder(config.resolution, config.cache_dir, name)
+        files = {split: _all_in(rendered / split) for split in openmoji.SPLITS}
+    try:
+        if files is None:
+            splits = datasets.load_dataset(
+                name, config.dataset_config_name, cache_dir=config.cache_dir, data_dir=folder
+            )
+        else:
+            splits = datasets.load_dataset("imagefolder", data_files=files, cache_dir=config.cache_dir)
+    except Exception as error:  # `datasets` and its builders raise dozens of types
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise DataError(f"{describe(config)} cannot be loaded: {cause}\n{_advice(config)}") from error
+    if "train" not in splits or not len(splits["train"]):
+        raise DataError(
+            f"{describe(config)}: has no examples in a split named train; its splits are: {dict(splits.num_rows)}"
+        )
+    if name is None and "image" in splits["train"].column_names:
+        _check_all_have_captions(splits["train"], config)
+    return splits
+
+
+def _all_in(folder: Path) -> str:
+    return f"{glob.escape(str(folder))}/**"
+
+
+def _check_all_have_captions(rows: datasets.Dataset, config: TrainConfig) -> None:
+    # `datasets` silently skips images that metadata.jsonl does not name.
+    folder = Path(config.train_data_dir).expanduser()
+    paths = rows.cast_column("image", datasets.Image(decode=False))["image"]
+    loaded = {Path(stored["path"]).resolve() for stored in paths}
+    images = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in ImageFolder.EXTENSIONS
+        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+    ]
+    if without := [path for path in images if path.resolve() not in loaded]:
+        shown = ", ".join(str(path.relative_to(folder)) for path in without[:5])
+        raise DataError(
+            f"{describe(config)}: {len(without)} of {len(images)} images have no caption: {shown}"
+            f"{', …' if len(without) > 5 else ''}. Give each a line in the folder's metadata.jsonl, or remove it."
+        )
+
+
+def _advice(config: TrainConfig) -> str:
+    if config.dataset_name == VANISHED:
+        return (
+            f"{VANISHED} was taken down from the hub. Use lambdalabs/naruto-blip-captions, the embedded "
+            f"{openmoji.PLAIN} (both as dataset_name), or a folder of images with a metadata.jsonl (as train_data_dir)."
+        )
+    if config.dataset_name is not None:
+        return f"Give a hub id, a folder that `datasets` can load, or an embedded one: {', '.join(EMBEDDED_DATA)}."
+    return (
+        'The folder needs images, and a metadata.jsonl with one line {"file_name": "a.png", '
+        f'"{config.caption_column}": "its caption"}} per image.'
+    )

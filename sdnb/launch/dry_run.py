@@ -1,0 +1,174 @@
+"""A dry run of the training step on fake tensors: which bytes are alive at which time. It loads no weights, allocates
+nothing, and takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdnb.cache import computed_once
+from sdnb.models import embedded
+from sdnb.models.pipeline import model_folder
+from sdnb.settings.config import TrainConfig
+
+# The batch size: a prime that is no factor of a layer's size, so that it divides only the bytes of the images.
+_IMAGES = 101
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The bytes alive after each operation, [3, operations]: per image, independent of the batch, and of the latter
+    the gradients."""
+
+    unet_parameters: int
+    encoder_parameters: int
+    encoders: np.ndarray
+    unet: np.ndarray
+
+    def peak(self, encoders_batch: int, unet_batch: int, gradients_are_kept: bool) -> int:
+        """Bytes in addition to all gradients. These are kept from earlier micro-batches, or appear one by one in the
+        backward pass."""
+        peaks = []
+        for batch, (images, fixed, gradients) in ((encoders_batch, self.encoders), (unet_batch, self.unet)):
+            counted_elsewhere = gradients if gradients_are_kept else 4 * self.unet_parameters
+            peaks.append(int((batch * images + fixed - counted_elsewhere).max()))
+        return max(peaks)
+
+
+def trace_of(config: TrainConfig, on_gpu: bool, gradient_checkpointing: bool) -> Trace:
+    """Raises:
+    ModelError: if the model is missing.
+    """
+    name = config.pretrained_model_name_or_path
+    where = name if name in embedded.ARCHITECTURES else model_folder(config)
+    how = config.resolution, config.mixed_precision or "no", on_gpu, gradient_checkpointing
+    return _trace(where, how, config.cache_dir)
+
+
+@lru_cache
+def _trace(where: str, how: tuple[int, str, bool, bool], cache_dir: str | None) -> Trace:
+    versions = [version("sdnb"), torch.__version__, diffusers.__version__, transformers.__version__]
+    key = [_configurations(where), how, versions]
+    cached = computed_once("memory", key, lambda: _dry_run(where, *how), cache_dir)
+    arrays = {name: np.array(cached.pop(name)).T for name in ("encoders", "unet")}
+    return Trace(**cached, **arrays)
+
+
+def _configurations(where: str) -> Any:
+    if where in embedded.ARCHITECTURES:
+        return embedded.ARCHITECTURES[where]
+    return [(Path(where) / part / "config.json").read_text() for part in ("unet", "vae", "text_encoder")]
+
+
+def _dry_run(where: str, resolution: int, precision: str, on_gpu: bool, gradient_checkpointing: bool) -> dict[str, Any]:
+    """Run the step on fake tensors, which have shapes and types but no memory. No random number is drawn.
+
+    They are CPU tensors also for a GPU, because torch differentiates fake GPU tensors only if there is a GPU. Attention
+    is the same on both: the fused kernels, also those of xformers, keep no matrix of tokens × tokens. Autocast differs,
+    and is corrected here.
+    """
+    dtype = torch.float32 if precision == "no" else torch.bfloat16  # has the size of fp16
+    with FakeTensorMode():
+        unet, vae, text_encoder = _build(where)
+        unet.train()
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        frozen = [*vae.parameters(), *text_encoder.parameters()]
+        for parameter in frozen:
+            parameter.data = parameter.data.to(dtype)
+        if on_gpu and precision != "no":
+            for module in unet.modules():
+                if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                    # a GPU's autocast computes these in float32, a CPU's does not
+                    module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
+        with _AliveBytes([*unet.parameters(), *frozen]) as alive:
+            for parameter in unet.parameters():
+                parameter.register_post_accumulate_grad_hook(alive.count_gradient)
+            with torch.no_grad():
+                images = torch.empty(_IMAGES, 3, resolution, resolution)
+                latents = vae.encode(images.to(dtype)).latent_dist.mean
+                token_ids = torch.zeros(_IMAGES, text_encoder.config.max_position_embeddings, dtype=torch.long)
+                encoder_hidden_states = text_encoder(token_ids, return_dict=False)[0]
+            encoded = len(alive.bytes)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+                timesteps = torch.zeros(_IMAGES, dtype=torch.long)
+                prediction = unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+            F.mse_loss(prediction.float(), latents.float()).backward()
+    return dict(
+        unet_parameters=sum(parameter.numel() for parameter in unet.parameters()),
+        encoder_parameters=sum(parameter.numel() for parameter in frozen),
+        encoders=alive.bytes[:encoded],
+        unet=alive.bytes[encoded:],
+    )
+
+
+def _build(where: str) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
+    if where in embedded.ARCHITECTURES:
+        # Not from its folder: building that of SD v1-4 would take minutes. tiny has CLIP's vocabulary here, not its
+        # own: 12 MiB more.
+        unet, vae, text_encoder = (embedded.ARCHITECTURES[where][part] for part in ("unet", "vae", "text_encoder"))
+        return UNet2DConditionModel(**unet), AutoencoderKL(**vae), CLIPTextModel(CLIPTextConfig(**text_encoder))
+    unet, vae = (
+        cls.from_config(cls.load_config(where, subfolder=part))
+        for cls, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+    )
+    return unet, vae, CLIPTextModel(CLIPTextConfig.from_pretrained(where, subfolder="text_encoder"))
+
+
+class _AliveBytes(TorchDispatchMode):
+    """Sees each operation, and records the bytes that are alive after it, as in `Trace`."""
+
+    def __init__(self, uncounted: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.bytes: list[tuple[int, int, int]] = []
+        self._images = self._fixed = self._gradients = self._new = 0
+        self._uncounted = {tensor.untyped_storage()._cdata for tensor in uncounted}
+        self._storages: dict[int, tuple[int, StorageWeakRef]] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = operation(*arguments, **(options or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self._meet(tensor.untyped_storage())
+        self.bytes.append((self._images, self._fixed, self._gradients))
+        return result
+
+    def count_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._gradients += parameter.grad.untyped_storage().nbytes()
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._storages or storage._cdata in self._uncounted:
+            return
+        self._new += 1
+        if 256 * self._new > len(self._storages):
+            # torch 2.1 reports no end of a storage, so all must be checked. With thousands of storages that is slow, so
+            # not at each operation: a few operations late make 1 % of the peak (SD v1-4).
+            self._new = 0
+            for address in [one for one in self._storages if torch.UntypedStorage._expired(one)]:
+                self._add(-self._storages.pop(address)[0])
+        # A weak reference keeps the address from being used again.
+        self._storages[storage._cdata] = storage.nbytes(), StorageWeakRef(storage)
+        self._add(storage.nbytes())
+
+    def _add(self, size: int) -> None:
+        if size % _IMAGES:
+            self._fixed += size
+        else:
+            self._images += size // _IMAGES

@@ -1,0 +1,123 @@
+"""Before the launch: what will run where, decided and checked."""
+
+from __future__ import annotations
+
+import math
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from sdnb.data.image_captions import first_caption
+from sdnb.data.loading import Splits, load_data
+from sdnb.errors import ConfigError
+from sdnb.launch import memory
+from sdnb.machine import environment
+from sdnb.models.pipeline import model_folder
+from sdnb.settings.config import TrainConfig
+from sdnb.tables import html_table
+from sdnb.train.checkpoint_folder import find_checkpoints
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run where: complete settings, the machine, and the data."""
+
+    config: TrainConfig
+    environment: dict[str, Any]
+    examples: Splits
+    predicted: memory.Prediction | None
+    resumes_after: int = 0
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a reader wants to know before the training starts."""
+        config, devices, count = self.config, self.environment["devices"], len(self.examples.train)
+        held_out = len(self.examples.held_out) if self.examples.held_out is not None else 0
+        ranks = "1 rank" if config.ranks == 1 else f"{config.ranks} ranks"
+        epoch, steps = config.epoch(count), config.total_steps(count)
+        where = f"on the CPU: {devices['names'][0]}, {self.environment['cpu_cores']} cores"
+        if devices["type"] != "cpu":
+            where = f"each on {devices['names'][0]} with {devices['memory_gib'][0]} GiB"
+        repeats = f", {epoch.images - count} of them repeats that fill the last round" if epoch.images > count else ""
+        skipped = f", {count - epoch.images} are skipped" if epoch.images < count else ""
+        return {
+            "model": config.pretrained_model_name_or_path,
+            "data": f"{config.dataset_name or config.train_data_dir}: {count} to train on, {held_out} held out",
+            "runs on": f"{ranks}, {where}",
+            "precision": f"{config.mixed_precision}{' (float32)' if config.mixed_precision == 'no' else ''}",
+            "global batch": f"{config.global_batch} = {config.train_batch_size} × "
+            f"{config.gradient_accumulation_steps} micro-batches × {ranks}",
+            "an epoch": f"{epoch.micro_batches} micro-batches per rank, {epoch.steps:g} optimizer steps, "
+            f"{epoch.short_steps} of them short; {epoch.images} images{repeats}{skipped}",
+            "the training": f"{steps} steps, {steps / epoch.steps:.1f} epochs",
+            **self._memory,
+            **({"resumes": f"after step {self.resumes_after}"} if self.resumes_after else {}),
+        }
+
+    @property
+    def _memory(self) -> dict[str, str]:
+        folded = self.config.fold_micro_batches or 1
+        facts = {"micro-batches": f"{folded} of a step run as one batch"} if folded > 1 else {}
+        if self.predicted is not None:
+            devices = self.environment["devices"]
+            free_gib = memory.per_rank(self.config, devices["type"], devices["free_gib"])
+            source = "free" if self.config.memory_gib is None else "allowed by memory_gib"
+            facts["memory"] = f"{self.predicted.total_gib:.1f} GiB per rank predicted, {free_gib:.1f} GiB {source}"
+        return facts
+
+    def sample_examples(self, count: int) -> tuple[list[Image.Image], list[str], int]:
+        """Some training images, evenly chosen, with their captions; and the number of all images."""
+        train = self.examples.train
+        rows = range(0, len(train), max(1, math.ceil(len(train) / count)))
+        return [train.image(row) for row in rows], [first_caption(train.captions[row]) for row in rows], len(train)
+
+    def _repr_html_(self) -> str:
+        settings = {name: value for name, value in self.config.model_dump().items() if value is not None}
+        facts, all_settings = (
+            html_table(pd.DataFrame({"": rows.values()}, index=list(rows)), header=False)
+            for rows in (self.facts, settings)
+        )
+        folded = f"<summary>All {len(settings)} settings</summary>{all_settings}"
+        return f"{facts}<details class='plan-settings'>{folded}</details>"
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name + ':':<14}{value}" for name, value in self.facts.items())
+
+
+def prepare(config: TrainConfig) -> Plan:
+    """Complete the settings for this machine, and load the data, before anything is launched.
+
+    Raises:
+        SdnbError: if the machine, its memory, the model or the data do not allow the run.
+    """
+    seen = environment.capture()
+    devices = seen["devices"]
+    config = config.resolved(devices["type"], len(devices["names"]), devices["bf16"])
+    environment.require(config)
+    _require_port(config)
+    model_folder(config)
+    config, predicted = memory.settle(config, environment.Devices(**devices))
+    examples = load_data(config)
+    config.epoch(len(examples.train))  # there may be too few examples
+    checkpoints = find_checkpoints(config, examples.train).usable
+    return Plan(config, seen, examples, predicted, checkpoints[0].step if checkpoints else 0)
+
+
+def _require_port(config: TrainConfig) -> None:
+    """Raises:
+    ConfigError: if another program listens on the port where the ranks meet: they might wait for ever.
+    """
+    port = config.meeting_port
+    if port and config.machine_rank == 0 and config.ranks > 1:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended does not matter
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                raise ConfigError(
+                    f"main_process_port = {port}: the ranks cannot meet there: {error.strerror}. Set another port, the "
+                    "same on every machine. A single machine finds a free port if it is not set"
+                ) from None

@@ -1,0 +1,83 @@
+"""The step records, classified: warm-up, short steps, slow steps, phases. Reads no files and draws nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from sdnb.metrics.step_clock import PHASES
+from sdnb.settings.config import TrainConfig
+
+RUNNING_MEAN_STEPS = 10
+_ENOUGH_STEPS = 5  # to know the usual time
+
+
+def mark(steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] = ()) -> pd.DataFrame:
+    """The step records with three more columns: `short` (fewer images than the global batch), `steady` (after the
+    warm-up, and not the first step after a resume), and `running_loss` (the mean of `loss` over the last ten steps,
+    weighted by images). If a run did not record `encoded_images` and `encoded_captions`, it encoded all images."""
+    if steps.empty:
+        return steps.assign(short=[], steady=[], running_loss=[])
+    window = steps.images.rolling(RUNNING_MEAN_STEPS, min_periods=1)
+    weighted = (steps.loss * steps.images).rolling(RUNNING_MEAN_STEPS, min_periods=1).sum()
+    not_finite = steps.loss.isna().rolling(RUNNING_MEAN_STEPS, min_periods=1).max() > 0
+    weighted[not_finite] = math.nan
+    every = steps.images  # as in the reference
+    return steps.assign(
+        encoded_images=steps.get("encoded_images", every),
+        encoded_captions=steps.get("encoded_captions", every),
+        short=steps.images < config.global_batch,
+        steady=(np.arange(len(steps)) >= warmup_steps(len(steps))) & ~(steps.step - 1).isin(resumed_after),
+        running_loss=weighted / window.sum(),
+    )
+
+
+def warmup_steps(steps: int) -> int:
+    """Steps that the throughput excludes: the first tenth, at least one; none if there is only one step."""
+    return max(1, steps // 10) if steps > 1 else 0
+
+
+def time_by_phase(steps: pd.DataFrame) -> pd.Series:
+    """Mean seconds of each phase in a steady step, without phases that took no time."""
+    phases = pd.DataFrame(list(steps[steps.steady].phase_seconds), columns=PHASES).mean()
+    return phases[phases > 0]
+
+
+def slow_steps(steps: pd.DataFrame, measured_at: Sequence[int], checkpointing_steps: int) -> pd.DataFrame:
+    """The full steps after the warm-up that took much longer than similar ones: by a tenth of the median and by five
+    median deviations. Steps that encode images are compared with each other, and so are those that do not.
+
+    Args:
+        steps: marked.
+        measured_at: steps after which the held-out loss was measured.
+        checkpointing_steps: steps between two checkpoints.
+
+    Returns:
+        Columns `step`, `seconds`, `extra_seconds` over the median, and `because`, the reason as far as it is known.
+    """
+    steady = steps[steps.steady & ~steps.short]
+    found = []
+    for similar in (steady[steady.encoded_images > 0], steady[steady.encoded_images == 0]):
+        if len(similar) < _ENOUGH_STEPS:
+            continue
+        usual = similar.seconds.median()
+        deviation = (similar.seconds - usual).abs().median()
+        phases = pd.DataFrame(list(similar.get("phase_seconds", ())), columns=PHASES)
+        extra = phases - phases.median()
+        for row, (step, seconds) in enumerate(zip(similar.step, similar.seconds)):
+            if not seconds > usual + max(0.1 * usual, 5 * deviation):
+                continue
+            if step - 1 in measured_at:
+                because = "after a held-out measurement"
+            elif (step - 1) % checkpointing_steps == 0:
+                because = "after a checkpoint"
+            elif len(extra) and extra.iloc[row].max() > 0:
+                because = f"{extra.iloc[row].idxmax()} took longer"
+            else:
+                because = "unknown reason"
+            found.append((step, seconds, seconds - usual, because))
+    kinds = {"step": int, "seconds": float, "extra_seconds": float, "because": str}
+    return pd.DataFrame(found, columns=list(kinds)).astype(kinds)

@@ -1,0 +1,68 @@
+"""What the figures of a run need to know about its model: parameters, and floating-point operations per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel
+
+from sdnb.cache import computed_once
+from sdnb.models.pipeline import Parts, has_random_weights
+from sdnb.settings.config import TrainConfig
+
+
+def describe_model(config: TrainConfig, parts: Parts) -> dict[str, Any]:
+    """Parameters, FLOP per image, and whether the model started from random weights: the content of model.json."""
+    configurations = [repr(part.config) for part in (parts.unet, parts.vae, parts.text_encoder)]
+    architecture = [configurations, parts.tokenizer.model_max_length, torch.__version__, diffusers.__version__]
+    return {
+        "random_weights": has_random_weights(config),
+        "parameters": parameter_counts(parts),
+        "flop_per_image": computed_once(
+            "flop",
+            [architecture, config.resolution],
+            lambda: flop_per_image(parts, config.resolution),
+            config.cache_dir,
+        ),
+    }
+
+
+def parameter_counts(parts: Parts) -> dict[str, int]:
+    """The parameters of the UNet, the VAE and the text encoder."""
+    return {
+        part: sum(parameter.numel() for parameter in getattr(parts, part).parameters())
+        for part in ("unet", "vae", "text_encoder")
+    }
+
+
+def flop_per_image(parts: Parts, resolution: int) -> dict[str, float]:
+    """Floating-point operations per training image, counted on the meta device, which needs no memory.
+
+    Returns:
+        `unet_forward`, `unet_training` (forward and backward), `vae_encoder` and `text_encoder`, in FLOP.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(parts.unet.config)
+        vae = AutoencoderKL.from_config(parts.vae.config)
+        text_encoder = CLIPTextModel(parts.text_encoder.config)
+        image = torch.empty(1, 3, resolution, resolution)
+        token_ids = torch.empty(1, parts.tokenizer.model_max_length, dtype=torch.long)
+
+        with torch.no_grad():
+            vae_encoder, latents = _flop(lambda: vae.encode(image).latent_dist.mean)
+            text, encoder_hidden_states = _flop(lambda: text_encoder(token_ids)[0])
+        timesteps = torch.empty(1, dtype=torch.long)
+        forward, prediction = _flop(lambda: unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0])
+        backward, _ = _flop(prediction.sum().backward)
+    return dict(unet_forward=forward, unet_training=forward + backward, vae_encoder=vae_encoder, text_encoder=text)
+
+
+def _flop(function: Callable[[], Any]) -> tuple[float, Any]:
+    with FlopCounterMode(display=False) as counter:
+        result = function()
+    return float(counter.get_total_flops()), result

@@ -1,0 +1,72 @@
+"""Settings from the parameter cells of a notebook."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Container, Mapping
+from typing import Any
+
+from sdnb.errors import ConfigError
+from sdnb.settings.config import TrainConfig
+
+# The first line of a parameter cell: of the notebook's own, and of the one that papermill injects after it.
+PARAMETERS_COMMENT = "# Parameters"
+
+# Settings that exclude each other: when papermill gives one, the notebook's defaults for the others do not count.
+ONE_CHOICE = (
+    {"steps", "max_train_steps", "num_train_epochs"},
+    {"dataset_name", "train_data_dir"},
+)
+
+
+def from_notebook(namespace: Mapping[str, Any], besides: Container[str] = ()) -> TrainConfig:
+    """Settings from a notebook's variables: every variable with a setting's name, and every name that a parameter cell
+    assigns. So a misspelt parameter is an error, and other variables of the notebook are ignored.
+
+    Args:
+        namespace: the notebook's `globals()`. IPython keeps the cells' sources in its `In`.
+        besides: names that a parameter cell may assign although they are no settings.
+
+    Raises:
+        ConfigError: if a parameter is no setting, or its value is wrong.
+    """
+    settings = {name: namespace[name] for name in [*TrainConfig.model_fields, "steps"] if name in namespace}
+    if settings.get("hub_token"):
+        raise ConfigError(
+            "hub_token: an executed notebook keeps its parameters, so do not put a token into one. Set HF_TOKEN in the "
+            "environment, or run `hf auth login` once. Remove the token from this notebook, and from the output file "
+            "of papermill. If either was shared, revoke the token."
+        )
+    for names in _parameter_cells(namespace.get("In", ())):
+        for choice in ONE_CHOICE:
+            if choice & names:
+                for name in choice - names:
+                    settings.pop(name, None)
+        settings.update({name: namespace[name] for name in names if name in namespace and name not in besides})
+    return TrainConfig(**settings)
+
+
+def _parameter_cells(cells: Any) -> list[set[str]]:
+    """The names that each parameter cell assigns, in the notebook's latest execution from its top."""
+    found: list[set[str]] = []
+    for source in reversed(cells):
+        comment = source.lstrip().partition("\n")[0].rstrip()
+        if comment.startswith(PARAMETERS_COMMENT):
+            found.insert(0, _assigned_names(source))
+            if comment != PARAMETERS_COMMENT:  # the notebook's own cell: what is before it was an earlier execution
+                break
+    return found
+
+
+def _assigned_names(source: str) -> set[str]:
+    targets: list[ast.expr] = []
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # the notebook has shown it already
+        return set()
+    for statement in statements:
+        if isinstance(statement, ast.Assign):
+            targets += statement.targets
+        elif isinstance(statement, ast.AnnAssign):
+            targets.append(statement.target)
+    return {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}

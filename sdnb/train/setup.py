@@ -1,0 +1,246 @@
+"""Everything that a training step needs, made from the settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.optimization import get_scheduler
+from torch.utils.data import DataLoader
+
+from sdnb.compat import has_fused_adam, has_stances
+from sdnb.data.loading import Splits, load_data
+from sdnb.data.micro_batches import MicroBatches
+from sdnb.data.training_set import TrainingSet
+from sdnb.errors import ConfigError, RunError
+from sdnb.machine import onednn_linear
+from sdnb.metrics.step_clock import StepClock
+from sdnb.models.ema import EMA
+from sdnb.models.encoders import WEIGHT_DTYPES, Encoders
+from sdnb.models.pipeline import Parts, load_parts, start_of_ema
+from sdnb.run import folder as run_folder
+from sdnb.settings.config import TrainConfig
+from sdnb.train.step_stats import StepStats
+
+logger = logging.getLogger("sdnb")
+
+
+@dataclass
+class Training:
+    """What a step needs. `step` is the number of the last one."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    splits: Splits
+    parts: Parts
+    unet: torch.nn.Module
+    optimizer: AcceleratedOptimizer
+    schedule: AcceleratedScheduler
+    ema: EMA | None
+    encoders: Encoders
+    batches: MicroBatches
+    clock: StepClock
+    stats: StepStats
+    step: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return run_folder.path_of(self.config)
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.total_steps(len(self.splits.train))
+
+
+def start(config: TrainConfig) -> Accelerator:
+    """Join the other ranks, log to the run folder, and seed all random number generators.
+
+    Raises:
+        RunError: if not all ranks joined.
+    """
+    accelerator = make_accelerator(config)
+    _log_to(run_folder.path_of(config) / run_folder.LOG, accelerator.process_index)
+    _check_ranks_joined(accelerator, config)
+    if config.seed is not None:
+        set_seed(config.seed)
+    return accelerator
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """accelerate's Accelerator for this rank."""
+    folder = run_folder.path_of(config)
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `MicroBatches` knows where a step ends
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        # Ranks wait for each other while one of them fills a cache, draws, or saves.
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / config.logging_dir)),
+    )
+
+
+def _log_to(path: Path, rank: int) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
+    logger.handlers = [handler]  # replaces that of an earlier run in the same process
+    logger.setLevel(logging.INFO)
+
+
+def _check_ranks_joined(accelerator: Accelerator, config: TrainConfig) -> None:
+    # Two ranks that did not find each other both believe that they are alone, so they must count each other.
+    joined = int(accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum"))
+    if not joined == accelerator.num_processes == config.num_processes:
+        raise RunError(
+            f"{config.num_processes} ranks were started, but {joined} joined "
+            f"({accelerator.distributed_type.value}, world size {accelerator.num_processes})"
+        )
+
+
+def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None = None) -> Training:
+    """Load the model and the data, and prepare them for this rank's device.
+
+    Args:
+        splits: the data that `config` names; default: they are loaded.
+
+    Raises:
+        SdnbError: if the model or the data cannot be used.
+    """
+    device = accelerator.device
+    # One rank fills the caches first; on each machine, as a machine may have caches of its own.
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
+        parts = load_parts(config)
+        splits = splits or load_data(config)
+        encoders = Encoders(parts, splits.train, config, device)
+        fused = config.fused_optimizer or config.foreach_ema
+        ema = EMA(start_of_ema(config, parts), config.offload_ema, fused) if config.use_ema else None
+    configure(parts, config, device)
+    optimizer = optimizer_class(config, device)(
+        parts.unet.parameters(),
+        lr=config.peak_learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+    # accelerate advances the schedule once per rank
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=config.schedule_steps(len(splits.train)) * accelerator.num_processes,
+    )
+    unet, optimizer, schedule = accelerator.prepare(parts.unet, optimizer, schedule)
+    # The encoders move the batches to the device: accelerate would wait there for all pending work.
+    loader = accelerator.prepare_data_loader(_loader(config, splits, parts, encoders, device), device_placement=False)
+    if ema is not None:
+        ema.settle(device)
+    return Training(
+        config, accelerator, splits, parts, unet, optimizer, schedule, ema, encoders,
+        batches=MicroBatches(loader, config.gradient_accumulation_steps, config.whole_steps),
+        clock=StepClock(device),
+        stats=StepStats(accelerator, config.gradient_accumulation_steps, encoders),
+    )  # fmt: skip
+
+
+def _loader(config: TrainConfig, splits: Splits, parts: Parts, encoders: Encoders, device: torch.device) -> DataLoader:
+    # On a CPU, threads that load would take cores from the step. Worker processes load without threads.
+    in_threads = device.type == "cuda" and not config.dataloader_num_workers
+    threads = max(1, len(os.sched_getaffinity(0)) // config.ranks_here) if in_threads else 0
+    examples = TrainingSet(splits.train, parts.tokenizer, encoders.moments, threads)
+    return DataLoader(
+        examples,
+        shuffle=True,
+        collate_fn=examples.collate,
+        batch_size=config.train_batch_size,
+        num_workers=config.dataloader_num_workers,
+        drop_last=config.whole_steps,
+    )
+
+
+def configure(parts: Parts, config: TrainConfig, device: torch.device) -> None:
+    """Make the parts compute as the settings say.
+
+    Raises:
+        ConfigError: if they cannot.
+    """
+    scheduler, unet = parts.noise_scheduler, parts.unet
+    if config.prediction_type is not None:
+        scheduler.register_to_config(prediction_type=config.prediction_type)
+    predicts = scheduler.config.prediction_type
+    if predicts not in ("epsilon", "v_prediction"):
+        raise ConfigError(f"prediction_type: the model's scheduler says {predicts}: set it to epsilon, or v_prediction")
+    if config.dream_training and predicts != "epsilon":
+        raise ConfigError("dream_training is defined for models that predict the noise; this one predicts a velocity")
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise ConfigError(f"enable_xformers_memory_efficient_attention: {error}") from error
+    if onednn_linear.pays(device, WEIGHT_DTYPES[config.mixed_precision or "no"]):
+        onednn_linear.convolve(unet)
+    if config.compile_unet != "no":
+        _compile(unet, config)
+
+
+def optimizer_class(config: TrainConfig, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    """The AdamW that the settings name, fused if torch has that for the device."""
+    if config.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit
+    if config.fused_optimizer and has_fused_adam(device.type):
+        return partial(torch.optim.AdamW, fused=True)
+    return torch.optim.AdamW
+
+
+def _compile(unet: UNet2DConditionModel, config: TrainConfig) -> None:
+    torch._dynamo.config.cache_size_limit = 64  # blocks of one kind have different shapes
+    # Under DDP, torch cuts a compiled module at the gradient buckets, so that their reduction starts before the
+    # backward pass ends. Blocks are small enough already: a large one of SD v1-4 became four graphs. And torch 2.1
+    # cannot cut a checkpointed module.
+    torch._dynamo.config.optimize_ddp = config.compile_unet == "whole" and not config.gradient_checkpointing
+    if has_stances():
+        torch.compiler.set_stance("default")
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    for module in blocks if config.compile_unet == "blocks" else [unet]:
+        module.compile(dynamic=False)
+
+
+def uncompiled(config: TrainConfig) -> AbstractContextManager[Any]:
+    """Within a `with`, the UNet runs uncompiled: for batch sizes that no step has."""
+    if config.compile_unet == "no" or not has_stances():
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def stop_compiling(config: TrainConfig) -> None:
+    """Call it after a full step. Batches of another size, at the end of an epoch, then run uncompiled: compiling for
+    each would take longer than they do."""
+    if config.compile_unet != "no" and has_stances():
+        torch.compiler.set_stance("eager_on_recompile")
