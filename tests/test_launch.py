@@ -283,10 +283,10 @@ def test_the_plan_says_what_will_run(settings):
     )
     assert plan.facts["precision"].startswith("no")
     assert re.fullmatch(r"[\d.]+ GiB per rank predicted, [\d.]+ GiB free", plan.facts["memory"])
-    assert plan.facts["micro-batches"] == "4 of a step are run as one larger batch"
+    assert plan.facts["micro-batches"] == "4 of a step run as one batch"
     assert "833 to train on, 1085 held out" in plan.facts["data"]
-    pictures, captions, total = plan.look(6)
-    assert len(pictures) == len(captions) == 6 and total == 833
+    images, captions, total = plan.sample_examples(6)
+    assert len(images) == len(captions) == 6 and total == 833
 
 
 def test_settings_are_data_in_the_plans_html(settings, image_folder):
