@@ -1,7 +1,5 @@
 """The command `sdnb`, also `python -m sdnb`: work with runs outside a notebook."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The cache folder: what a machine makes once and reuses, such as the embedded models and data."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

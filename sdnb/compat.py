@@ -1,7 +1,5 @@
 """Differences between versions of the libraries, from early 2024 until now."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

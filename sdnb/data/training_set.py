@@ -1,7 +1,5 @@
 """What a training step gets of the examples: random draws, pixels and tokens, in micro-batches."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Container, Iterable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """From a PIL image to pixels: the arithmetic of torchvision's transforms on PIL images, and their random draws."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

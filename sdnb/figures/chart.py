@@ -3,8 +3,6 @@
 The colours are those of Okabe and Ito, which colour-blind readers can distinguish.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import textwrap

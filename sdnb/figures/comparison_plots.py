@@ -1,7 +1,5 @@
 """Figures that compare runs."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 The SVG is written by hand and has some kilobytes: a plotting library would take CPU time from the training.
 """
 
-from __future__ import annotations
-
 import html
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Figures of a run. They draw what the room `metrics` computes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

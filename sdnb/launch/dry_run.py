@@ -1,8 +1,6 @@
 """A dry run of the training step on fake tensors: which bytes are alive at which time. It loads no weights, allocates
 nothing, and takes seconds."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Before the launch: does the run fit? Predicts the peak memory of a rank from the model's architecture."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields

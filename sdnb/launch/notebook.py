@@ -1,7 +1,5 @@
 """Launches a run from a notebook, on every device, and follows it to its end."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

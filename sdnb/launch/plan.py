@@ -1,7 +1,5 @@
 """Before the launch: what will run where, decided and checked."""
 
-from __future__ import annotations
-
 import math
 import socket
 from dataclasses import dataclass

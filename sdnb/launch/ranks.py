@@ -6,8 +6,6 @@ When the other end of the pipe closes, whoever launched the run is gone, and eve
 writes its stack trace into the log.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import gc

@@ -12,8 +12,6 @@ The file has the common settings, and under `grid` the swept ones, each with its
 A failed run does not stop the rest. A complete run is not repeated, unless a setting has changed.
 """
 
-from __future__ import annotations
-
 import base64
 import glob
 import itertools

@@ -1,7 +1,5 @@
 """Ends a process as soon as the one it works for has ended, whatever the reason."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """What a device does and uses: the matrix-product rate that it really reaches, its memory, its energy."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import math

@@ -1,7 +1,5 @@
 """This machine: its devices, and the versions of its software."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import platform

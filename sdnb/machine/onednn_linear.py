@@ -6,8 +6,6 @@ linear layers, forward and backward, took half to two thirds of the time, and ti
 On an Intel Xeon with AVX-512 MKL is faster (249 GFLOP/s against 208), so there the layers stay as they are.
 """
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 

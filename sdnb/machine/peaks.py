@@ -1,7 +1,5 @@
 """Peak rates of devices, from their data sheets."""
 
-from __future__ import annotations
-
 # Peak matrix-product TFLOP/s without sparsity, by precision of the products ("no": float32), from data sheets:
 # NVIDIA's for A100, H100, H200, L40S, L4, T4, V100, A10, RTX 4090; AMD's for MI250X (one of its two dies) and MI300X.
 _PEAK_TFLOPS = {

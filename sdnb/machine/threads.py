@@ -7,8 +7,6 @@ the core from the very thread that it waits for: the embedded model then trains 
 threads that sleep at once, or fewer (benchmarks/contention.py). So a watch reads the load of the cores four times a
 second, and changes how threads wait. It changes no computed number, because the number of threads stays the same."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

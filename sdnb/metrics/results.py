@@ -1,7 +1,5 @@
 """From the step records to results: throughput, loss, utilisation. Reads no files and draws nothing."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The step records, classified: warm-up, short steps, slow steps, phases. Reads no files and draws nothing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Throughput: images per second with a confidence interval, and what a progress bar shows."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Sequence

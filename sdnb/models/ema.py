@@ -1,7 +1,5 @@
 """The exponential moving average (EMA) of the UNet's weights."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,8 +1,6 @@
 """The embedded models, which need no download: a small trained one, and others with random weights from a fixed seed.
 Each is built into a folder in the cache, which is then read like any other model."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

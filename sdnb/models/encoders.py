@@ -1,7 +1,5 @@
 """The frozen encoders, VAE and text encoder: run for every micro-batch, or once per image and caption."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """A cache of arrays of one shape in a file, which all processes of a machine read and write at once."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

@@ -1,7 +1,5 @@
 """What the figures of a run need to know about its model: parameters, and floating-point operations per image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The five parts of a Stable Diffusion pipeline: loaded, and assembled again to be saved."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass
 from pathlib import Path

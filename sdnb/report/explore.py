@@ -1,8 +1,6 @@
 """A look before and after a run: the data set, what the VAE keeps of its images, what noise does to them, and what a
 model draws."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ left out. At the end are the settings, the machine and the commands, from the ou
 nothing from a network, and its content security policy forbids it.
 """
 
-from __future__ import annotations
-
 import base64
 import getpass
 import hashlib

@@ -1,7 +1,5 @@
 """A run to look at: `sdnb.Run(folder)`, and the table of all runs: `sdnb.runs()`."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

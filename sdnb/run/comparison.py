@@ -1,7 +1,5 @@
 """Compares runs: which settings and machines differ, and whether the throughput does."""
 
-from __future__ import annotations
-
 import html
 import json
 import math

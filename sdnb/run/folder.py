@@ -1,7 +1,5 @@
 """The run folder: its files, written during a run and readable at any time, also after a crash."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math

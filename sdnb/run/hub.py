@@ -3,8 +3,6 @@
 The token comes from `hub_token`, the environment (HF_TOKEN) or the hub's own login, in this order.
 """
 
-from __future__ import annotations
-
 import html
 import shlex
 from pathlib import Path

@@ -5,8 +5,6 @@ step as a rounded moving average. Undoing the average gives the time of each ste
 counts every step as a full one; the header tells which steps are short.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """How an epoch divides into micro-batches and optimizer steps."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,8 +1,6 @@
 """All settings, in the groups that `--help` shows. Names, defaults and meaning are those of diffusers'
 `train_text_to_image.py`. A description says where a setting is not in that script."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr

@@ -1,7 +1,5 @@
 """The command line: one flag per setting, with the reference's names."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 from collections.abc import Sequence

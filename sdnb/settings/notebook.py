@@ -1,7 +1,5 @@
 """Settings from the parameter cells of a notebook."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Container, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """What happens around the steps: records, held-out loss, drawn images, checkpoints, the saved pipeline."""
 
-from __future__ import annotations
-
 import logging
 import math
 import shutil

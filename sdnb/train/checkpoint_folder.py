@@ -1,7 +1,5 @@
 """Checkpoint folders: which of them are complete, and whether they belong to a run."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ position among the micro-batches with its RNG states, and `checkpoint.json`, wit
 a run resumes bit for bit.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Evaluation during a run: the loss on held-out images, and images drawn from prompts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The training, as every rank runs it."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import math

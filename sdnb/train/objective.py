@@ -1,7 +1,5 @@
 """The mathematics of the training step: noise, target and loss, as in diffusers' `train_text_to_image.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

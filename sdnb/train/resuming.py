@@ -1,7 +1,5 @@
 """Resumes a run from a checkpoint: bit for bit from sdnb's own, from the start of the epoch from the reference's."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

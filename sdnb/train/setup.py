@@ -1,7 +1,5 @@
 """Everything that a training step needs, made from the settings."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What is measured in an optimizer step besides its time: images, losses, energy."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
