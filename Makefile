@@ -49,6 +49,7 @@ lint: $(VENV)/.installed ## Check style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/mypy
 
 bench: $(VENV)/.installed ## Time sdnb beside the reference, or without REFERENCE its own techniques; alone on the machine, an hour
 	$(BIN)/python benchmarks/speed.py $(if $(REFERENCE),--reference "$(REFERENCE)" --python "$(BENCH_PYTHON)") $(BENCH)

@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -46,7 +45,7 @@ def main() -> None:
             config.epoch(len(splits.train))  # there may be too few examples
             find_checkpoints(config, splits.train)  # raises before anything in the folder changes
             run_folder.begin(config, environment.capture())
-        folder = Path(config.output_dir).expanduser().absolute()
+        folder = run_folder.path_of(config)
         folder.mkdir(parents=True, exist_ok=True)
         _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
         _end("", 0)
@@ -104,7 +103,7 @@ def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) ->
             bar.update()
 
         train(config, show, splits)
-    run = run_folder.RunFolder(config.output_dir)
+    run = run_folder.RunFolder(run_folder.path_of(config))
     print(measure(run) if len(run.steps) else "there were no steps left", f"in {run.folder}", sep="\n")
 
 

@@ -147,7 +147,8 @@ def require_fit(config: TrainConfig, device_type: str, free_gib: float, folded: 
 
     if total_gib({}) <= free_gib:
         return
-    advice, together = [], {}
+    advice: list[str] = []
+    together: dict[str, Any] = {}
     for candidates in _remedies(config, device_type, folded):
         changes = next((one for one in candidates if total_gib(one) <= free_gib), candidates[-1])
         if total_gib(changes) < total_gib({}) - 0.05:

@@ -86,9 +86,9 @@ def _rank(config: TrainConfig) -> None:
         rank = int(os.environ.get("RANK", 0))
         lines = str(error) if isinstance(error, SdnbError) else traceback.format_exc()
         print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        if config.num_processes > 1:
+        if config.ranks > 1:
             time.sleep(1)  # a rank that lost its peer fails, too: the launcher ends it before it reports that
-        run_folder.fail(Path(config.output_dir), rank, type(error).__name__, lines)
+        run_folder.fail(run_folder.path_of(config), rank, type(error).__name__, lines)
         sys.stderr.flush()
         os._exit(1)  # at once: interpreter shutdown would wait for ranks that wait for this one
 

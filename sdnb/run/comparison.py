@@ -76,11 +76,10 @@ class Comparison:
         for label, measured in self.measured.items():
             columns[label] = {}
             for row in measured.results:
-                base = before.get(row.name)
-                compared = measured is not first and row.name.startswith(_HAVE_RATIOS)
-                known = _is_number(base) and _is_number(row.value) and base
-                ratio = f" [×{row.value / base:.2f}]" if compared and known else ""
-                columns[label][row.name] = row.text + ratio
+                columns[label][row.name] = row.text
+                if measured is not first and row.name.startswith(_HAVE_RATIOS):
+                    ratio = (row.value or math.nan) / (before.get(row.name) or math.nan)
+                    columns[label][row.name] += f" [×{ratio:.2f}]" if math.isfinite(ratio) else ""
         return pd.DataFrame(columns).reindex(names).fillna("")
 
     @property
@@ -201,7 +200,3 @@ def _differing(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _text(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return value is not None and math.isfinite(value)

@@ -203,7 +203,7 @@ def _read_events(source: Path, settings: dict[str, Any]) -> Log:
     config = _config(given)
     sizes = config.epoch(examples).micro_batches_of(events[-1].step)
     log = Log(given, examples, began=events[0].wall_time, total_seconds=events[-1].wall_time - events[0].wall_time)
-    before = None
+    before: Any = None
     for event in events:
         share = (
             config.gradient_accumulation_steps / sizes[event.step - 1]
@@ -235,7 +235,7 @@ def write(log: Log, folder: str | Path | None, name: str) -> run_folder.RunFolde
     target = run_folder.create(config)
     config.updated(output_dir=None).save(target / run_folder.CONFIG)
     known = sorted({*log.settings, "max_train_steps"})
-    imported = {"from": name, "known_settings": known, "examples": log.examples}
+    imported: dict[str, Any] = {"from": name, "known_settings": known, "examples": log.examples}
     steps = config.max_train_steps or 0
     at = max((step for step in log.seconds_shown if step < steps), default=None)
     if at and log.examples:
