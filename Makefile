@@ -3,6 +3,8 @@ VENV ?= .venv
 # torch 2.1.0 and its contemporaries, for Python 3.10 or 3.11
 VENV_2024 ?= .venv-2024
 TESTS_2024 = arguments cache checkpoints config hub launch linear metrics parity plots pretrain report run_folder threads tiny train
+# Those that train nothing
+TESTS_FAST = arguments cache compare config data device imported live metrics models plots project report run run_folder tables
 # A worker for each core
 PYTEST = -q -n logical --dist worksteal --durations=10
 BIN := $(VENV)/bin
@@ -23,7 +25,7 @@ BENCH ?=
 # A grid of settings for make sweep
 GRID ?= params/sweep-batch.yaml
 
-.PHONY: help train sweep test test-2024 lint bench lab clean
+.PHONY: help train sweep test test-fast test-2024 lint bench lab clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -41,6 +43,9 @@ sweep: $(VENV)/.installed ## Run a grid of settings, GRID=params/sweep-….yaml,
 
 test: $(VENV)/.installed ## Run all tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST)
+
+test-fast: $(VENV)/.installed ## Run the tests that train nothing: about two minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,$(TESTS_FAST)))
 
 test-2024: $(VENV_2024)/.installed ## Run the tests of training, parity and resuming on the versions of early 2024
 	HF_HUB_OFFLINE=1 $(VENV_2024)/bin/python -m pytest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,$(TESTS_2024)))
