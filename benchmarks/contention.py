@@ -1,13 +1,13 @@
-"""What does a busy machine cost? Trains the embedded model with the watch that has threads sleep while other processes
-use the cores (sdnb/machine/threads.py), and without it: on a quiet machine, and beside processes that compute
-without end.
+"""What does a busy machine cost? Trains the embedded model with and without the watch of sdnb/machine/threads.py, which
+makes waiting threads sleep while other processes use the cores. Measures on a quiet machine, and next to processes that
+compute all the time.
 
     python benchmarks/contention.py
     python benchmarks/contention.py --pairs 7 --steps 31 --busy 0 1 2 4
 
-A pair is two runs after each other, with and without; which comes first alternates. Without, GOMP_SPINCOUNT says what
-libgomp does by itself. Images/s are those of the steps after the warm-up; all encodings are there already. Nothing else
-should use the machine.
+A pair is a run with the watch and a run without it, one after the other. Which comes first alternates. GOMP_SPINCOUNT,
+set to libgomp's default, turns the watch off. Images/s count the steps after the warm-up. All encodings are cached
+before the first pair. The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from sdnb.figures.chart import BLUE, GREY, RED, Chart, legend
 from sdnb.models import embedded
 from sdnb.report.run import Run
 
-WATCHED, AS_IT_COMES = "watched", "as OpenMP comes"
-OWN = {WATCHED: [], AS_IT_COMES: ["env", "GOMP_SPINCOUNT=300000"]}  # libgomp's own number
+WATCHED, OPENMP_DEFAULT = "watched", "OpenMP default"
+PREFIXES = {WATCHED: [], OPENMP_DEFAULT: ["env", "GOMP_SPINCOUNT=300000"]}  # libgomp's default
 FLAGS = (
     "--dataset_name=openmoji --center_crop --use_ema --train_batch_size=8 --lr_warmup_steps=0 "
     "--gradient_accumulation_steps=4 --learning_rate=1e-05 --seed=42 --report_to=none --validation_loss_steps=0"
 )
-# One core, until the one that started it is gone.
+# Uses one core, until its parent process ends.
 COMPUTE = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 
 
 @contextlib.contextmanager
 def beside(busy: int) -> Iterator[None]:
-    """So many processes that compute."""
+    """Run `busy` processes that compute all the time."""
     running = [subprocess.Popen([sys.executable, "-c", COMPUTE]) for _ in range(busy)]
     try:
         yield
@@ -54,14 +54,14 @@ def beside(busy: int) -> Iterator[None]:
 
 
 def measure(way: str, busy: int, flags: list[str], work: Path) -> dict[str, Any]:
-    """Train once.
+    """Measure one run.
 
     Raises:
         RuntimeError: if it fails.
     """
     output = work / "run"
     with beside(busy):
-        follow([*OWN[way], sys.executable, "-m", "sdnb.train", f"--output_dir={output}", *flags], "cpu", work)
+        follow([*PREFIXES[way], sys.executable, "-m", "sdnb.train", f"--output_dir={output}", *flags], "cpu", work)
     run = Run(output)
     result = dict(
         way=way, busy=busy, images_per_second=run.results.throughput.value, seconds=list(run.steps.seconds),
@@ -72,19 +72,19 @@ def measure(way: str, busy: int, flags: list[str], work: Path) -> dict[str, Any]
 
 
 def in_pairs(results: list[dict[str, Any]]) -> pd.DataFrame:
-    """Images/s of both ways, and their ratio, a row a pair."""
+    """Images/s of both ways and their ratio, one row per pair."""
     pairs = pd.DataFrame(results).pivot(index=["busy", "pair"], columns="way", values="images_per_second").dropna()
-    return pairs.assign(ratio=pairs[WATCHED] / pairs[AS_IT_COMES])
+    return pairs.assign(ratio=pairs[WATCHED] / pairs[OPENMP_DEFAULT])
 
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        f"| busy processes | pairs | {AS_IT_COMES}, images/s | {WATCHED}, images/s | ratio | asleep |",
+        f"| busy processes | pairs | {OPENMP_DEFAULT}, images/s | {WATCHED}, images/s | ratio | asleep |",
         "|---" * 6 + "|",
     ]  # fmt: skip
     asleep = pd.DataFrame(results).query("way == @WATCHED").groupby("busy").asleep_share.median()
     for busy, pairs in in_pairs(results).groupby("busy"):
-        each = [", ".join(f"{value:.1f}" for value in pairs[way]) for way in (AS_IT_COMES, WATCHED)]
+        each = [", ".join(f"{value:.1f}" for value in pairs[way]) for way in (OPENMP_DEFAULT, WATCHED)]
         lines.append(
             f"| {busy} | {len(pairs)} | {each[0]} | {each[1]} | {in_words(pairs.ratio)} | {asleep[busy]:.0%} |"
         )
@@ -98,12 +98,14 @@ def in_words(ratios: pd.Series) -> str:
 def plot(results: list[dict[str, Any]], title: str) -> Chart:
     ratios = {busy: in_words(pairs.ratio) for busy, pairs in in_pairs(results).groupby("busy")}
     caption = "; ".join(f"{busy} busy processes: {ratio}" for busy, ratio in ratios.items())
-    chart = Chart(title, f"Images/s with the watch over images/s without, median of the pairs: {caption}.", 3.6)
+    chart = Chart(
+        title, f"Images/s with the watch divided by images/s without it, median of the pairs: {caption}.", 3.6
+    )
     axes = chart.panel()
     for place, (_, pairs) in enumerate(in_pairs(results).groupby("busy")):
-        for without, watched in zip(pairs[AS_IT_COMES], pairs[WATCHED]):
+        for without, watched in zip(pairs[OPENMP_DEFAULT], pairs[WATCHED]):
             axes.plot([place - 0.15, place + 0.15], [without, watched], color=GREY, linewidth=0.8, zorder=1)
-        for offset, way, colour, marker in ((-0.15, AS_IT_COMES, RED, "s"), (0.15, WATCHED, BLUE, "o")):
+        for offset, way, colour, marker in ((-0.15, OPENMP_DEFAULT, RED, "s"), (0.15, WATCHED, BLUE, "o")):
             axes.scatter([place + offset] * len(pairs), pairs[way], color=colour, marker=marker, zorder=2,
                          label=way if place == 0 else None)  # fmt: skip
     axes.set_xticks(range(len(ratios)), ["quiet" if busy == 0 else f"{busy} busy" for busy in ratios])
@@ -116,8 +118,8 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--model", choices=("tiny", "small"), default="tiny")
     parser.add_argument("--pairs", type=at_least(1), default=5)
-    parser.add_argument("--steps", type=at_least(2), default=21, help="optimizer steps of a run, two at least")
-    parser.add_argument("--busy", type=at_least(0), nargs="+", default=[0, 1, 2], help="processes beside the training")
+    parser.add_argument("--steps", type=at_least(2), default=21, help="optimizer steps per run, at least 2")
+    parser.add_argument("--busy", type=at_least(0), nargs="+", default=[0, 1, 2], help="numbers of busy processes")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sdnb-contention-") as work:
@@ -125,21 +127,21 @@ def main() -> None:
         flags = [*FLAGS.split(), f"--resolution={side}", f"--max_train_steps={options.steps}", f"--cache_dir={work}"]
         flags.append(f"--pretrained_model_name_or_path={embedded.folder(options.model)}")
         openmoji.folder(side, work)
-        about = describe(f"A training beside busy processes: {options.model} at {side}×{side}, cpu",
+        about = describe(f"A run next to busy processes: {options.model} at {side}×{side}, cpu",
                          flags=" ".join(flags[:-2]), omp_num_threads=os.environ.get("OMP_NUM_THREADS"))  # fmt: skip
         try:
-            measure(AS_IT_COMES, 0, flags, Path(work))  # which keeps the encodings
+            measure(OPENMP_DEFAULT, 0, flags, Path(work))  # fills the encoder cache
             for pair in range(options.pairs):
                 for busy in options.busy:
-                    for way in list(OWN)[:: 1 if pair % 2 else -1]:
+                    for way in list(PREFIXES)[:: 1 if pair % 2 else -1]:
                         results.append({"pair": pair, **measure(way, busy, flags, Path(work))})
                         print(
                             f"{pair + 1}: {busy} busy, {way}: {results[-1]['images_per_second']:.1f} images/s",
                             flush=True,
                         )
                 path = file_of(options, "contention", options.model)
-                text = f"{table(results)}\n\nRatio: median of the pairs (from – to). Every run: `{about['flags']}`."
-                write(path, text, about, runs=results)
+                notes = f"Ratio: median of the pairs (lowest to highest). Flags of every run: `{about['flags']}`."
+                write(path, f"{table(results)}\n\n{notes}", about, runs=results)
                 plot(results, about["title"]).savefig(f"{path}.png")
         except RuntimeError as error:
             sys.exit(f"error: {error}")

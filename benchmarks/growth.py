@@ -1,16 +1,19 @@
-"""How does the cost of a training grow? sdnb alone, one setting after the other varied: the batch size, the resolution,
-the size of the data set, the ranks.
+"""How does the cost of a run grow? Measures sdnb alone and varies one setting at a time: the batch size, the
+resolution, the size of the data set, the number of ranks.
 
     python benchmarks/growth.py
     python benchmarks/growth.py --model sd-v1-4-random --minutes 10    # on a GPU
     python benchmarks/growth.py --vary train_batch_size --flags="--compile_unet=blocks --encoder_cache_gib=10"
 
-Of each training: images/s in the steps after the warm-up, with the 95 % confidence interval that its report has, and
-the peak memory of a rank, beside the one that sdnb predicts before it starts. No micro-batches are accumulated, and the
-encoders run for every picture (`--encoder_cache_gib=0`), so that only what is varied changes; but the size of the data
-set is varied with encodings kept and a cache folder that begins empty: how often a picture comes again is what it
-decides. Ranks on a CPU share its cores. `--vary` measures some of the four, `--flags` adds sdnb's flags to every
-training. The machine should do nothing else.
+For each run, it measures images/s of the steps after the warm-up, with the 95 % confidence interval of the run's
+report. It also measures the peak memory of a rank, and shows it next to the prediction that sdnb makes before the
+start.
+
+No micro-batches are accumulated, and the encoders run for every image (`--encoder_cache_gib=0`), so that only the
+varied setting has an effect. The runs that vary the size of the data set are different: they cache encodings and start
+with an empty cache folder, because this size decides how often an image is seen again. Ranks on a CPU share its cores.
+
+`--vary` chooses some of the four settings. `--flags` adds sdnb flags to every run. The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -41,13 +44,13 @@ from sdnb.run import folder as run_folder
 PROGRAM = ("-m", "sdnb.train")
 FLAGS = "--use_ema --center_crop --random_flip --learning_rate=1e-05 --lr_warmup_steps=0 --seed=42 --report_to=none"
 LABELS = {
-    "train_batch_size": "pictures in a micro-batch", "resolution": "side of the pictures, pixels",
-    "max_train_samples": "pictures in the data set", "num_processes": "ranks",
+    "train_batch_size": "images in a micro-batch", "resolution": "side of the images, pixels",
+    "max_train_samples": "images in the data set", "num_processes": "ranks",
 }  # fmt: skip
 
 
 def points(side: int, ranks: int) -> dict[str, list[int]]:
-    """The values of each setting that is varied, around a batch of 8 pictures of the model's side."""
+    """The values of each varied setting. The others stay at batch 8 and the model's resolution."""
     return {
         "train_batch_size": [1, 2, 4, 8, 16, 32],
         "resolution": [side // 2, side, side * 3 // 2, side * 2],
@@ -59,10 +62,10 @@ def points(side: int, ranks: int) -> dict[str, list[int]]:
 def measure(
     name: str, setting: str, value: int, options: argparse.Namespace, device: str, further: str, work: Path
 ) -> dict[str, Any]:
-    """Train with one setting at a value, in a cache folder of its own.
+    """Measure one run with `setting` at `value`, in its own cache folder.
 
     Raises:
-        RuntimeError, SdnbError: if it fails, such as where it does not fit in memory.
+        RuntimeError, SdnbError: if it fails, for example because it does not fit in memory.
     """
     values = {"train_batch_size": 8, "resolution": MODELS[name][0], "max_train_samples": 0, "num_processes": 1}
     values[setting] = value
@@ -74,7 +77,7 @@ def measure(
     flags = [f"--{flag}={number}" for flag, number in values.items() if number]
     if setting != "max_train_samples":
         flags.append("--encoder_cache_gib=0")
-    # accelerate's --multi_gpu are ranks on a CPU, too, where ACCELERATE_USE_CPU is set, as it is here
+    # With ACCELERATE_USE_CPU, which is set here on a CPU, accelerate's --multi_gpu also starts ranks on a CPU.
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={ranks}", "--num_machines=1",
                 "--mixed_precision=no", "--dynamo_backend=no"]  # fmt: skip
     command = [options.python, *(launcher if ranks > 1 else ()), *PROGRAM,
@@ -97,7 +100,7 @@ def measure(
 
 def plot(results: pd.DataFrame, title: str) -> Chart:
     settings = [setting for setting in LABELS if (results.setting == setting).any()]
-    caption = "Bars are 95 % confidence intervals within a run. Dashed: the peak memory predicted before the start."
+    caption = "Bars: 95 % confidence intervals within a run. Dashed: peak memory predicted before the start."
     chart = Chart(title, caption, 5.2)
     grid = chart.panels(2, len(settings), sharex="col", sharey="row")
     for column, setting in zip(grid.T, settings):
@@ -110,7 +113,7 @@ def plot(results: pd.DataFrame, title: str) -> Chart:
         column[1].set_xticks(chosen.value, map(str, chosen.value), fontsize=8)
         column[1].minorticks_off()
         column[1].set_xlabel(LABELS[setting], fontsize=9)
-    for axes in grid.flat:  # when all is drawn: a row has one scale
+    for axes in grid.flat:  # after everything is drawn, because a row shares its scale
         axes.set_ylim(0)
     grid[0, 0].set_ylabel("images/s, all ranks")
     grid[1, 0].set_ylabel("peak memory of a rank, GiB")
@@ -124,18 +127,20 @@ def save(results: list[dict[str, Any]], about: dict[str, Any], path: str) -> Non
     for row in frame.itertuples():
         speed = throughput.Estimate(row.images_per_second, row.low, row.high)
         lines.append(f"| {row.setting} | {row.value} | {speed} | {row.peak_gib:.2f} | {row.predicted_gib:.2f} |")
-    about_each = f"{about['steps']} steps each: `{about['flags']}`."
+    about_each = f"{about['steps']} steps per run, with these flags: `{about['flags']}`."
     write(path, "\n".join([*lines, "", about_each]), about, runs=results)
 
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--python", type=a_python, default=sys.executable, help="of the environment to train in")
+    parser.add_argument("--python", type=a_python, default=sys.executable, help="Python that runs sdnb")
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
-    parser.add_argument("--vary", nargs="+", choices=list(LABELS), default=list(LABELS), help="settings, one by one")
-    parser.add_argument("--flags", default="", help='of sdnb, for every training: --flags="--name …"')
-    parser.add_argument("--steps", type=at_least(3), default=31, help="optimizer steps of a training")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no training after so many")
+    parser.add_argument(
+        "--vary", nargs="+", choices=list(LABELS), default=list(LABELS), help="settings to vary, one at a time"
+    )
+    parser.add_argument("--flags", default="", help='additional sdnb flags for every run: --flags="--name …"')
+    parser.add_argument("--steps", type=at_least(3), default=31, help="optimizer steps per run")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this many minutes")
     options = parser.parse_args()
     ends, (side, device, further) = time.monotonic() + 60 * options.minutes, MODELS[options.model]
     further = f"{further} {options.flags}".rstrip()

@@ -1,14 +1,14 @@
-"""What do the live display and the recording cost? Trains from a notebook's kernel as train.ipynb does, and takes
+"""What do the live display and the recording cost? Trains from a notebook's kernel, as train.ipynb does, and measures:
 
-- the processor time that the kernel uses from launch to end, all of it for following the run and showing it, as a share
-  of what the machine's cores could give in that time;
-- the phase `other` of the training's own records, in which it reads the losses, files the record of a step and tells
-  the trackers, as a share of the steps' time.
+- the CPU time of the kernel from launch to end, as a share of the CPU time that all cores have in this period. The
+  kernel uses it only to follow the run and show it.
+- the phase `other` in the run's own records, as a share of the steps' time. In this phase the run reads the losses,
+  writes the record of the step and updates the trackers.
 
     python benchmarks/overhead.py --steps 101 --rounds 3
 
-A first training, which is not counted, encodes the pictures for the others. A browser that shows the notebook is not
-counted either. The machine should do nothing else.
+The first run is not counted. It encodes the images for the other runs. A browser that shows the notebook is not counted
+either. The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ print(json.dumps({"cpu_seconds": now.ru_utime - used.ru_utime + now.ru_stime - u
 
 
 def measure(steps: int, folder: Path) -> dict[str, float]:
-    """One training from a kernel: the shares of the display and of the recording."""
+    """Measure one run from a kernel. Returns the shares of the display and of the recording."""
     settings = {**SETTINGS, "steps": steps, "output_dir": str(folder), "cache_dir": str(folder.parent)}
     cell = nbformat.v4.new_code_cell(f"settings = {settings!r}\n{CELL}")
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata=metadata)
     NotebookClient(notebook, timeout=None).execute()
-    said = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
-    kernel, recorded = json.loads(said), run_folder.RunFolder(folder).steps
+    printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+    kernel, recorded = json.loads(printed), run_folder.RunFolder(folder).steps
     return {
         "display": kernel["cpu_seconds"] / kernel["seconds"] / len(os.sched_getaffinity(0)),
         "recording": sum(phases["other"] for phases in recorded.phase_seconds) / recorded.seconds.sum(),
@@ -70,11 +70,11 @@ def main() -> None:
             rounds.append(measure(options.steps, Path(work) / str(number)))
             print(json.dumps(rounds[-1]), flush=True)
     about = describe("Live display and recording", steps=options.steps, settings=SETTINGS)
-    lines = ["| | share of the training, median (lowest to highest) |", "|---|---|"]
-    for name, what in (("display", "following and showing, processor time"), ("recording", "recording, wall time")):
+    lines = ["| | share of the run, median (lowest to highest) |", "|---|---|"]
+    for name, what in (("display", "following and showing, CPU time"), ("recording", "recording, wall time")):
         shares = np.array([one[name] for one in rounds]) * 100
         lines.append(f"| {what} | {np.median(shares):.2f} % ({shares.min():.2f} to {shares.max():.2f}) |")
-    text = "\n".join([*lines, "", f"{options.rounds} trainings of {options.steps} steps."])
+    text = "\n".join([*lines, "", f"{options.rounds} runs of {options.steps} steps."])
     write(file_of(options, "overhead"), text, about, rounds=rounds)
     print("\n".join(lines))
 

@@ -1,15 +1,19 @@
-"""Does sdnb train as the reference does? Runs both with the same settings, model and data, and compares the
-`train_loss` of each optimizer step and the weights at the end.
+"""Does sdnb train the same model as the reference? Runs both with the same settings, model and data. Compares the
+`train_loss` of each optimizer step, and the weights at the end.
 
     python benchmarks/parity.py --reference PATH/train_text_to_image.py --python PATH/OF/AN/ENVIRONMENT/bin/python
     python benchmarks/parity.py --mixed_precision bf16 --reference …
     python benchmarks/parity.py --device cuda --mixed_precision fp16 --reference …
 
-On a GPU, of its cases those of one rank, and the reference runs twice: it need not repeat itself to the bit there, and
-sdnb is to be no farther from it than ten times what it is from itself. `--flags` are further ones of sdnb's, such as
-`--flags="--encoder_cache_gib=0 --fold_micro_batches=1"` for the reference's work. The reference is diffusers'
-`examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or any later one; its environment needs torchvision.
-`--model small --record` writes the reference's trajectories to where the tests find them.
+The reference is diffusers' `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or later. Its environment
+needs torchvision.
+
+On a GPU, only the cases with one rank run. The reference runs twice, because two runs of it can differ in the last bits
+there. sdnb may differ from the reference by at most ten times as much as the reference differs from itself.
+
+`--flags` adds flags for sdnb. With `--flags="--encoder_cache_gib=0 --fold_micro_batches=1"`, for example, sdnb does the
+same work as the reference. `--model small --record` writes the reference's losses to the folder where the tests read
+them.
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ import common
 from common import a_python, describe, file_of, variables, versions, write
 
 STEPS = 24
-# The largest relative difference of a loss: in half precision one rounding, for what is run as another batch is summed
-# in another order.
+# The largest allowed relative difference of a loss. In half precision it is one rounding: folded micro-batches are
+# summed in another order.
 TOLERANCE = {"no": 1e-4, "fp16": 2**-10, "bf16": 2**-7}
 RECORDED_MODEL = "small"
 _RECORDED = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
@@ -38,8 +42,13 @@ _RECORDED = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
 
 @dataclass(frozen=True)
 class Case:
-    """A training to be compared: flags besides model, data, folder and seed. `later` if v0.26.3 lacks one of them;
-    `changed` says what later references do otherwise, where sdnb does as v0.26.3 does."""
+    """A run to compare.
+
+    Args:
+        flags: in addition to model, data, folder and seed.
+        later: True if v0.26.3 does not know one of the flags.
+        changed: what later references do differently; sdnb does the same as v0.26.3.
+    """
 
     flags: str
     data: str = "openmoji"
@@ -84,8 +93,8 @@ CASES = {
     "epochs on two ranks, linear": Case(
         "--center_crop --train_batch_size=2 --num_train_epochs=4 --gradient_accumulation_steps=2 --lr_scheduler=linear "
         "--lr_warmup_steps=2 --learning_rate=1e-4",
-        data="shapes", ranks=2, changed="with num_train_epochs and several ranks the schedule ends with the training "
-        "(diffusers' pull request 8312); in v0.26.3 it is laid out for as many steps as one rank would take",
+        data="shapes", ranks=2, changed="with num_train_epochs and several ranks, the schedule ends with the run "
+        "(diffusers' pull request 8312). In v0.26.3 it has as many steps as one rank would take",
     ),
     "DREAM": Case(f"{_CENTRED} --dream_training --dream_detail_preservation=0.7", later=True),
     "DREAM with min-SNR on two ranks": Case(f"{_ANYWHERE} --dream_training --snr_gamma=5", ranks=2, later=True),
@@ -96,16 +105,16 @@ CASES = {
 
 
 def make_model(name: str, folder: Path) -> None:
-    """A model with random weights, as a folder that the reference reads too."""
+    """Write a model with random weights to a folder that the reference can read too."""
     from sdnb.models import embedded
 
-    # Built here, not taken from the cache: other versions of the libraries draw other weights.
+    # Does not use the cache, because other versions of the libraries draw other weights.
     shutil.copytree(embedded.folder(name, str(folder.parent / "models")), folder)
 
 
 def make_data(name: str, folder: Path) -> None:
-    """`openmoji`: the embedded training pictures. `shapes`: 37 of them, wide, tall, small and large, each with two
-    captions."""
+    """Write a data set to a folder. `openmoji`: the embedded training images. `shapes`: 37 of them, wide, tall, small
+    and large, each with two captions."""
     from PIL import Image
 
     from sdnb.data import openmoji
@@ -119,14 +128,14 @@ def make_data(name: str, folder: Path) -> None:
     for index, line in enumerate((source / "metadata.jsonl").read_text().splitlines()[:37]):
         example = json.loads(line)
         size = [(64, 64), (100, 64), (64, 97), (150, 113), (48, 60)][index % 5]
-        picture = Image.open(source / example["file_name"]).resize(size, Image.Resampling.BICUBIC)
-        picture.save(folder / example["file_name"])
+        image = Image.open(source / example["file_name"]).resize(size, Image.Resampling.BICUBIC)
+        image.save(folder / example["file_name"])
         lines.append(json.dumps({**example, "text": [example["text"], f"a drawing of {example['text']}"]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def flags_of(case: Case, work: Path, output: Path) -> list[str]:
-    """The command line of a case's training, on either side."""
+    """The flags of a case, the same for both programs."""
     model, data = work / "model", work / case.data
     return [f"--pretrained_model_name_or_path={model}", f"--train_data_dir={data}", f"--output_dir={output}",
             *case.arguments]  # fmt: skip
@@ -141,14 +150,14 @@ def train(
     extra: tuple[str, ...] = (),
     device: str = "cpu",
 ) -> None:
-    """Run a training to its end, on as many ranks as the case asks for.
+    """Run one program to its end, on the number of ranks of the case.
 
     Args:
-        program: what comes after `python`: a script's path, or -m and a module.
+        program: the arguments after `python`: the path of a script, or -m and a module.
         work: the folder with `model` and the data.
 
     Raises:
-        RuntimeError: with what it printed, if it fails.
+        RuntimeError: if it fails. The message has the end of its output.
     """
     from sdnb.launch.ranks import free_port
 
@@ -166,7 +175,7 @@ def train(
 
 
 def losses_of_reference(output: Path) -> list[float]:
-    """The `train_loss` of each step, as its tracker has it."""
+    """The `train_loss` of each step, from its TensorBoard log."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(output / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0}).Reload()
@@ -178,18 +187,18 @@ def losses_of_sdnb(output: Path) -> list[float]:
 
 
 def relative_differences(ours: list[float], theirs: list[float]) -> list[float]:
-    """Step by step, |ours - theirs| / |theirs|.
+    """|ours - theirs| / |theirs| of each step.
 
     Raises:
-        ValueError: if they are not as many.
+        ValueError: if the numbers of steps differ.
     """
     if len(ours) != len(theirs) or not theirs:
-        raise ValueError(f"{len(ours)} steps, and {len(theirs)} of the reference's")
+        raise ValueError(f"sdnb logged {len(ours)} steps, and the reference {len(theirs)}")
     return [abs(one - other) / abs(other) for one, other in zip(ours, theirs)]
 
 
 def weights_differ(ours: Path, theirs: Path) -> float:
-    """The largest difference of a weight between the two saved UNets, as a share of its tensor's largest weight."""
+    """The largest difference of a weight between the two saved UNets, relative to the largest weight of its tensor."""
     from safetensors.torch import load_file
 
     name = "unet/diffusion_pytorch_model.safetensors"
@@ -202,8 +211,9 @@ def _is_later(reference: Path) -> bool:
 
 
 def recorded_under(transformers_version: str) -> Path:
-    """Where the trajectories recorded with a version of transformers are. Its fifth major version loads models without
-    drawing random numbers, as its fourth did; the reference loads after it has seeded, and so gives others."""
+    """The folder of the losses that were recorded with a version of transformers. Version 4 draws random numbers when
+    it loads a model, version 5 does not. The reference loads the model after it has set the seed, so its losses depend
+    on this version."""
     return _RECORDED / f"transformers-{transformers_version.split('.')[0]}"
 
 
@@ -221,16 +231,16 @@ def compare(
     precision: str = "no",
     flags: Sequence[str] = (),
 ) -> Iterator[tuple[str, dict]]:
-    """Run the cases on both sides, sdnb with further `flags`; what the reference does not know is left out.
+    """Run the cases with both programs, sdnb with additional `flags`. Skips the cases that the reference does not know.
 
     Returns:
-        Each case's name and what came of it, as soon as it is there.
+        The name and the result of each case, as soon as it is complete.
 
     Raises:
-        RuntimeError, ValueError: if a training fails, or has another number of steps.
+        RuntimeError, ValueError: if a run fails, or the numbers of steps differ.
     """
     source = reference.read_text()
-    # v0.26.3 resizes bilinearly and has no flag for it; later ones have, with another default.
+    # v0.26.3 resizes bilinearly and has no flag for it. Later versions have a flag with another default.
     bilinear = ("--image_interpolation_mode=bilinear",) if "image_interpolation_mode" in source else ()
     make_model(model, work / "model")
     for name in ("openmoji", "shapes"):
@@ -270,15 +280,19 @@ def compare(
         for step, (one, other, difference) in enumerate(zip(expected, got, differences), 1):
             print(f"{step:>4} {one:12.8f} {other:12.8f} {difference:11.1e}")
         print(f"largest {max(differences):.1e}, weights at the end {result['weights']:.1e}")
-        print(f"the reference against itself: {own_spread}" if own_spread else "", flush=True)
+        print(f"the reference compared with itself: {own_spread}" if own_spread else "", flush=True)
         yield name, result
 
 
 def table(results: dict[str, dict]) -> str:
-    """How far apart the two are, a row a case; on a GPU, how far the reference is from itself, too."""
-    columns = {"largest": "largest relative difference of train_loss", "weights": "of a weight at the end"}
+    """The differences between the two programs, one row per case. On a GPU also those between the reference's two
+    runs."""
+    columns = {
+        "largest": "largest relative difference of train_loss",
+        "weights": "largest difference of a weight at the end",
+    }
     if any("largest_again" in result for result in results.values()):
-        columns |= {f"{name}_again": f"{text}, the reference against itself" for name, text in columns.items()}
+        columns |= {f"{name}_again": f"{text}, the reference compared with itself" for name, text in columns.items()}
     lines = [f"| case | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
     for name, result in results.items():
         lines.append(f"| {name} | {' | '.join(f'{result[column]:.1e}' for column in columns)} |")
@@ -286,7 +300,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def plot(results: dict[str, dict], title: str, tolerance: float, path: str) -> None:
-    """The trajectories, and how far they are apart, a row a case."""
+    """Plot the losses and their differences, one row per case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -304,7 +318,7 @@ def plot(results: dict[str, dict], title: str, tolerance: float, path: str) -> N
                        color="#D55E00", marker=".")  # fmt: skip
         apart.axhline(tolerance, color="#8A8A8A", linestyle="--")
         apart.set_ylim(1e-9, 1e-2)
-        apart.set_title("relative difference; dashed: the tolerance", fontsize=9, loc="left")
+        apart.set_title("relative difference (dashed: tolerance)", fontsize=9, loc="left")
     grid[0][0].legend(frameon=False, fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("optimizer step")
@@ -313,25 +327,25 @@ def plot(results: dict[str, dict], title: str, tolerance: float, path: str) -> N
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--reference", type=Path, required=True, help="its train_text_to_image.py")
+    parser.add_argument("--reference", type=Path, required=True, help="path of its train_text_to_image.py")
     parser.add_argument(
-        "--python", type=a_python, default=sys.executable, help="of the reference's environment, with torchvision"
+        "--python", type=a_python, default=sys.executable, help="Python that runs the reference, with torchvision"
     )
-    parser.add_argument("--name", default="reference", help="what to call this reference, such as v0.26.3")
+    parser.add_argument("--name", default="reference", help="name of the reference in the results, such as v0.26.3")
     parser.add_argument("--model", choices=("tiny-random", RECORDED_MODEL), default="tiny-random")
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="some of: " + "; ".join(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--mixed_precision", choices=list(TOLERANCE), default="no")
-    parser.add_argument("--flags", default="", help="further flags of sdnb's trainings")
-    parser.add_argument("--record", action="store_true", help="keep the reference's trajectories for the tests")
+    parser.add_argument("--flags", default="", help="additional flags for sdnb")
+    parser.add_argument("--record", action="store_true", help="save the reference's losses for the tests")
     options = parser.parse_args()
     if unknown := [name for name in options.cases if name not in CASES]:
-        parser.error(f"no such case: {'; '.join(unknown)}. There are: {'; '.join(CASES)}")
+        parser.error(f"no such case: {'; '.join(unknown)}. The cases are: {'; '.join(CASES)}")
     if not options.reference.is_file():
-        parser.error(f"--reference {options.reference}: there is no such file")
+        parser.error(f"--reference {options.reference}: no such file")
     how = (options.model, options.device, options.mixed_precision)
     if options.record and how != (RECORDED_MODEL, "cpu", "no"):
-        parser.error(f"--record: the tests compare with what the CPU gives in float32 for --model {RECORDED_MODEL}")
+        parser.error(f"--record: the tests need losses of --model {RECORDED_MODEL} on the CPU in float32")
     if options.device == "cuda":
         options.cases = [name for name in options.cases if CASES[name].ranks == 1]
     on, precision, flags = options.device, options.mixed_precision, options.flags.split()
@@ -344,11 +358,11 @@ def main() -> None:
         except (RuntimeError, ValueError) as error:
             failed = f"error: {options.cases[len(results)]}: {error}"
     if not results:
-        sys.exit(failed or "error: the reference knows none of these cases")
+        sys.exit(failed or "error: the reference does not know any of these cases")
     made_by = dict(reference=options.name, versions=versions(options.python))
     changed = {name: CASES[name].changed for name in results if _is_later(options.reference) and CASES[name].changed}
     installed = ", ".join(f"{package} {version}" for package, version in made_by["versions"].items())
-    notes = [f"{name}: this reference does otherwise: {what}." for name, what in changed.items()]
+    notes = [f"{name}: this reference behaves differently: {what}." for name, what in changed.items()]
     text = "\n\n".join([f"The reference's environment: {installed}.", table(results), *notes])
     title, names = options.name, ["parity", options.name]
     if options.model == RECORDED_MODEL:
@@ -358,24 +372,24 @@ def main() -> None:
         title += f" on the {on.upper()}, mixed_precision {precision}"
         names += [on, precision]
     sdnb = f"sdnb with `{options.flags}`" if flags else "sdnb"
-    about = describe(f"{sdnb} against train_text_to_image.py of {title}", **made_by)
+    about = describe(f"{sdnb} compared with train_text_to_image.py of {title}", **made_by)
     write(file_of(options, *names), text, about, flags=options.flags, cases=results)
-    plot(results, f"sdnb against the reference, {title}", TOLERANCE[precision], f"{file_of(options, *names)}.png")
+    plot(results, f"sdnb compared with the reference, {title}", TOLERANCE[precision], f"{file_of(options, *names)}.png")
     if options.record:
         recorded_here = recorded_under(made_by["versions"]["transformers"])
         recorded_here.mkdir(parents=True, exist_ok=True)
         for name, result in results.items():
-            if _is_later(options.reference) and not CASES[name].later:  # v0.26.3 is the one to agree with
+            if _is_later(options.reference) and not CASES[name].later:  # for these, v0.26.3 is the reference
                 continue
             recorded = dict(
                 case=name, **made_by, date=about["date"], command=result["command"], train_loss=result["reference"]
             )  # fmt: skip
             (recorded_here / f"{slug(name)}.json").write_text(json.dumps(recorded, indent=1) + "\n")
     print(f"\n{text}")
-    # On a GPU the reference itself differs from run to run: ten times that, for it is but one pair.
+    # On a GPU the reference itself differs from run to run. Allow ten times this, because it comes from one pair only.
     limits = {name: max(TOLERANCE[precision], 10 * result.get("largest_again", 0)) for name, result in results.items()}
     apart = [name for name in results if results[name]["largest"] > limits[name] and name not in changed]
-    sys.exit(failed or (f"error: farther apart than it may be: {'; '.join(apart)}" if apart else 0))
+    sys.exit(failed or (f"error: the difference exceeds the tolerance: {'; '.join(apart)}" if apart else 0))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What of a training step pays on this device? Times its parts alone, in each way that sdnb can run them: the UNet's
-forward and backward pass, the encoders, and the update of the weights.
+"""Which settings make a training step faster on this device? Times the parts of a step alone, in each way that sdnb can
+run them: the UNet's forward and backward pass, the encoders, and the update of the weights.
 
     python benchmarks/passes.py                                                     # tiny, on the CPU
     python benchmarks/passes.py --model sd-v1-4-random --precision fp16 --minutes 5    # on a GPU
-    python benchmarks/passes.py --model sd-v1-4-random --precision fp16 --only "UNet, 32 pictures" whole
+    python benchmarks/passes.py --model sd-v1-4-random --precision fp16 --only "UNet, 32 images" whole
 
-Each is warmed up, which is when it is compiled, and timed several times, with events on a GPU: the median, the lowest
-and the highest. TFLOP/s are the model's, as FlopCounterMode counts them, beside the rate of matrix products that the
-device reaches just before and after: where a machine's own speed varies, their ratio says more. The weights are random.
-A GPU's memory is the most that was allocated, with the gradients, but without optimizer and average.
+Each way is warmed up first; this includes compilation. Then it is timed several times, with events on a GPU. The table
+gives the median, the lowest and the highest time. TFLOP/s are the model's, as FlopCounterMode counts them. The table
+also gives their ratio to the TFLOP/s of matrix multiplication, measured just before and just after. On a machine whose
+speed varies, this ratio is more reliable. The weights are random. The memory of a GPU is the peak allocation. It
+includes the gradients, but not the optimizer and the EMA.
 """
 
 from __future__ import annotations
@@ -38,27 +39,27 @@ from sdnb.train.setup import configure, optimizer_class
 
 
 class Way(NamedTuple):
-    """A part of the step, how many pictures it is given, and the settings that it is run with."""
+    """A part of the step, the number of images that it processes, and the settings that it runs with."""
 
     part: str
-    pictures: int
+    images: int
     settings: dict[str, Any]
 
     @property
     def label(self) -> str:
         how = ", ".join(name if value is True else f"{name} {value}" for name, value in self.settings.items())
-        pictures = f", {self.pictures} pictures" if self.pictures else ""
-        return f"{self.part}{pictures}: {how or 'plain'}"
+        images = f", {self.images} images" if self.images else ""
+        return f"{self.part}{images}: {how or 'plain'}"
 
 
 BLOCKS, WHOLE = {"compile_unet": "blocks"}, {"compile_unet": "whole"}
 WAYS = [
-    *(Way("UNet", pictures, {}) for pictures in (8, 32)),
-    *(Way("VAE", pictures, {}) for pictures in (8, 32)),
+    *(Way("UNet", images, {}) for images in (8, 32)),
+    *(Way("VAE", images, {}) for images in (8, 32)),
     Way("text encoder", 8, {}),
     *(Way("update", 0, {"fused_optimizer": fused}) for fused in (False, True)),
-    *(Way("UNet", pictures, BLOCKS) for pictures in (8, 32)),
-    *(Way("UNet", pictures, WHOLE) for pictures in (32, 64, 96)),
+    *(Way("UNet", images, BLOCKS) for images in (8, 32)),
+    *(Way("UNet", images, WHOLE) for images in (32, 64, 96)),
 ]
 
 
@@ -67,12 +68,12 @@ def unet_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, devic
     configure(Parts(None, None, torch.nn.Module(), unet, DDPMScheduler()), config, device)
     dtype, side = WEIGHT_DTYPES[config.mixed_precision], architecture["unet"]["sample_size"]
     text = architecture["text_encoder"]
-    latents = torch.randn(way.pictures, unet.config.in_channels, side, side, dtype=dtype)
-    encoder_hidden_states = torch.randn(way.pictures, text["max_position_embeddings"], text["hidden_size"], dtype=dtype)
-    timesteps = torch.randint(0, 1000, (way.pictures,))
+    latents = torch.randn(way.images, unet.config.in_channels, side, side, dtype=dtype)
+    encoder_hidden_states = torch.randn(way.images, text["max_position_embeddings"], text["hidden_size"], dtype=dtype)
+    timesteps = torch.randint(0, 1000, (way.images,))
 
     def run() -> None:
-        unet.zero_grad()  # a step's gradients are new, and are not added to those of the last
+        unet.zero_grad()  # each step computes new gradients, and does not add to the previous ones
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             prediction = unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0]
         prediction.float().square().mean().backward()
@@ -82,30 +83,30 @@ def unet_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, devic
 
 def vae_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
     vae = AutoencoderKL(**architecture["vae"]).to(WEIGHT_DTYPES[config.mixed_precision]).requires_grad_(False)
-    pictures = torch.randn(way.pictures, 3, config.resolution, config.resolution, dtype=vae.dtype)
-    return lambda: vae.encode(pictures).latent_dist.parameters
+    images = torch.randn(way.images, 3, config.resolution, config.resolution, dtype=vae.dtype)
+    return lambda: vae.encode(images).latent_dist.parameters
 
 
 def text_pass(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
     text_encoder = CLIPTextModel(CLIPTextConfig(**architecture["text_encoder"])).requires_grad_(False)
     text_encoder = text_encoder.to(WEIGHT_DTYPES[config.mixed_precision])
-    token_ids = torch.zeros(way.pictures, architecture["text_encoder"]["max_position_embeddings"], dtype=torch.long)
+    token_ids = torch.zeros(way.images, architecture["text_encoder"]["max_position_embeddings"], dtype=torch.long)
     return lambda: text_encoder(token_ids, return_dict=False)[0]
 
 
 def update(architecture: dict[str, Any], config: TrainConfig, way: Way, device: torch.device) -> Callable[[], Any]:
-    """Clipping, AdamW, and the average."""
+    """Clipping, AdamW and EMA."""
     unet = UNet2DConditionModel(**architecture["unet"])
     optimizer = optimizer_class(config, device)(unet.parameters(), lr=config.learning_rate)
-    average = EMA(unet, fused=config.fused_optimizer)
-    average.settle(device)
+    ema = EMA(unet, fused=config.fused_optimizer)
+    ema.settle(device)
     for parameter in unet.parameters():
         parameter.grad = torch.randn_like(parameter)
 
     def run() -> None:
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
-        average.step(unet.parameters())
+        ema.step(unet.parameters())
 
     return run
 
@@ -115,7 +116,8 @@ FLOP = {"UNet": "unet_training", "VAE": "vae_encoder", "text encoder": "text_enc
 
 
 def measure(way: Way, architecture: dict[str, Any], config: TrainConfig, device: torch.device, rounds: int) -> dict:
-    """Milliseconds of each round, those of the warm-up, and the peak memory."""
+    """The milliseconds of each round, the seconds of the warm-up, the TFLOP/s of matrix multiplication, and the peak
+    memory on a GPU."""
     torch.compiler.reset()
     began = time.perf_counter()
     with torch.device(device):
@@ -133,27 +135,27 @@ def measure(way: Way, architecture: dict[str, Any], config: TrainConfig, device:
 
     milliseconds(3)
     result: dict[str, Any] = dict(way=way.label, warmup_seconds=time.perf_counter() - began)
-    reached = [measured_matmul_tflops(device, WEIGHT_DTYPES[config.mixed_precision])]
-    if device.type == "cuda":  # the matrices of that are no part of the way
+    matmul = [measured_matmul_tflops(device, WEIGHT_DTYPES[config.mixed_precision])]
+    if device.type == "cuda":  # exclude the matrices of this measurement
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     result["milliseconds"] = milliseconds(rounds)
     if device.type == "cuda":
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    reached.append(measured_matmul_tflops(device, WEIGHT_DTYPES[config.mixed_precision]))
-    return {**result, "reachable_tflops": reached}
+    matmul.append(measured_matmul_tflops(device, WEIGHT_DTYPES[config.mixed_precision]))
+    return {**result, "matmul_tflops": matmul}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    head = ("", "ms", "pictures/s", "TFLOP/s", "of the reachable", "peak memory, GiB", "warm-up, s")
+    head = ("", "ms", "images/s", "TFLOP/s", "share of matmul", "peak memory, GiB", "warm-up, s")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for one in results:
         middle, *ends = (pick(one["milliseconds"]) for pick in (statistics.median, min, max))
-        per_second = 1000 * one["pictures"] / middle
+        per_second = 1000 * one["images"] / middle
         tflops = per_second * one["flop_per_image"] / 1e12
         cells = [one["way"], f"{middle:.1f} ({ends[0]:.1f} to {ends[1]:.1f})"]
-        reachable = statistics.mean(one["reachable_tflops"])
-        cells += [f"{per_second:.1f}", f"{tflops:.3g}", f"{tflops / reachable:.0%}"] if one["pictures"] else [""] * 3
+        matmul = statistics.mean(one["matmul_tflops"])
+        cells += [f"{per_second:.1f}", f"{tflops:.3g}", f"{tflops / matmul:.0%}"] if one["images"] else [""] * 3
         cells += [f"{one['peak_gib']:.1f}" if "peak_gib" in one else "", f"{one['warmup_seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -163,20 +165,22 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--model", choices=list(MODELS), default="tiny")
     parser.add_argument("--precision", choices=list(WEIGHT_DTYPES), default="no")
-    parser.add_argument("--only", nargs="+", default=[""], help="ways that have one of these in their name")
+    parser.add_argument("--only", nargs="+", default=[""], help="only ways whose name contains one of these")
     parser.add_argument("--rounds", type=at_least(1), default=7)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after so many")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start no measurement after this many minutes"
+    )
     options = parser.parse_args()
     ways = [way for way in WAYS if any(words in way.label for words in options.only)]
     if not ways:
-        parser.error(f"--only: none has that in its name. There are: {'; '.join(way.label for way in WAYS)}")
+        parser.error(f"--only: no way has this in its name. The ways are: {'; '.join(way.label for way in WAYS)}")
     ends = time.monotonic() + 60 * options.minutes
     architecture, (side, kind, _) = embedded.ARCHITECTURES[options.model], MODELS[options.model]
     device = torch.device(kind)
     if kind == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--model {options.model} needs a GPU, and torch sees none")
+        parser.error(f"--model {options.model} needs a GPU, but torch finds none")
     if kind == "cpu" and options.precision == "fp16":
-        parser.error("--precision fp16 needs a GPU, and this model is measured on the CPU")
+        parser.error("--precision fp16 needs a GPU, but this model is measured on the CPU")
     config = TrainConfig(
         pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=side, learning_rate=1e-5,
         mixed_precision=options.precision,
@@ -191,14 +195,14 @@ def main() -> None:
         )
     flop = flop_per_image(parts, side)
     if device.type == "cpu":
-        keep_freed_memory()  # as a training does
+        keep_freed_memory()  # as a run does
     dtype = WEIGHT_DTYPES[options.precision]
     title = f"The parts of a step: {options.model} at {side}×{side}, {str(dtype)[6:]}, {device}"
     about = describe(title, flop_per_image=flop)
     results: list[dict[str, Any]] = []
     for way in ways:
         if time.monotonic() > ends:
-            print(f"{way.label}: not measured, {options.minutes:g} minutes are over")
+            print(f"{way.label}: not measured, because {options.minutes:g} minutes are over")
             continue
         try:
             result = measure(way, architecture, config, device, options.rounds)
@@ -209,10 +213,10 @@ def main() -> None:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        results.append(dict(result, pictures=way.pictures, flop_per_image=flop.get(FLOP.get(way.part), 0)))
+        results.append(dict(result, images=way.images, flop_per_image=flop.get(FLOP.get(way.part), 0)))
         print(table(results[-1:]).splitlines()[-1], flush=True)
-        rates = [rate for one in results for rate in one["reachable_tflops"]]
-        text = f"{table(results)}\n\nMatrix products reached {min(rates):.3g} to {max(rates):.3g} TFLOP/s."
+        rates = [rate for one in results for rate in one["matmul_tflops"]]
+        text = f"{table(results)}\n\nMatrix multiplication reached {min(rates):.3g} to {max(rates):.3g} TFLOP/s."
         precision = options.precision if options.precision != "no" else ""
         write(file_of(options, "passes", options.model, precision), text, about, runs=results)
 

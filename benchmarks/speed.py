@@ -1,26 +1,33 @@
-"""How fast does sdnb train, beside the reference? Runs both in turn on one machine: the same Python and torch, model,
-pictures, settings and seed, one rank; of the reference nothing is changed.
+"""How fast does sdnb train, compared with the reference? Runs both alternately on one machine, on one rank, with the
+same Python, torch, model, images, settings and seed. The reference is unchanged.
 
     python benchmarks/speed.py --reference PATH/train_text_to_image.py --python PATH/OF/AN/ENVIRONMENT/bin/python
     python benchmarks/speed.py --model sd-v1-4-random --pairs 2 --steps 41 --minutes 10 --reference …    # on a GPU
-    python benchmarks/speed.py    # sdnb alone, each of its techniques turned off
-    python benchmarks/speed.py --only "all on" "kept memory"    # one of them
+    python benchmarks/speed.py    # sdnb alone, with each of its techniques turned off
+    python benchmarks/speed.py --only "all on" "encoder cache"    # one of them
 
-The environment needs what sdnb trains with, and torchvision for the reference; sdnb itself is taken from this checkout.
-All is measured from outside, alike on both sides; "own" is what sdnb itself has in its run folder:
-- images/s: the pictures of the steps after the warm-up (the first tenth, as sdnb has it) over the time from the last
-  TensorBoard event of the warm-up to that of the last step. A short step counts the pictures that it has.
-- wall time: from the start of the process to its end, when the pipeline is saved.
-- peak memory: VmHWM of the process, mapped files included; of a GPU, what NVML says is used.
+The environment needs sdnb's dependencies, and torchvision for the reference. sdnb itself comes from this checkout.
 
-On a CPU, a pair is two runs of each side. The first has an empty cache folder (HF_HOME, XDG_CACHE_HOME, --cache_dir),
-where `datasets` prepares the pictures and sdnb keeps encodings; the second goes on with what the first left. sdnb has a
-third one like the second, with no micro-batches folded: its memory is what compares; and a fourth without any of its
-techniques. On a GPU, it is one run of the reference and four of sdnb: as much work as the reference does (nothing kept,
-nothing folded), the same with micro-batches folded, each with an empty cache folder, and params/fast.yaml's settings,
-twice in one, where compiled kernels are kept as well. Each side has its own folder, each pair new ones. Both programs
-are imported once before, and which side comes first alternates. The number of threads is torch's default, or
-OMP_NUM_THREADS. The machine should do nothing else.
+Both programs are measured from outside, in the same way. Columns with "own" are sdnb's own records in its run folder.
+- images/s: the images of the steps after the warm-up, divided by the time from the last TensorBoard event of the
+  warm-up to the event of the last step. The warm-up is the first tenth of the steps, as in sdnb. A short step counts
+  only the images that it has.
+- wall time: from the start of the process to its end, after the pipeline is saved.
+- peak memory: VmHWM of the process, which includes mapped files. For a GPU: the used memory that NVML reports.
+
+A pair on a CPU has these runs:
+- Two of each program. The first starts with an empty cache folder (HF_HOME, XDG_CACHE_HOME, --cache_dir). There
+  `datasets` prepares the images and sdnb caches encodings. The second uses what the first cached.
+- A third one of sdnb, like its second, without folded micro-batches. Its memory can be compared with the reference's.
+- A fourth one of sdnb, like its second, with all techniques off.
+
+A pair on a GPU has one run of the reference and four of sdnb:
+- One that does as much work as the reference (no cache, no folding), with an empty cache folder.
+- One like it, but with folded micro-batches, with an empty cache folder.
+- Two with the settings of params/fast.yaml, in one cache folder, which also keeps compiled kernels.
+
+Each program has its own folder, and each pair has new ones. Both programs are imported once before. Which one comes
+first alternates. The number of threads is torch's default, or OMP_NUM_THREADS. The machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -49,11 +56,11 @@ from sdnb.models import embedded
 from sdnb.run import folder as run_folder
 from sdnb.settings.flags import parse
 
-# What makes sdnb faster, and the flags that turn it off.
+# The techniques that make sdnb faster, and the flags that turn them off.
 TECHNIQUES: dict[str, tuple[str, ...]] = {
-    "kept encodings": ("--encoder_cache_gib=0",),
+    "encoder cache": ("--encoder_cache_gib=0",),
     "folded micro-batches": ("--fold_micro_batches=1",),
-    "fused AdamW and average": ("--no-fused_optimizer",),
+    "fused AdamW and EMA": ("--no-fused_optimizer",),
 }
 ALL_OFF = tuple(flag for flags in TECHNIQUES.values() for flag in flags)
 BATCH, ACCUMULATION = 8, 4
@@ -69,7 +76,7 @@ QUANTITIES = {
 
 
 class Kind(NamedTuple):
-    """A kind of run: the program and its further flags, its cache folder, and the kind that it is compared with."""
+    """A kind of run: the program, its additional flags, its cache folder, and the kind that it is compared with."""
 
     label: str
     program: tuple[str, ...] = ("-m", "sdnb.train")
@@ -79,7 +86,7 @@ class Kind(NamedTuple):
 
 
 def of_fast_yaml() -> tuple[str, ...]:
-    """The flags for what params/fast.yaml sets otherwise than params/reference.yaml."""
+    """The flags for the settings in which params/fast.yaml differs from params/reference.yaml."""
     folder = environment.PROJECT / "params"
     slow, fast = (yaml.safe_load((folder / name).read_text()) for name in ("reference.yaml", "fast.yaml"))
     changed = {name: value for name, value in fast.items() if value != slow.get(name) and value is not None}
@@ -87,16 +94,16 @@ def of_fast_yaml() -> tuple[str, ...]:
 
 
 def comparison(reference: Path, device: str) -> list[list[Kind]]:
-    """The runs of a pair in their order, for even pairs and for odd ones."""
-    # v0.26.3 resizes bilinearly and has no flag for it; later ones have, with another default.
+    """The runs of a pair in order, for even pairs and for odd pairs."""
+    # v0.26.3 resizes bilinearly and has no flag for it. Later versions have a flag with another default.
     later = "image_interpolation_mode" in reference.read_text()
     flags = ("--image_interpolation_mode=bilinear",) if later else ()
     if device == "cuda":
         theirs = Kind("reference", (str(reference),), flags, "reference")
-        kept, folded = TECHNIQUES["kept encodings"], TECHNIQUES["folded micro-batches"]
+        no_cache, no_folding = TECHNIQUES["encoder cache"], TECHNIQUES["folded micro-batches"]
         same = [
-            Kind("sdnb, nothing kept or folded", flags=kept + folded, cache="same", against=theirs.label),
-            Kind("sdnb, nothing kept", flags=kept, cache="folded", against=theirs.label),
+            Kind("sdnb, no cache, no folding", flags=no_cache + no_folding, cache="same", against=theirs.label),
+            Kind("sdnb, no cache", flags=no_cache, cache="folded", against=theirs.label),
         ]
         fast = [
             Kind(f"sdnb, fast.yaml, {which} run", flags=of_fast_yaml(), cache="fast", against=theirs.label)
@@ -105,7 +112,7 @@ def comparison(reference: Path, device: str) -> list[list[Kind]]:
         return [[theirs, *same, *fast], [*fast, *same[::-1], theirs]]
     theirs = [Kind(f"reference, {which} run", (str(reference),), flags, "reference") for which in ("first", "second")]
     ours = [Kind(one.label.replace("reference", "sdnb"), against=one.label) for one in theirs]
-    less = {"nothing folded": TECHNIQUES["folded micro-batches"], "all off": ALL_OFF}
+    less = {"no folding": TECHNIQUES["folded micro-batches"], "all off": ALL_OFF}
     further = [Kind(f"sdnb, second run, {off}", flags=flags, against=theirs[1].label) for off, flags in less.items()]
     return [
         [theirs[0], ours[0], theirs[1], ours[1], *further],
@@ -114,8 +121,8 @@ def comparison(reference: Path, device: str) -> list[list[Kind]]:
 
 
 def ablation() -> list[list[Kind]]:
-    """The runs of a round in their order, for even rounds and for odd ones. The first fills the cache for the others:
-    what a technique does to a step is not to drown in what a first run encodes."""
+    """The runs of a round in order, for even rounds and for odd rounds. The first run fills the cache for the others.
+    Otherwise the time of encoding would hide the effect of a technique on a step."""
     off = {f"without {name}": flags for name, flags in TECHNIQUES.items()}
     off["all off"] = ALL_OFF
     first, second = Kind("all on, first run", against="all on"), Kind("all on")
@@ -124,17 +131,17 @@ def ablation() -> list[list[Kind]]:
 
 
 def images_of_steps(examples: int, steps: int) -> list[int]:
-    """Pictures in each optimizer step on one rank; the end of an epoch ends the accumulation."""
+    """The number of images in each optimizer step on one rank. The end of an epoch ends the accumulation."""
     batches = [min(BATCH, examples - start) for start in range(0, examples, BATCH)]
     epoch = [sum(batches[start : start + ACCUMULATION]) for start in range(0, len(batches), ACCUMULATION)]
     return [epoch[step % len(epoch)] for step in range(steps)]
 
 
 def measure(kind: Kind, python: str, device: str, flags: list[str], images: list[int], cache: Path) -> dict[str, Any]:
-    """Train once, with so many `images` in each step.
+    """Measure one run. `images` is the expected number of images in each step.
 
     Raises:
-        RuntimeError: if it fails, or its steps were others.
+        RuntimeError: if it fails, or its steps differ from the expected ones.
     """
     cache.mkdir(parents=True, exist_ok=True)
     output, warmup = cache / "output", warmup_steps(len(images))
@@ -143,22 +150,22 @@ def measure(kind: Kind, python: str, device: str, flags: list[str], images: list
     events = EventAccumulator(str(output / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0}).Reload()
     times = [event.wall_time for event in events.Scalars("train_loss")]
     if len(times) != len(images):
-        raise RuntimeError(f"{kind.label}: it logged {len(times)} steps, and {len(images)} were asked for")
+        raise RuntimeError(f"{kind.label}: it logged {len(times)} steps instead of {len(images)}")
     result.update(images_per_second=sum(images[warmup:]) / (times[-1] - times[warmup - 1]), event_times=times)
     if kind.program[0] == "-m":
         run = run_folder.RunFolder(output)
         if list(run.steps.images) != images:
-            raise RuntimeError(f"{kind.label}: its steps had {list(run.steps.images)} pictures, and not {images}")
+            raise RuntimeError(f"{kind.label}: its steps had {list(run.steps.images)} images instead of {images}")
         own = run.steps.images[warmup:].sum() / run.steps.seconds[warmup:].sum()
-        peak_gib = run.summary["ranks"][0]["peak_memory_gib"]  # on a GPU that of torch's allocator
+        peak_gib = run.summary["ranks"][0]["peak_memory_gib"]  # on a GPU: of torch's allocator
         result.update(own_images_per_second=own, own_peak_gib=peak_gib, model=run.model)
     shutil.rmtree(output)  # a pipeline can be large
     return result
 
 
 def figures(results: list[dict], kind: Kind, quantity: str) -> tuple[pd.Series, str]:
-    """A quantity of a kind of run, by round; and the ratio to the kind it is compared with in the same round: median,
-    lowest and highest, in words."""
+    """A quantity of a kind of run, by round. Also, as text, its ratio to the kind that it is compared with in the same
+    round: median, lowest and highest."""
     by_round = pd.DataFrame(results).pivot(index="round", columns="run", values=quantity)
     ratios = (by_round[kind.label] / by_round.get(kind.against, float("nan"))).dropna()
     in_words = f" ×{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f})" if len(ratios) else ""
@@ -193,15 +200,15 @@ def plot(results: list[dict], kinds: list[Kind], title: str, caption: str) -> Ch
 
 
 def save(results: list[dict], kinds: list[Kind], about: dict[str, Any], path: str) -> None:
-    """The table, the figure and the raw figures, to `path` with three endings. Kinds that did not run are left out."""
+    """Write the table, the figure and the raw numbers to `path` with three extensions. Skips kinds that did not run."""
     kinds = [kind for kind in kinds if any(one["run"] == kind.label for one in results)]
     ratios = ", ".join(kind.label + figures(results, kind, "images_per_second")[1] for kind in kinds if kind.against)
-    caption = f"Images/s against {about['baseline']}: {ratios}; bars are medians, dots single runs."
+    caption = f"Images/s relative to {about['baseline']}: {ratios}. Bars are medians, dots are single runs."
     plot(results, kinds, about["title"], caption).savefig(f"{path}.png")
     model = next((one["model"]["parameters"] for one in results if "model" in one), {})
     text = (
-        f"{table(results, kinds)}\n\nMedians; × is the ratio to {about['baseline']}, median (from – to). "
-        f"Every run on one rank: `{about['flags']}`. Parameters: "
+        f"{table(results, kinds)}\n\nThe values are medians. × is the ratio to {about['baseline']}: median (lowest to "
+        f"highest). Flags of every run, on one rank: `{about['flags']}`. Parameters: "
         + ", ".join(f"{part} {count / 1e6:.2f} million" for part, count in model.items()) + "."
     )  # fmt: skip
     write(path, text, about, runs=results)
@@ -212,13 +219,13 @@ def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
     orders = comparison(options.reference.absolute(), device) if options.reference else ablation()
     orders = [[kind for kind in order if any(words in kind.label for words in options.only)] for order in orders]
     if not orders[0]:
-        raise RuntimeError(f"--only {' '.join(options.only)}: no run of {name} has that in its name")
+        raise RuntimeError(f"--only {' '.join(options.only)}: no run of {name} has this in its name")
     title = f"sdnb and train_text_to_image.py of {options.name}" if options.reference else "sdnb without its techniques"
     about = describe(
         f"{title}: {name} at {side}×{side}, {device}",
         inspect(options.python, device, {kind.program for kind in orders[0]}, work),
         flags=f"--resolution={side} --max_train_steps={options.steps} {FLAGS}{further}", turned_off_by=TECHNIQUES,
-        baseline="the reference's run beside it" if options.reference else "all on in the same round",
+        baseline="the reference's run in the same pair" if options.reference else "all on in the same round",
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
     )  # fmt: skip
     shutil.copytree(openmoji.folder(side) / "train", work / "data")
@@ -226,13 +233,13 @@ def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
              *about["flags"].split()]  # fmt: skip
     for kind in orders[0]:
         if kind.program[0] == "-m":
-            parse([*flags, *kind.flags])  # a mistake in a flag shows now
+            parse([*flags, *kind.flags])  # reports a mistake in a flag before the first run
     images = images_of_steps(openmoji.TRAINING_IMAGES, options.steps)
     results: list[dict] = []
     for number in range(options.pairs):
         for kind in orders[number % 2]:
             if time.monotonic() + max((one["wall_seconds"] for one in results), default=0) > ends:
-                print(f"stopped after {len(results)} runs: another would not fit into {options.minutes:g} minutes")
+                print(f"stopped after {len(results)} runs: the next might not end within {options.minutes:g} minutes")
                 return
             result = measure(kind, options.python, device, flags, images, work / str(number) / kind.cache)
             results.append(dict(run=kind.label, round=number, **result))
@@ -244,17 +251,21 @@ def run_all(name: str, options: argparse.Namespace, work: Path) -> None:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--reference", type=Path, help="its train_text_to_image.py; left out: sdnb's techniques")
-    parser.add_argument("--name", default="the reference", help="what to call this reference, such as v0.26.3")
-    parser.add_argument("--python", type=a_python, default=sys.executable, help="of the environment that both run in")
+    parser.add_argument(
+        "--reference", type=Path, help="path of its train_text_to_image.py; default: compare sdnb's techniques"
+    )
+    parser.add_argument("--name", default="the reference", help="name of the reference in the results, such as v0.26.3")
+    parser.add_argument("--python", type=a_python, default=sys.executable, help="Python that runs both programs")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["tiny"])
-    parser.add_argument("--only", nargs="+", default=[""], help="runs that have one of these in their name")
-    parser.add_argument("--pairs", type=at_least(1), default=3, help="pairs; without a reference, rounds")
-    parser.add_argument("--steps", type=at_least(2), default=101, help="optimizer steps of a run, two at least")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run that would not end in them")
+    parser.add_argument("--only", nargs="+", default=[""], help="only runs whose name contains one of these")
+    parser.add_argument("--pairs", type=at_least(1), default=3, help="number of pairs; without --reference, of rounds")
+    parser.add_argument("--steps", type=at_least(2), default=101, help="optimizer steps per run, at least 2")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start no run that might not end within this many minutes"
+    )
     options = parser.parse_args()
     if options.reference and not options.reference.is_file():
-        parser.error(f"--reference {options.reference}: there is no such file")
+        parser.error(f"--reference {options.reference}: no such file")
     for name in options.model:
         with tempfile.TemporaryDirectory(prefix="sdnb-speed-") as work:
             try:

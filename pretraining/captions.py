@@ -1,4 +1,4 @@
-"""The data that the embedded model was trained on: OpenMoji, with several captions for each image."""
+"""The data set for pretraining the embedded model: OpenMoji, with several captions for each image."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from PIL import Image
 from sdnb.data import openmoji
 
 NAME = "openmoji-pretraining"
-NEVER_SEEN = 192  # images that the embedded model has seen in no training
-FORMAT = 2  # of the captions: increased when they change
+NEVER_SEEN = 192  # images that were not in the training data of the embedded model
+FORMAT = 2  # version of the captions: increase it when they change
 
 # The words for OpenMoji's palette, without the black of its outlines.
 _COLOUR_WORDS = {
@@ -26,8 +26,8 @@ _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 
 
 def folder(resolution: int, cache_dir: str | None = None) -> Path:
-    """An image folder of all of OpenMoji with `captions`, rendered once and cached. 192 images are held out, from those
-    that the embedded data sets also hold out."""
+    """An image folder of all of OpenMoji with `captions`, rendered once and cached. It holds out 192 images, all of
+    which the embedded data sets hold out, too."""
     to_train = len(openmoji.named_drawings()) - NEVER_SEEN
 
     def depict(svg: Path, name: str) -> tuple[Image.Image, list[str]]:
@@ -37,8 +37,8 @@ def folder(resolution: int, cache_dir: str | None = None) -> Path:
 
 
 def captions(name: str, svg: Path) -> list[str]:
-    """Captions that are true of an image: its name, first and most often, and the name with its colours, its style, or
-    its kind."""
+    """Captions that are true of an image. The name comes first and most often. The others are the name with its
+    colours, its style or its kind."""
     found = [name, name, f"{name}, day style"]
     if colours := main_colours(svg.read_text()):
         found.append(f"{name}, {' and '.join(colours)}")
@@ -50,7 +50,7 @@ def captions(name: str, svg: Path) -> list[str]:
 
 
 def main_colours(svg: str) -> list[str]:
-    """The words for the two colours that fill most of a drawing, without outlines; fewer if they fill little."""
+    """The words for the two colours that fill most of a drawing, without outlines. Skips a colour that fills little."""
     side = 48
     words = {bytes.fromhex(colour[1:]): word for colour, word in _COLOUR_WORDS.items()}
     pixels = openmoji.draw(svg, side).tobytes()

@@ -21,11 +21,11 @@ _GUIDANCE_SCALE = 3.0
 def retrieval(
     pipeline: StableDiffusionPipeline, examples: ImageCaptions, count: int = 100
 ) -> tuple[float, list[tuple[str, Image.Image, Image.Image]]]:
-    """How often a caption's drawing is nearer to the caption's own image than to nine others; by chance 0.1. Nearness
-    is the cosine of the images shrunk to 16×16, without the mean of all.
+    """Measure how often the drawing of a caption is nearer to the caption's own image than to nine other images. Chance
+    is 0.1. Nearness is the cosine of the images after they are shrunk to 16×16 and their mean is subtracted.
 
     Args:
-        count: captions at most, chosen at random; at least ten are needed.
+        count: the largest number of captions, chosen at random. There must be at least ten.
 
     Returns:
         The share, and each caption with its image and its drawing.
@@ -57,7 +57,7 @@ def retrieval(
 
 
 def retrieved(share: float, drawn: Sequence[tuple[str, Image.Image, Image.Image]]) -> Chart:
-    """Some drawings of `retrieval`, below the images of their captions."""
+    """A figure of some drawings from `retrieval`, each below the image of its caption."""
     captions, images, drawings = zip(*drawn)
     text = f"{share:.0%} of the drawings are nearer to their own image than to nine others; chance is 10 %."
     return grid_of([list(images), list(drawings)], "Captions drawn again", text, columns=captions,

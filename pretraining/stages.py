@@ -1,8 +1,8 @@
-"""How the embedded model was trained, from random weights to the shipped ones: the VAE, then the UNet with the text
-encoder.
+"""The training of the embedded model, from random weights to the shipped ones: first the VAE, then the UNet together
+with the text encoder.
 
-Each stage is a run with its own folder, records and figures. It runs in the calling process, on one device, and resumes
-where it was interrupted.
+Each stage is a run with its own folder, records and figures. It runs in the calling process on one device. After an
+interruption, it resumes at the same place.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from sdnb.settings.config import TrainConfig
 from sdnb.train.evaluation import HeldOutLoss, draw_samples, psnr
 from sdnb.train.objective import draw_latents, draw_noise, draw_timesteps, loss_of, target_of
 
-KL_WEIGHT = 1e-6  # of an image's whole divergence, against the mean error of its pixels
-UNCAPTIONED = 0.1  # the share of images without a caption, for guidance (arXiv 2207.12598)
+KL_WEIGHT = 1e-6  # the weight of an image's total divergence, relative to the mean error of its pixels
+UNCAPTIONED = 0.1  # the share of images with an empty caption, for guidance (arXiv 2207.12598)
 STYLED = 0.2  # the share of images in one of these styles
-# How much of its colours an image keeps, and what black and white become. The page stays light: by night it is dark,
-# and that is left for the main training to learn.
+# For each style: how much of its colours an image keeps, and the colours that replace black and white. The page stays
+# light in all of them. A dark page is the night style, which the model learns later, when it is fine-tuned.
 STYLES = {
     "grey": (0.0, (0, 0, 0), (255, 255, 255)),
     "sepia": (0.0, (70, 45, 20), (255, 243, 214)),
@@ -48,19 +48,20 @@ STYLES = {
 def train_vae(
     config: TrainConfig, vae_steps: int, vae_batch_size: int, vae_learning_rate: float, show: Show | None = None
 ) -> Run:
-    """Train the VAE of the model that the settings name: L1 + 0.5 MSE + 1e-6 KL, half of the images in other colours.
+    """Train the VAE of the model that the settings name. The loss is L1 + 0.5 MSE + 1e-6 KL. Half of the images are
+    recoloured.
 
-    The run folder gets the VAE, in `vae/`, with the scaling factor that makes the latents' variance 1. The validation
-    records also have the `psnr` of the held-out images in dB.
+    The VAE is saved in `vae/` in the run folder, with the scaling factor that makes the variance of the latents 1. The
+    validation records also have the `psnr` of the held-out images, in dB.
 
     Args:
-        config: the settings of the UNet's training; they apply to the VAE unless they are given here.
+        config: the settings for the UNet. They apply to the VAE, too, unless another argument replaces them.
         show: as in `launch.launch`.
 
     Raises:
         SdnbError: if the settings, the data or the run folder cannot be used.
     """
-    check_used(config)  # before hours are spent on the VAE
+    check_used(config)  # reports a mistake before the VAE trains for hours
     reproduce = _reproduce(
         config, vae_steps=vae_steps, vae_batch_size=vae_batch_size, vae_learning_rate=vae_learning_rate
     )
@@ -93,7 +94,8 @@ def train_vae(
 
 
 def _vae_losses(vae: AutoencoderKL, pixels: Tensor, sample: bool) -> tuple[Tensor, Tensor]:
-    """The loss of each image, [batch], and the decoded images, from a draw of the posterior or its mode."""
+    """The loss of each image, [batch], and the decoded images. The latents are a sample of the posterior, or its
+    mode."""
     posterior = vae.encode(pixels).latent_dist
     back = vae.decode(posterior.sample() if sample else posterior.mode()).sample.float()
     difference = (back - pixels).flatten(1)
@@ -101,8 +103,8 @@ def _vae_losses(vae: AutoencoderKL, pixels: Tensor, sample: bool) -> tuple[Tenso
 
 
 def _in_other_colours(pixels: Tensor) -> Tensor:
-    """Half of the images, [batch, 3, h, w], get their channels exchanged, half of these are inverted, and every channel
-    moves towards a random level: OpenMoji has only 26 colours, and the VAE must know others."""
+    """Recolour half of the images, [batch, 3, h, w]: permute their channels, invert half of these images, and move
+    every channel towards a random level. OpenMoji has only 26 colours, but the VAE must encode others as well."""
     count = len(pixels)
     other = pixels[torch.arange(count)[:, None], torch.rand(count, 3).argsort(1)]
     other = torch.where(torch.rand(count, 1, 1, 1) < 0.5, -other, other)
@@ -112,13 +114,13 @@ def _in_other_colours(pixels: Tensor) -> Tensor:
 
 
 def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) -> Run:
-    """Train the UNet and the text encoder of the model that the settings name, in the latents of a trained VAE, on the
-    noise as in the main training. One caption in ten is empty. One image in five has another style, «sun, sepia style»,
-    so that the model learns that a style keeps the subject. The run folder gets the pipeline, with the average of the
-    weights.
+    """Train the UNet and the text encoder of the model that the settings name, on the latents of a trained VAE. They
+    learn to predict noise, as in fine-tuning. One caption in ten is empty. One image in five has another style, for
+    example "sun, sepia style", so that the model learns that a style keeps the subject. The pipeline is saved in the
+    run folder, with the EMA weights.
 
     Args:
-        trained_vae: what `train_vae` gives.
+        trained_vae: the result of `train_vae`.
         show: as in `launch.launch`.
 
     Raises:
@@ -144,8 +146,8 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
     ids_of = dict(zip(distinct, tokenize(parts.tokenizer, distinct)))
 
     def one_of(captions: Sequence[str]) -> Tensor:
-        left_out = torch.rand(()) < UNCAPTIONED
-        return ids_of["" if left_out else captions[torch.randint(len(captions), ())]]
+        uncaptioned = torch.rand(()) < UNCAPTIONED
+        return ids_of["" if uncaptioned else captions[torch.randint(len(captions), ())]]
 
     def loss() -> Tensor:
         batch = (config.train_batch_size,)
@@ -165,7 +167,7 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
     pipeline = assemble(config, parts)
 
     def measure(step: int) -> None:
-        # A new one each time, because the text encoder changes.
+        # Create a new one each time, because the text encoder changes.
         held_out_loss = HeldOutLoss(training.splits.held_out, parts, config.train_batch_size, device)
         run_folder.append(training.folder / run_folder.VALIDATION, dict(step=step, **held_out_loss(unet)))
         if config.validation_prompts:
@@ -181,7 +183,7 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
 
 
 def in_style(style: str, pixels: Tensor) -> Tensor:
-    """Images, [batch, 3, h, w], in one of `STYLES`."""
+    """Convert images, [batch, 3, h, w], to one of `STYLES`."""
     kept, black, white = STYLES[style]
     dark, light = (torch.tensor(colour).view(3, 1, 1) / 127.5 - 1 for colour in (black, white))
     grey = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)  # luma, ITU-R BT.601
@@ -189,7 +191,7 @@ def in_style(style: str, pixels: Tensor) -> Tensor:
 
 
 def export(run: Run, folder: Path) -> None:
-    """Write the part of a trained model that ships: its weights in half precision, and its vocabulary."""
+    """Write the shipped part of a trained model: its weights in half precision, and its vocabulary."""
     parts = load_parts(run.config.updated(pretrained_model_name_or_path=str(run.folder)))
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("vae", "unet", "text_encoder"):
@@ -205,11 +207,11 @@ def _reproduce(config: TrainConfig, **vae_settings: float) -> list[str]:
     settings = {name: value for name, value in config.model_dump(mode="json").items()
                 if value is not None and name not in ("output_dir", "cache_dir")}  # fmt: skip
     parameters = shlex.quote(json.dumps({**settings, **vae_settings}, ensure_ascii=False))
-    return [f"papermill pretraining/pretrain.ipynb out.ipynb -y {parameters}", "python -m sdnb.report out.ipynb"]
+    return [f"papermill pretraining/pretrain.ipynb out.ipynb -y {parameters}", "sdnb report out.ipynb"]
 
 
 def with_data(config: TrainConfig) -> TrainConfig:
-    """The settings, with the folder of the data set `openmoji-pretraining` if they name it."""
+    """Replace the data set name `openmoji-pretraining`, if the settings have it, by the folder of this data set."""
     if config.dataset_name != captions.NAME:
         return config
     return config.updated(dataset_name=str(captions.folder(config.resolution, config.cache_dir)))
@@ -225,7 +227,7 @@ def _pixels(examples: ImageCaptions) -> Tensor:
 
 
 def _moments_in_styles(vae: AutoencoderKL, examples: ImageCaptions) -> Tensor:
-    """The moments of all views, plain first, then in each style: [1 + styles, views, …]."""
+    """The moments of all views, first plain, then in each style: [1 + styles, views, …]."""
     pixels = _pixels(examples)
     return torch.stack([_all_moments(vae, pixels), *(_all_moments(vae, in_style(style, pixels)) for style in STYLES)])
 

@@ -1,4 +1,4 @@
-"""A training loop for one device that runs in the calling process, and resumes exactly where it was interrupted. Both
+"""A training loop for one device. It runs in the calling process, and resumes exactly where it was interrupted. Both
 stages of `stages.py` use it."""
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from sdnb.report.run import Run
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
-PRETRAINING = "pretraining"  # in environment.json: the settings of the stage before
-STATE = "state.pt"  # in the run folder, until the run is complete
+PRETRAINING = "pretraining"  # key in environment.json: the settings of the previous stage
+STATE = "state.pt"  # file in the run folder, deleted when the run is complete
 EMA_DECAY = 0.999
 # Settings that this loop does not use.
 _UNUSED = (
@@ -44,11 +44,11 @@ _UNUSED = (
 
 
 class Training:
-    """The model's parts on their device, the data, and the steps with their records and saved states."""
+    """A run: the model's parts on their device, the data, and the steps with their records and saved states."""
 
     def __init__(self, config: TrainConfig, besides: dict[str, Any]) -> None:
         """Args:
-        besides: more content for environment.json.
+        besides: additional entries for environment.json.
         """
         seen = environment.capture()
         config = config.resolved(seen["devices"]["type"], 1, seen["devices"]["bf16"]).updated(num_processes=1)
@@ -59,7 +59,7 @@ class Training:
         if self.splits.held_out is None:
             raise DataError(f"data set {config.dataset_name}: has no held-out images (a split named validation)")
         self.environment = {**seen, **besides, "data": self.splits.train.digest()}
-        AcceleratorState._reset_state()  # an earlier training may have had another precision
+        AcceleratorState._reset_state()  # an earlier run may have used another precision
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.device = self.accelerator.device
         for part in (self.parts.vae, self.parts.unet, self.parts.text_encoder):
@@ -73,12 +73,12 @@ class Training:
         save: Callable[[], None],
         show: Show | None,
     ) -> Run:
-        """Train to the saved result, from the start or from a saved state.
+        """Run all steps and save the result. Starts at the beginning, or resumes from a saved state.
 
         Args:
-            modules: to be trained.
-            loss: computes the loss of a new batch, a scalar.
-            measure: evaluates the modules after a step, and writes the result.
+            modules: the modules to train.
+            loss: draws a new batch and returns its loss, a scalar.
+            measure: evaluates the modules after a step and writes the result.
             save: writes the modules.
         """
         if (self.folder / run_folder.SUMMARY).exists():
@@ -92,7 +92,7 @@ class Training:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
-            fused=has_fused_adam(self.device.type) or None,  # False would update the weights one by one
+            fused=has_fused_adam(self.device.type) or None,  # with False, torch would update the weights one by one
         )
         schedule = get_scheduler(
             config.lr_scheduler,
@@ -100,22 +100,22 @@ class Training:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
-        average = EMAModel(parameters, decay=EMA_DECAY)
-        stateful = [*modules, optimizer, schedule, average]
+        ema = EMAModel(parameters, decay=EMA_DECAY)
+        stateful = [*modules, optimizer, schedule, ema]
         set_seed(config.seed)
         self._open()
         with run_folder.lock(self.folder):
             step = self._resume(stateful)
 
             @contextmanager
-            def averaged() -> Iterator[None]:
-                average.store(parameters)
-                average.copy_to(parameters)
+            def ema_weights() -> Iterator[None]:
+                ema.store(parameters)
+                ema.copy_to(parameters)
                 try:
                     with torch.no_grad(), torch.random.fork_rng(), self.accelerator.autocast():
                         yield
                 finally:
-                    average.restore(parameters)
+                    ema.restore(parameters)
 
             show = show or Live(config.max_train_steps)
             run = Run(self.folder)
@@ -135,13 +135,13 @@ class Training:
                 schedule.step()
                 optimizer.zero_grad()
                 clock.end_phase("optimizer")
-                average.step(parameters)
+                ema.step(parameters)
                 clock.end_phase("ema")
                 step += 1
                 records.append(self._record(step, batch_loss.item(), grad_norm.item(), learning_rate, clock))
                 last = step == config.max_train_steps
                 if measured := step % config.validation_loss_steps == 0 or last:
-                    with averaged():
+                    with ema_weights():
                         measure(step)
                 if saved := step % config.checkpointing_steps == 0:
                     self._save_state(step, stateful)
@@ -150,7 +150,7 @@ class Training:
                     clock.restart()
                 else:
                     clock.end_phase("other")
-            average.copy_to(parameters)
+            ema.copy_to(parameters)
             with torch.no_grad():
                 save()
             peak_gib = peak_bytes(self.device)[0] / 2**30
@@ -163,8 +163,8 @@ class Training:
     def _record(self, step: int, loss: float, grad_norm: float, lr: float, clock: StepClock) -> dict[str, Any]:
         if not math.isfinite(loss):
             raise RunError(
-                f"{self.folder}: the loss of step {step} is not finite; the measurements are there. A smaller "
-                "learning rate may help, or mixed_precision = no, in another output_dir."
+                f"{self.folder}: the loss of step {step} is not finite. The records up to it are in the folder. A "
+                "smaller learning rate may help, or mixed_precision = no, in another output_dir."
             )
         images = self.config.train_batch_size
         record = dict(step=step, epoch=(step - 1) * images // len(self.splits.train), micro_batches=1, images=images,
@@ -175,20 +175,20 @@ class Training:
         return record
 
     def _open(self) -> None:
-        """Make the run folder, or continue the run in it."""
+        """Create the run folder, or continue the run in it."""
         there = (self.folder / run_folder.ENVIRONMENT).exists()
         if there:
             self._check_same()
         config = self.config.updated(resume_from_checkpoint="latest") if there else self.config
         run_folder.begin(config, self.environment)
         counts = parameter_counts(self.parts)
-        described = dict(random_weights=False, parameters=counts, held_out_loss_of="the average of the weights")
+        described = dict(random_weights=False, parameters=counts, held_out_loss_of="the EMA weights")
         run_folder.write(self.folder / run_folder.MODEL, described)
 
     def _resume(self, stateful: Sequence[Any]) -> int:
-        """Load the saved state, and drop the records after it. Returns its step."""
+        """Load the saved state and delete the records after it. Returns the step of the state."""
         saved = self.folder / STATE
-        if not saved.exists():  # also if it was interrupted before the first one
+        if not saved.exists():  # also if the run was interrupted before its first saved state
             run_folder.go_back(self.folder, 0)
             return 0
         state = torch.load(saved, map_location=self.device, weights_only=True)
@@ -210,7 +210,7 @@ class Training:
 
     def _check_same(self) -> None:
         """Raises:
-        RunError: if the run folder has another training.
+        RunError: if the run folder has a run with other settings.
         """
         run = Run(self.folder)
         there, asked = (
@@ -220,21 +220,21 @@ class Training:
         )  # fmt: skip
         if differ := [name for name in asked if asked[name] != there.get(name)]:
             listed = ", ".join(f"{name} was {there.get(name)}, now {asked[name]}" for name in differ)
-            raise RunError(f"{self.folder}: there is another training: {listed}. Give another output_dir.")
+            raise RunError(f"{self.folder}: it has a run with other settings: {listed}. Give another output_dir.")
 
 
 def check_used(config: TrainConfig) -> None:
     """Raises:
-    ConfigError: if a setting has no effect in this training.
+    ConfigError: if pretraining does not support a setting.
     """
     if config.mixed_precision == "fp16":
-        raise ConfigError("mixed_precision = fp16: this training does not scale its loss: use bf16, or no")
+        raise ConfigError("mixed_precision = fp16: pretraining does not scale its loss: use bf16, or no")
     if config.num_processes not in (None, 1):
-        raise ConfigError(f"num_processes = {config.num_processes}: this training runs on one rank: do not set it")
+        raise ConfigError(f"num_processes = {config.num_processes}: pretraining runs on one rank: do not set it")
     if not config.center_crop:
-        raise ConfigError("center_crop = False: this training does not crop at random: set it to True")
+        raise ConfigError("center_crop = False: pretraining does not crop at random: set it to True")
     if not (config.max_train_steps and config.validation_loss_steps and config.seed is not None):
-        raise ConfigError("this training needs steps, validation_loss_steps and a seed: set each to a number")
+        raise ConfigError("pretraining needs steps, validation_loss_steps and a seed: set each to a number")
     defaults = type(config).model_fields
     if ignored := [name for name in _UNUSED if getattr(config, name) != defaults[name].default]:
-        raise ConfigError(f"{', '.join(ignored)}: this training does not use them: do not set them")
+        raise ConfigError(f"{', '.join(ignored)}: pretraining does not use them: do not set them")

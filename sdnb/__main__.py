@@ -6,6 +6,12 @@ from pathlib import Path
 
 from sdnb.errors import SdnbError
 
+# What a log may not contain.
+_FACTS = {
+    "examples": "images in its data set", "num_processes": "its ranks", "train_batch_size": "images in a micro-batch",
+    "gradient_accumulation_steps": "micro-batches in an optimizer step",
+}  # fmt: skip
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sdnb", description="Work with runs outside a notebook.")
@@ -16,19 +22,12 @@ def main(arguments: list[str] | None = None) -> None:
     report.add_argument("page", nargs="?", help="the page to write; default: beside the notebook")
     report.set_defaults(run=_report)
 
-    importing = commands.add_parser(
-        "import",
-        help="make a run folder of a run that sdnb did not make",
-        description="Make a run folder of a run of diffusers' train_text_to_image.py.",
-    )
+    what = "make a run folder of a run that sdnb did not make"
+    description = "Make a run folder of a run of diffusers' train_text_to_image.py."
+    importing = commands.add_parser("import", help=what, description=description)
     importing.add_argument("log", type=Path, help="its console log, or its TensorBoard events (a file or the folder)")
     importing.add_argument("--output_dir", type=Path, help="the run folder; default: a new one under runs/")
-    for name, what in (
-        ("examples", "images in its data set"),
-        ("num_processes", "its ranks"),
-        ("train_batch_size", "images in a micro-batch"),
-        ("gradient_accumulation_steps", "micro-batches in an optimizer step"),
-    ):
+    for name, what in _FACTS.items():
         importing.add_argument(f"--{name}", type=int, help=f"{what}, if the log does not contain it")
     importing.set_defaults(run=_import)
 
@@ -54,10 +53,7 @@ def _import(given: argparse.Namespace) -> None:
     from sdnb.metrics.results import measure
     from sdnb.run import importing
 
-    names = ("examples", "num_processes", "train_batch_size", "gradient_accumulation_steps")
-    log = importing.read(
-        given.log, **{name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    )
+    log = importing.read(given.log, **{name: fact for name in _FACTS if (fact := getattr(given, name)) is not None})
     run = importing.write(log, given.output_dir, given.log.name)
     print(measure(run), f"in {run.folder}", sep="\n")
 

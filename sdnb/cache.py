@@ -20,23 +20,15 @@ def cache_root(cache_dir: str | None = None) -> Path:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, filled by `make` if it does not exist yet.
-
-    It is filled under another name and then renamed, so it is complete or absent, even if several processes fill it at
-    once.
-
-    Raises:
-        CacheError: if the folder cannot be written.
-    """
+    """`folder`, filled by `make` if it does not exist yet. It is filled under another name and then renamed, so it is
+    complete or absent, even if several processes fill it at once. Raises CacheError if it cannot be written."""
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         except OSError as error:
-            raise CacheError(
-                f"the cache folder {folder.parent} cannot be written: {error}; "
-                "set cache_dir or XDG_CACHE_HOME to another folder"
-            ) from None
+            advice = "set cache_dir or XDG_CACHE_HOME to another folder"
+            raise CacheError(f"the cache folder {folder.parent} cannot be written: {error}; {advice}") from None
         try:
             make(aside)
             aside.chmod(0o755)
@@ -50,12 +42,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def computed_once(kind: str, key: Any, compute: Callable[[], Any], cache_dir: str | None = None) -> Any:
-    """The result of `compute`, cached. If the cache cannot be read or written, it is computed every time.
-
-    Args:
-        kind: first part of the file's name.
-        key: everything that the result depends on, as JSON values; so must be the result.
-    """
+    """The result of `compute`, cached. `key` is everything that it depends on; both are JSON values. The file's name
+    begins with `kind`. If the cache cannot be read or written, the result is computed every time."""
     folder = cache_root(cache_dir) / "computed"
     path = folder / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError):

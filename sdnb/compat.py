@@ -10,8 +10,7 @@ VOCABULARY, MERGES = "vocab.json", "merges.txt"
 
 def first_failure(error: Exception) -> tuple[int, int]:
     """The rank that failed first, and its exit code (minus the number of a signal), from an exception of accelerate's
-    notebook_launcher. accelerate before 1.0 starts ranks with torch's `start_processes`, later versions with torch's
-    elastic agent. Any other exception is raised again."""
+    notebook_launcher: of torch's elastic agent, or before accelerate 1.0 of `start_processes`. Raises any other."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.multiprocessing import ProcessExitedException
 

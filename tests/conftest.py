@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """Makes an image folder: of `count` pictures of a size, or of given files with given metadata lines."""
+    """Makes an image folder: of `count` images of a size, or of given files with given metadata lines."""
     from PIL import Image
 
     def make(count=0, size=(64, 64), name="images"):

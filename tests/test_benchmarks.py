@@ -1,4 +1,4 @@
-"""That the benchmarks run, in little; what they find is not looked at."""
+"""Whether the benchmarks run, with few steps. Their results are not checked."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from processes import ROOT, wait_for
 
 @pytest.fixture
 def benchmark(tmp_path):
-    """Runs one, and gives the runs that it has written down, and its table."""
+    """Runs a benchmark. Returns the runs in its results, and its table."""
 
     def run(name, *options):
         command = [sys.executable, f"benchmarks/{name}.py", *options, "--label", "little", "--out", str(tmp_path)]
@@ -25,10 +25,10 @@ def benchmark(tmp_path):
 
 
 def test_the_parts_of_a_step(benchmark):
-    runs, _ = benchmark("passes", "--model", "small", "--only", "8 pictures: plain", "update", "--rounds", "2")
+    runs, _ = benchmark("passes", "--model", "small", "--only", "8 images: plain", "update", "--rounds", "2")
     assert [one["way"].partition(",")[0] for one in runs][:3] == ["UNet", "VAE", "text encoder"]
     assert all(len(one["milliseconds"]) == 2 and min(one["milliseconds"]) > 0 for one in runs)
-    assert all(one["flop_per_image"] > 0 for one in runs if one["pictures"])
+    assert all(one["flop_per_image"] > 0 for one in runs if one["images"])
 
 
 def test_speed(benchmark):
@@ -49,13 +49,13 @@ def test_growth(benchmark):
 def test_contention(benchmark, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     runs, table = benchmark("contention", "--model", "small", "--pairs", "1", "--steps", "2", "--busy", "0")
-    assert [one["way"] for one in runs] == ["as OpenMP comes", "watched"]
+    assert [one["way"] for one in runs] == ["OpenMP default", "watched"]
     assert runs[0]["threads"]["waiting"] == "as set by GOMP_SPINCOUNT=300000"
     assert runs[1]["threads"]["waiting"] in ("spinning", "asleep") and 0 <= runs[1]["asleep_share"] <= 1
     assert f"×{runs[1]['images_per_second'] / runs[0]['images_per_second']:.2f}" in table
 
 
-def test_the_processes_that_a_training_is_beside_compute_and_end():
+def test_the_busy_processes_compute_and_end():
     with contention.beside(2):
         children = psutil.Process().children()
         busy = [process for process in children if contention.COMPUTE in process.cmdline()]

@@ -67,7 +67,7 @@ def opened(browser, path, size=DESKTOP, scheme="light"):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run on pictures whose captions are mark-up, its notebook and its page, and a comparison with the published."""
+    """A run on images whose captions are mark-up, its notebook and its page, and a comparison with the published."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("pages")
@@ -113,7 +113,7 @@ def test_the_pages_say_what_they_are_of(pages, browser):
         assert "It is unknown whether" in page.inner_text("body")
 
 
-def test_pictures_have_words_and_code_is_a_click_away(pages, browser):
+def test_images_have_words_and_code_is_a_click_away(pages, browser):
     with opened(browser, pages["out"]) as page:
         charts = page.locator("figure.chart[role=img]")
         said = charts.evaluate_all("all => all.map(one => one.getAttribute('aria-label'))")
@@ -181,9 +181,9 @@ def test_a_page_runs_no_script_but_its_own(pages, browser, tmp_path):
     with http.server.HTTPServer(("127.0.0.1", 0), Spy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         notebook = nbformat.read(pages["out"].with_name("out.ipynb"), 4)
-        picture = f"<img src='http://127.0.0.1:{server.server_port}/spy.png'>"
+        image = f"<img src='http://127.0.0.1:{server.server_port}/spy.png'>"
         script = "<script>document.title = 'taken over'</script>"
-        notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", {"text/html": script + picture})]
+        notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", {"text/html": script + image})]
         del notebook.cells[-1].metadata["tags"]
         nbformat.write(notebook, tmp_path / "out.ipynb")
         page, _ = write_page(tmp_path / "out.ipynb", tmp_path / "page.html")

@@ -28,13 +28,13 @@ from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.train import checkpoint_folder, setup
 
-# 13 pictures, 2 × 2 a step: on one rank 7 micro-batches, so epochs of 4 steps, the last of them short.
+# 13 images, 2 × 2 a step: on one rank 7 micro-batches, so epochs of 4 steps, the last of them short.
 STEPS = 9
 
 
 @pytest.fixture
 def settings(settings, image_folder):
-    """Everything random there is: crop and mirroring of wide pictures, noise, a schedule; and an average."""
+    """Everything random there is: crop and mirroring of wide images, noise, a schedule; and an average."""
     return {
         **settings, "dataset_name": None, "train_data_dir": str(image_folder(13, (90, 70))), "center_crop": False,
         "random_flip": True, "use_ema": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "noise_offset": 0.1,

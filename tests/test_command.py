@@ -102,7 +102,7 @@ def test_interrupted_before_there_is_a_run(monkeypatch):
 def test_a_rank_that_fails_says_why(tmp_path, image_folder):
     folder = image_folder(12)
     for index in range(12):
-        (folder / f"{index:03}.png").write_bytes(b"no picture")
+        (folder / f"{index:03}.png").write_bytes(b"no image")
     Image.new("RGB", (64, 64)).save(folder / "000.png")
     process = launch(
         *(flag for flag in REFERENCE.split() if "dataset" not in flag), f"--train_data_dir={folder}",

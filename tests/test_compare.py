@@ -79,9 +79,9 @@ def test_the_figures(three):
     named = comparison_plots.losses(compared).axes[0].get_legend().get_texts()
     assert [text.get_text() for text in named] == ["a", "b", "c"]
     assert re.search(r"c 0\.(40|39)\d s", comparison_plots.step_times(compared).get_supxlabel())
-    pictures = comparison_plots.samples(compared)
-    assert len(pictures.axes) == 3, "a row for each run, of the one prompt that all have"
-    assert pictures.get_supxlabel() == "From the same seed."
+    images = comparison_plots.samples(compared)
+    assert len(images.axes) == 3, "a row for each run, of the one prompt that all have"
+    assert images.get_supxlabel() == "From the same seed."
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

@@ -107,7 +107,7 @@ def test_a_cpu_that_only_imitates_bfloat16_is_warned_of(caplog):
 
 
 def test_an_epoch_of_the_published_run():
-    """833 pictures on eight ranks: 14 micro-batches, so 4 optimizer steps an epoch and 26 epochs for 101 steps."""
+    """833 images on eight ranks: 14 micro-batches, so 4 optimizer steps an epoch and 26 epochs for 101 steps."""
     made = config(train_batch_size=8, gradient_accumulation_steps=4, num_processes=8, steps=101)
     assert made.global_batch == 256
     assert made.epoch(833).micro_batches == 14
@@ -119,7 +119,7 @@ def test_an_epoch_of_the_published_run():
 def test_whole_steps_run_on_over_the_end_of_an_epoch():
     settings = dict(train_batch_size=8, gradient_accumulation_steps=4, num_processes=8, whole_steps=True)
     made = config(**settings)
-    assert made.epoch(833).micro_batches == 13, "the 833rd picture waits for another epoch"
+    assert made.epoch(833).micro_batches == 13, "the 833rd image waits for another epoch"
     assert made.epoch(833).steps == 3.25
     assert config(**settings, num_train_epochs=4).total_steps(833) == 13
     assert config(**settings, num_train_epochs=3).total_steps(833) == 9

@@ -32,10 +32,10 @@ def test_the_embedded_set():
     assert not set(splits.train.captions) & set(splits.held_out.captions)
     assert splits.train.image(0).size == (64, 64)
     heart = [*splits.train.captions, *splits.held_out.captions].index("red heart")
-    picture = splits.train.image(heart) if heart < 833 else splits.held_out.image(heart - 833)
-    red, green, blue = picture.getpixel((32, 32))
+    image = splits.train.image(heart) if heart < 833 else splits.held_out.image(heart - 833)
+    red, green, blue = image.getpixel((32, 32))
     assert red > 200 and green < 120 and blue < 120, "a red heart is red in its middle"
-    assert picture.getpixel((0, 0)) == (255, 255, 255), "on white"
+    assert image.getpixel((0, 0)) == (255, 255, 255), "on white"
 
 
 def test_the_embedded_set_has_no_skin_tone_variants():
@@ -43,7 +43,7 @@ def test_the_embedded_set_has_no_skin_tone_variants():
     assert not [caption for _, caption in openmoji.named_drawings() if "skin tone" in caption]
 
 
-def test_the_same_pictures_by_night():
+def test_the_same_images_by_night():
     day, night = (load_data(config(dataset_name=name)) for name in (openmoji.PLAIN, openmoji.NIGHT))
     assert night.train.captions == [f"{caption}, night style" for caption in day.train.captions]
     assert len(night.held_out) == len(day.held_out)
@@ -92,16 +92,16 @@ def write_metadata(folder, *lines):
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
 
 
-def test_a_picture_that_does_not_decode_is_named(image_folder):
+def test_an_image_that_does_not_decode_is_named(image_folder):
     folder = image_folder(3)
     (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:60])
-    pictures = load_folder(folder)
-    pictures.image(0)
+    images = load_folder(folder)
+    images.image(0)
     with pytest.raises(DataError, match=r"row 1.*001\.png.*cannot be used"):
-        pictures.image(1)
+        images.image(1)
 
 
-def test_a_picture_with_deep_pixels_is_named(image_folder):
+def test_an_image_with_deep_pixels_is_named(image_folder):
     folder = image_folder(1)
     Image.new("I;16", (64, 64), 40000).save(folder / "000.png")
     with pytest.raises(DataError, match="row 0.*deeper than 8 bits"):
@@ -115,7 +115,7 @@ def test_a_missing_caption_is_named(image_folder):
         load_folder(folder)
 
 
-def test_a_picture_without_a_line_is_named(image_folder):
+def test_an_image_without_a_line_is_named(image_folder):
     folder = image_folder(2)
     write_metadata(folder, {"file_name": "000.png", "text": "a"})
     with pytest.raises(DataError, match=r"1 of 2 images have no caption: 001\.png"):
@@ -127,7 +127,7 @@ def test_a_folders_name_is_no_pattern(image_folder, tmp_path):
     assert len(load_folder(folder)) == 2
 
 
-def test_linked_and_hidden_pictures(image_folder, tmp_path):
+def test_linked_and_hidden_images(image_folder, tmp_path):
     folder = image_folder(2)
     (tmp_path / "elsewhere.png").write_bytes((folder / "001.png").read_bytes())
     (folder / "001.png").unlink()
@@ -137,7 +137,7 @@ def test_linked_and_hidden_pictures(image_folder, tmp_path):
     assert len(load_folder(folder)) == 2
 
 
-def test_a_line_without_its_picture_is_named(image_folder):
+def test_a_line_without_its_image_is_named(image_folder):
     folder = image_folder(1)
     write_metadata(folder, {"file_name": "000.png", "text": "a"}, {"file_name": "gone.png", "text": "b"})
     with pytest.raises(DataError, match=r"gone\.png"):
@@ -180,10 +180,10 @@ def test_resize_keeps_the_shape_as_torchvision_does():
 
 
 def coordinates(width, height):
-    """A picture whose pixels tell where they were."""
-    picture = Image.new("RGB", (width, height))
-    picture.putdata([(x, y, 0) for y in range(height) for x in range(width)])
-    return picture
+    """An image whose pixels tell where they were."""
+    image = Image.new("RGB", (width, height))
+    image.putdata([(x, y, 0) for y in range(height) for x in range(width)])
+    return image
 
 
 def loaded(examples, rows):
@@ -258,7 +258,7 @@ def test_threads_load_the_same_in_the_same_order(image_folder, center_crop):
 
 
 @pytest.mark.parametrize("center_crop", [True, False])
-def test_pictures_are_loaded_at_the_same_time(image_folder, monkeypatch, center_crop):
+def test_images_are_loaded_at_the_same_time(image_folder, monkeypatch, center_crop):
     examples = training_set(image_folder(3, (90, 70)), 3, center_crop=center_crop)
     together, image = threading.Barrier(3, timeout=30), examples.examples.image
 
@@ -281,24 +281,24 @@ def test_what_a_thread_cannot_load_is_named(image_folder, center_crop):
 
 def test_the_interpolation_is_the_one_asked_for():
     pixels = torch.randint(0, 256, (80, 100, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    picture = Image.fromarray(pixels.numpy())
+    image = Image.fromarray(pixels.numpy())
     made = {
-        mode: np.asarray(resize(picture, 64, mode), dtype=int)
+        mode: np.asarray(resize(image, 64, mode), dtype=int)
         for mode in ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
     }
-    assert (made["bilinear"] == np.asarray(resize(picture, 64))).all()
+    assert (made["bilinear"] == np.asarray(resize(image, 64))).all()
     assert (made["nearest"] == made["nearest_exact"]).all()
     assert len({made[mode].sum() for mode in made}) == 6
 
 
 def test_pixels_and_flip():
-    picture = coordinates(64, 64)
+    image = coordinates(64, 64)
     flipped = 0
     for seed in range(20):
         torch.manual_seed(seed)
         expected = torch.rand(1) < 0.5
         torch.manual_seed(seed)
-        levels = crop(picture, (0, 0), draw_mirrored(), 64)
+        levels = crop(image, (0, 0), draw_mirrored(), 64)
         assert levels.shape == (3, 64, 64) and levels.dtype == torch.uint8
         assert levels[0, 0, 0] == (63 if expected else 0)
         assert levels[2].max() == 0
@@ -316,6 +316,6 @@ def test_levels_become_what_torchvision_makes_of_them():
 def test_one_of_several_captions_is_drawn(image_folder):
     folder = image_folder(1)
     write_metadata(folder, {"file_name": "000.png", "text": ["red heart", "blue heart"]})
-    pictures = training_set(folder)
-    seen = {tuple(pictures.collate([pictures[0]])["input_ids"][0].tolist()) for _ in range(30)}
+    images = training_set(folder)
+    seen = {tuple(images.collate([images[0]])["input_ids"][0].tolist()) for _ in range(30)}
     assert len(seen) == 2

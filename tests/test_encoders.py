@@ -17,7 +17,7 @@ from sdnb.settings.config import TrainConfig
 
 @pytest.fixture
 def settings(settings, image_folder, tmp_path):
-    """11 pictures, wider than high, 2 × 2 a step: epochs of 3 steps."""
+    """11 images, wider than high, 2 × 2 a step: epochs of 3 steps."""
     return {
         **settings, "dataset_name": None, "train_data_dir": str(image_folder(11, (90, 70))), "random_flip": True,
         "cache_dir": str(tmp_path / "cache"), "steps": 7, "learning_rate": 1e-5,
@@ -65,9 +65,7 @@ def test_each_view_and_caption_is_encoded_once(settings):
         micro_batch(kept, examples, list(range(11)), seed)
         counts.append(kept.take_counts())
     assert counts[0] == (11, 11)
-    assert sum(images for images, _ in counts) == 22 == examples.examples.views, (
-        "each picture, and each of them mirrored"
-    )
+    assert sum(images for images, _ in counts) == 22 == examples.examples.views, "each image, and each of them mirrored"
     assert sum(captions for _, captions in counts) == 11
     anew, examples = encoders(settings)
     micro_batch(anew, examples, list(range(11)))
@@ -98,7 +96,7 @@ def test_what_is_kept_is_the_same_in_any_company(settings, tmp_path):
         assert torch.equal(column, micro_batch(*together, list(range(7)))[which])
 
 
-def test_kept_pictures_are_not_even_read(settings):
+def test_kept_images_are_not_even_read(settings):
     kept, examples = encoders(settings, random_flip=False)
     before = micro_batch(kept, examples, [0, 1])
     shutil.rmtree(settings["train_data_dir"])
@@ -123,7 +121,7 @@ def test_what_they_depend_on_makes_other_tables(settings, change):
     assert len({path for path in tables(settings) if path.name.startswith("moments")} - before) == 1
 
 
-def test_other_pictures_under_the_same_names_make_other_tables(settings):
+def test_other_images_under_the_same_names_make_other_tables(settings):
     from PIL import Image
 
     kept, examples = encoders(settings)
@@ -147,7 +145,7 @@ def test_other_weights_make_other_tables(settings, tmp_path):
 
 
 def test_a_torn_row_is_computed_again(settings):
-    """Also where nothing said so before the pictures of the batch were loaded."""
+    """Also where nothing said so before the images of the batch were loaded."""
     everything = list(range(11))
     kept, examples = encoders(settings, random_flip=False)
     before = micro_batch(kept, examples, everything)
@@ -219,4 +217,4 @@ def test_folding_changes_nothing_but_the_time(settings, tmp_path):
 def test_whole_steps_run_on_over_the_end_of_an_epoch(settings):
     run = train(settings, whole_steps=True)
     assert list(run.steps.images) == [4] * 7
-    assert list(run.steps.epoch) == [0, 0, 0, 1, 1, 2, 2], "5 micro-batches an epoch, one picture left for another"
+    assert list(run.steps.epoch) == [0, 0, 0, 1, 1, 2, 2], "5 micro-batches an epoch, one image left for another"

@@ -25,9 +25,9 @@ def config(**settings):
 
 @pytest.fixture
 def broken(image_folder):
-    """Six pictures: one is no picture, one is there twice, and one is small."""
+    """Six images: one is no image, one is there twice, and one is small."""
     folder = image_folder(6)
-    (folder / "003.png").write_bytes(b"no picture")
+    (folder / "003.png").write_bytes(b"no image")
     (folder / "004.png").write_bytes((folder / "001.png").read_bytes())
     Image.new("RGB", (40, 90)).save(folder / "005.png")
     return folder
@@ -45,13 +45,13 @@ def test_a_survey_finds_what_is_wrong(broken):
     assert said["smaller than 64, will be enlarged"] == 1 and said["sizes"] == "40×64 to 64×90"
     assert "20% of the images are smaller" in explore.sizes(surveyed, 64).alt
     listed = explore.problems(surveyed).to_html()
-    assert "Mend the file" in listed and "picture 4" in listed and "picture 2" not in listed
+    assert "Repair the file" in listed and "picture 4" in listed and "picture 2" not in listed
 
 
 def test_where_nothing_can_be_used(image_folder):
     folder = image_folder(2)
     for path in folder.glob("*.png"):
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     surveyed = explore.survey(load_data(config(train_data_dir=str(folder))).train)
     assert explore.overview(surveyed, 64).iloc[:, 0]["cannot be used"] == 2
     explore.sizes(surveyed, 64).svg()

@@ -124,8 +124,8 @@ def test_the_times_and_losses_of_a_whole_log(tmp_path, separator):
         "three digits are shown"
     )
     measured = measure(run)
-    pictures = 8 * sum(sizes[10:])
-    assert measured["images/s per GPU"].value == pytest.approx(pictures / sum(time for time, _ in truth[10:]), rel=0.01)
+    images = 8 * sum(sizes[10:])
+    assert measured["images/s per GPU"].value == pytest.approx(images / sum(time for time, _ in truth[10:]), rel=0.01)
     assert measured["final loss"].value == pytest.approx(
         sum(sum(losses) for _, losses in truth[-10:]) / sum(sizes[-10:]), rel=2e-3
     )

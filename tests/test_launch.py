@@ -83,7 +83,7 @@ def test_two_ranks_train_as_one(settings, image_folder):
     assert run.summary["distributed_type"] == "MULTI_CPU"
     checksums = [rank["checksum"] for rank in run.summary["ranks"]]
     assert checksums[0] == checksums[1]
-    # 19 batches of 2 make 10 rounds of 2 ranks: 5 steps of 8 pictures an epoch, 3 of the 40 pictures repeats.
+    # 19 batches of 2 make 10 rounds of 2 ranks: 5 steps of 8 images an epoch, 3 of the 40 images repeats.
     assert list(run.steps.micro_batches) == [2] * 12
     assert list(run.steps.images) == [8] * 12
     assert list(run.steps.epoch) == [0] * 5 + [1] * 5 + [2] * 2
@@ -151,7 +151,7 @@ def test_following_a_run_that_is_resumed(settings, tmp_path):
 
 def test_a_rank_that_cannot_go_on_says_why(settings, image_folder):
     folder = image_folder(12)
-    (folder / "007.png").write_bytes(b"no picture")
+    (folder / "007.png").write_bytes(b"no image")
     with pytest.raises(RunError) as error:
         start(settings, dataset_name=None, train_data_dir=str(folder), num_processes=2, steps=20)
     assert "failed: DataError" in str(error.value) and "007.png" in str(error.value)

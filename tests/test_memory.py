@@ -89,7 +89,7 @@ def test_stable_diffusion_as_it_was_published():
     assert fixed == pytest.approx((3.20, 3.20, 6.40, 3.20), abs=0.01)
     assert predicted.encoders_gib == pytest.approx(2 * (83_653_863 + 123_060_480) / 2**30, rel=1e-3)
     assert str(predicted).startswith(f"{predicted.total_gib:.2f} GiB: weights 3.20, gradients 3.20, optimizer 6.40")
-    # An attention matrix of 8 heads × 4096 × 4096 would take 0.25 GiB a picture in each of five layers.
+    # An attention matrix of 8 heads × 4096 × 4096 would take 0.25 GiB an image in each of five layers.
     more = predict(sd(train_batch_size=16), "cuda")
     assert 1.0 < (more.activations_gib - predicted.activations_gib) / 8 < 1.4
 

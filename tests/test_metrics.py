@@ -23,7 +23,7 @@ def test_the_published_number_and_the_true_one():
     assert throughput.nominal_ips(steps, config()) == pytest.approx(17.88, abs=0.05)
     together = throughput.images_per_second(steps.images, steps.seconds)
     assert together.value / 8 == pytest.approx(14.3, abs=0.05)
-    assert together.high - together.low < 1e-6, "every picture takes as long as every other"
+    assert together.high - together.low < 1e-6, "every image takes as long as every other"
 
 
 def test_smoothing_is_what_a_real_progress_bar_shows():
@@ -84,7 +84,7 @@ def test_marks():
     assert not steps.steady[:10].any() and steps.steady[10:].all()
 
 
-def test_the_running_mean_weighs_pictures():
+def test_the_running_mean_weighs_images():
     steps = mark(records([4, 2], 1, loss=[0.1, 0.4]), config())
     assert steps.running_loss.iloc[1] == pytest.approx((0.1 * 4 + 0.4 * 2) / 6)
     long = mark(records([4] * 30, 1, loss=np.arange(30)), config())

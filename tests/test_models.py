@@ -29,8 +29,8 @@ def test_the_embedded_model():
     assert names == ["CLIPTokenizer", "CLIPTextModel", "AutoencoderKL", "UNet2DConditionModel", "DDPMScheduler"]
     millions = sum(parameter.numel() for parameter in parts.unet.parameters()) / 1e6
     assert 9 < millions < 12
-    pictures = torch.zeros(1, 3, 64, 64)
-    assert parts.vae.encode(pictures).latent_dist.mean.shape == (1, 4, 16, 16)
+    images = torch.zeros(1, 3, 64, 64)
+    assert parts.vae.encode(images).latent_dist.mean.shape == (1, 4, 16, 16)
     assert all(parameter.dtype == torch.float32 for parameter in parts.unet.parameters())
     assert parts.unet.training and all(parameter.requires_grad for parameter in parts.unet.parameters())
     assert not any(

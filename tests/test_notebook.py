@@ -49,7 +49,7 @@ def test_papermill_from_the_projects_root(tmp_path):
     said = outputs(notebook, "text/plain")
     assert len([text for text in said if "step 4/4" in text]) == 1, "one progress line, in its last state"
     assert not [text for text in said if "step 1/4" in text]
-    assert len(outputs(notebook, "image/png")) == 5, "training pictures, loss, step times, phases, samples"
+    assert len(outputs(notebook, "image/png")) == 5, "training images, loss, step times, phases, samples"
     streams = [output.text for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output]
     assert streams == [], "no warnings and no chatter"
     names = [row["name"] for row in results(notebook)]
@@ -180,7 +180,7 @@ def test_run_all_again_and_again_in_a_kernel_that_has_computed(tmp_path, small, 
 
 def test_a_rank_that_fails_shows_in_the_notebook(tmp_path, small, image_folder):
     folder = image_folder(9)
-    (folder / "005.png").write_bytes(b"no picture")  # not one of those that the notebook shows
+    (folder / "005.png").write_bytes(b"no image")  # not one of those that the notebook shows
     done = papermill(
         tmp_path / "out.ipynb",
         *given({**small, "dataset_name": None, "train_data_dir": folder, "steps": 9, "num_processes": 2}),

@@ -48,5 +48,5 @@ def test_the_references_trajectory(path, work, tmp_path):
 
 def test_a_difference_is_seen():
     assert max(parity.relative_differences([1.0, 2.0], [1.0, 2.001])) > parity.TOLERANCE["no"]
-    with pytest.raises(ValueError, match="1 steps, and 2"):
+    with pytest.raises(ValueError, match="1 steps, and the reference 2"):
         parity.relative_differences([1.0], [1.0, 2.0])

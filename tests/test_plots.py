@@ -62,7 +62,7 @@ def test_a_run_of_one_step_can_be_drawn():
         draw(measured).svg()
 
 
-def test_pictures_with_captions_that_look_like_formulas():
+def test_images_with_captions_that_look_like_formulas():
     figure = run_plots.examples([Image.new("RGB", (8, 8))] * 2, ["costs $5 or $6", "x" * 300], total=9)
     figure.svg()
     assert figure.axes[0].get_title() == "costs $5 or $6"

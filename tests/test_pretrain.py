@@ -30,8 +30,8 @@ def interrupted_after(step):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """A data set with two splits; each picture has two captions."""
+def images(tmp_path_factory):
+    """A data set with two splits; each image has two captions."""
     folder = tmp_path_factory.mktemp("pictures")
     for split, count in (("train", 12), ("validation", 4)):
         (folder / split).mkdir()
@@ -43,9 +43,9 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def config(pictures, folder, **changes):
+def config(images, folder, **changes):
     settings = dict(
-        pretrained_model_name_or_path="tiny-random", dataset_name=str(pictures), resolution=64, center_crop=True,
+        pretrained_model_name_or_path="tiny-random", dataset_name=str(images), resolution=64, center_crop=True,
         random_flip=True, mixed_precision="no", lr_scheduler="cosine", lr_warmup_steps=1, train_batch_size=4,
         learning_rate=1e-3, steps=6, validation_loss_steps=3, checkpointing_steps=2, seed=3, output_dir=str(folder),
     )  # fmt: skip
@@ -53,8 +53,8 @@ def config(pictures, folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def trained(pictures, tmp_path_factory):
-    asked = config(pictures, tmp_path_factory.mktemp("trained"), validation_prompts=["picture 1"])
+def trained(images, tmp_path_factory):
+    asked = config(images, tmp_path_factory.mktemp("trained"), validation_prompts=["picture 1"])
     vae = stages.train_vae(asked, **VAE, show=quiet)
     return asked, vae, stages.train_unet(asked, vae, quiet)
 
@@ -82,9 +82,9 @@ def test_both_learn_and_leave_runs_like_any_other(trained):
     assert vae.reproduce() == unet.reproduce()
 
 
-def test_it_goes_on_as_if_nothing_had_happened(trained, pictures, tmp_path):
+def test_it_goes_on_as_if_nothing_had_happened(trained, images, tmp_path):
     _, whole_vae, whole_unet = trained
-    asked = config(pictures, tmp_path, validation_prompts=["picture 1"])
+    asked = config(images, tmp_path, validation_prompts=["picture 1"])
     with pytest.raises(KeyboardInterrupt):
         stages.train_vae(asked, **VAE, show=interrupted_after(5))
     torch.rand(7)
@@ -113,16 +113,16 @@ def test_other_settings_need_another_folder(trained):
         stages.train_unet(asked.updated(max_train_steps=9), vae, quiet)
 
 
-def test_interrupted_before_anything_was_kept_it_begins_again(pictures, tmp_path):
-    asked = config(pictures, tmp_path)
+def test_interrupted_before_anything_was_kept_it_begins_again(images, tmp_path):
+    asked = config(images, tmp_path)
     with pytest.raises(KeyboardInterrupt) as kept:  # as a notebook keeps it, and with it all that its frames hold
         stages.train_vae(asked, **VAE, show=interrupted_after(1))
     assert kept.tb
     assert stages.train_vae(asked, **VAE, show=quiet).steps.step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_two_at_once_do_not_write_into_one_folder(pictures, tmp_path):
-    asked = config(pictures, tmp_path)
+def test_two_at_once_do_not_write_into_one_folder(images, tmp_path):
+    asked = config(images, tmp_path)
 
     def another(*_):
         stages.train_vae(asked, **VAE, show=quiet)
@@ -131,26 +131,24 @@ def test_two_at_once_do_not_write_into_one_folder(pictures, tmp_path):
         stages.train_vae(asked, **VAE, show=another)
 
 
-def test_a_loss_that_is_not_finite_ends_it(pictures, tmp_path):
+def test_a_loss_that_is_not_finite_ends_it(images, tmp_path):
     with pytest.raises(RunError, match=r"the loss of step \d is not finite"):
-        stages.train_vae(config(pictures, tmp_path), 6, 4, 1e20, quiet)
+        stages.train_vae(config(images, tmp_path), 6, 4, 1e20, quiet)
     assert len(Run(tmp_path / "vae").steps) < 6
 
 
-def test_what_it_cannot_do_is_said(pictures, image_folder, tmp_path):
+def test_what_it_cannot_do_is_said(images, image_folder, tmp_path):
     with pytest.raises(ConfigError, match="fp16 needs a GPU|does not scale its loss"):
-        stages.train_vae(config(pictures, tmp_path, mixed_precision="fp16"), **VAE, show=quiet)
+        stages.train_vae(config(images, tmp_path, mixed_precision="fp16"), **VAE, show=quiet)
     with pytest.raises(ConfigError, match="needs steps, validation_loss_steps and a seed"):
-        stages.train_vae(config(pictures, tmp_path, seed=None), **VAE, show=quiet)
-    with pytest.raises(
-        ConfigError, match="gradient_accumulation_steps, dream_training: this training does not use them"
-    ):
-        both = config(pictures, tmp_path, gradient_accumulation_steps=2, dream_training=True)
+        stages.train_vae(config(images, tmp_path, seed=None), **VAE, show=quiet)
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps, dream_training: pretraining does not use them"):
+        both = config(images, tmp_path, gradient_accumulation_steps=2, dream_training=True)
         stages.train_vae(both, **VAE, show=quiet)
     for ignored in (dict(num_processes=2), dict(center_crop=False), dict(allow_tf32=True)):
         with pytest.raises(ConfigError, match=next(iter(ignored))):
-            stages.train_vae(config(pictures, tmp_path, **ignored), **VAE, show=quiet)
-    one_split = config(pictures, tmp_path, dataset_name=None, train_data_dir=str(image_folder(3)))
+            stages.train_vae(config(images, tmp_path, **ignored), **VAE, show=quiet)
+    one_split = config(images, tmp_path, dataset_name=None, train_data_dir=str(image_folder(3)))
     with pytest.raises(DataError, match="no held-out images"):
         stages.train_vae(one_split, **VAE, show=quiet)
 

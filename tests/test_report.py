@@ -177,11 +177,11 @@ def test_a_user_whose_home_is_the_root(monkeypatch):
         importlib.reload(sdnb.report.page)
 
 
-def test_pictures_are_left_as_they_are(tmp_path, monkeypatch):
-    """Letters that stand for a picture may spell a path by chance."""
+def test_images_are_left_as_they_are(tmp_path, monkeypatch):
+    """Letters that stand for an image may spell a path by chance."""
     monkeypatch.setattr(getpass, "getuser", lambda: "li")
-    picture = new_code_cell("1", outputs=[new_output("display_data", {"image/png": "AAA/li/BBB/root/CC=="})])
-    assert "AAA/li/BBB/root/CC==" in page_of(tmp_path, picture).read_text()
+    image = new_code_cell("1", outputs=[new_output("display_data", {"image/png": "AAA/li/BBB/root/CC=="})])
+    assert "AAA/li/BBB/root/CC==" in page_of(tmp_path, image).read_text()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import math
 import re
 
 import pytest
+from made_runs import make_run
 
 from sdnb.errors import RunError
 from sdnb.machine.environment import PROJECT
@@ -120,3 +121,21 @@ def test_the_lock_is_one_trainings(tmp_path):
     with run_folder.lock(tmp_path), pytest.raises(RunError, match="another run is using"):
         run_folder.lock(tmp_path)
     run_folder.lock(tmp_path).close()
+
+
+def test_held_out_losses_of_version_0_1_and_of_a_resume_since(tmp_path):
+    folder = make_run(tmp_path / "run")
+    old = dict(step=0, loss=0.5, standard_error=0.1, pictures=6)
+    run_folder.append(folder / run_folder.VALIDATION, old)
+    assert run_folder.RunFolder(folder).validation.images.tolist() == [6]
+    run_folder.append(folder / run_folder.VALIDATION, dict(step=10, loss=0.4, standard_error=0.1, images=7))
+    assert run_folder.RunFolder(folder).validation.images.tolist() == [6, 7]
+    assert list(run_folder.RunFolder(folder).validation) == ["step", "loss", "standard_error", "images"]
+
+
+def test_settings_of_version_0_1_are_read(tmp_path):
+    folder = make_run(tmp_path / "run")
+    before = run_folder.RunFolder(folder).config
+    with (folder / run_folder.CONFIG).open("a") as file:
+        file.write("onednn_linear: false\nkeep_freed_memory: true\nchannels_last: false\ncuda_graphs: false\n")
+    assert run_folder.RunFolder(folder).config == before

@@ -37,7 +37,7 @@ def test_past_a_failure_and_taken_up_again(tmp_path, monkeypatch):
     assert set(failed) == {"max_train_samples=5000"} and "has 13" in failed["max_train_samples=5000"]
     text = page.read_text()
     assert "Over max_train_samples" in text
-    assert f'<pre class="command">python -m sdnb sweep {path}' in text
+    assert f'<pre class="command">sdnb sweep {path}' in text
     first = runs / "max_train_samples=8"
     assert len(run_folder.RunFolder(first).steps) == 3 and (first / "train.ipynb").exists()
 

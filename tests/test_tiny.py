@@ -72,7 +72,7 @@ def test_a_short_training_changes_the_style(settings):
         validation_epochs=50, validation_guidance_scale=2.0, max_train_samples=256,
     )  # fmt: skip
     before, after = run.validation.loss.iloc[[0, -1]]
-    assert after < 2 / 3 * before, "on pictures that are not trained on"
+    assert after < 2 / 3 * before, "on images that are not trained on"
     tops = [np.asarray(Image.open(run.folder / "samples" / file), float)[:4].mean((0, 1)) for file in run.drawn.file]
     paper, sky = np.mean(tops[:3], 0), np.mean(tops[3:], 0)
     assert paper.min() > 240 and sky.mean() < paper.mean() - 50, "white paper before, a darker sky after"

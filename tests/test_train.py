@@ -32,7 +32,7 @@ from sdnb.train.setup import configure
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """37 pictures on one rank, 2 × 2 a step: epochs of 10 steps, the last with one micro-batch of one picture."""
+    """37 images on one rank, 2 × 2 a step: epochs of 10 steps, the last with one micro-batch of one image."""
     folder = tmp_path_factory.mktemp("train")
     from PIL import Image
 
@@ -51,13 +51,13 @@ def run(tmp_path_factory):
     )  # fmt: skip
 
 
-def test_short_steps_and_the_pictures_trained_on(run):
+def test_short_steps_and_the_images_trained_on(run):
     steps = run.steps
     assert list(steps.step) == list(range(1, 22))
     assert list(steps.epoch) == [0] * 10 + [1] * 10 + [2]
     assert list(steps.micro_batches) == ([2] * 9 + [1]) * 2 + [2]
     assert list(steps.images) == ([4] * 9 + [1]) * 2 + [4]
-    assert steps[steps.epoch == 0].images.sum() == 37, "each picture once an epoch"
+    assert steps[steps.epoch == 0].images.sum() == 37, "each image once an epoch"
 
 
 def test_loss_and_train_loss(run):
@@ -89,12 +89,12 @@ def test_what_else_the_run_folder_holds(run):
     assert list((run.folder / "logs").rglob("events.out.tfevents*"))
 
 
-def test_no_held_out_pictures_is_said(run):
+def test_no_held_out_images_is_said(run):
     assert run.validation.empty
     assert "WARNING no held-out loss" in run.log
 
 
-def test_pictures_before_and_after(run):
+def test_images_before_and_after(run):
     assert list(run.drawn.step) == [0, 10, 21], "before, after the first epoch of every five, at the end"
     assert (run.drawn.prompt == "red heart").all() and (run.drawn.seed == 7).all()
     files = [(run.folder / "samples" / file).read_bytes() for file in run.drawn.file]
@@ -105,8 +105,8 @@ def test_the_trained_pipeline_loads_and_draws(run):
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(run.folder)
-    picture = pipeline("red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
-    assert picture.size == (64, 64)
+    image = pipeline("red heart", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (64, 64)
     untrained = load_parts(run.config).unet.state_dict()
     trained = pipeline.unet.state_dict()
     assert any(not torch.equal(trained[name], untrained[name]) for name in trained)
@@ -136,7 +136,7 @@ def test_the_same_seed_gives_the_same_training(settings, tmp_path):
 
 
 def test_the_loss_falls(settings):
-    """On pictures that are not trained on, in fifteen small steps, by many times its standard error."""
+    """On images that are not trained on, in fifteen small steps, by many times its standard error."""
     how = dict(dataset_name="openmoji", train_batch_size=8, gradient_accumulation_steps=1, validation_loss_steps=15)
     run = train(settings, steps=15, **how)
     start, end = run.validation.itertuples()
@@ -212,7 +212,7 @@ def test_noise_offset_and_perturbation():
     noise, added = draw_noise(latents)
     assert added is noise
     noise, _ = draw_noise(latents, noise_offset=10.0)
-    assert noise.mean((2, 3)).std() > 3, "each channel of each picture is shifted"
+    assert noise.mean((2, 3)).std() > 3, "each channel of each image is shifted"
     noise, added = draw_noise(latents, input_perturbation=0.1)
     assert 0.08 < (added - noise).std() < 0.12
 
@@ -264,7 +264,7 @@ def test_the_clock_adds_up(monkeypatch):
     assert seconds == phases["other"] == 0.5, "what came before the restart belongs to no step"
 
 
-def test_the_tracker_has_the_losses_and_the_pictures(run):
+def test_the_tracker_has_the_losses_and_the_images(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run.folder / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0}).Reload()
@@ -273,7 +273,7 @@ def test_the_tracker_has_the_losses_and_the_pictures(run):
     assert [event.step for event in events.Images("validation")] == [0, 10, 21]
 
 
-def test_the_pictures_are_drawn_with_the_average(settings, tmp_path):
+def test_the_images_are_drawn_with_the_average(settings, tmp_path):
     """What is drawn at the end is what the saved pipeline draws, and that has the average."""
     from diffusers import StableDiffusionPipeline
 
@@ -392,7 +392,7 @@ def test_compiled_as_a_whole_the_unet_is_one_graph(settings, monkeypatch, checkp
 
 @pytest.mark.skipif(not has_stances(), reason="torch compiles for each size of a batch before 2.6")
 def test_what_is_compiled_trains_the_same_and_only_whole_steps_are_compiled_for(settings, image_folder, tmp_path):
-    """5 pictures: epochs of a whole step and one of a single picture. Pictures are drawn in yet another size. The UNet
+    """5 images: epochs of a whole step and one of a single image. Images are drawn in yet another size. The UNet
     has one block to compile."""
     folder = shutil.copytree(small_model(), tmp_path / "model")
     config = dict(load_parts(TrainConfig(**settings)).unet.config)

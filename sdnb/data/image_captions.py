@@ -1,7 +1,7 @@
 """Images with captions: the rows of a data set, checked."""
 
+import contextlib
 import hashlib
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,17 @@ import datasets
 import torch
 from PIL import Image
 
-from sdnb.data.transforms import centre, crop, normalize, resize
+from sdnb.data.transforms import crop, normalize, resize
 from sdnb.errors import DataError
 from sdnb.settings.fields import DataSettings
-
-# sdnb decodes images itself, so that it can name a broken one.
-_DECODER = datasets.Image()
 
 
 class ImageCaptions:
     """The images and captions of one split, in their order.
 
     A *view* is an image, or an image mirrored, resized and cropped in the centre. View n is image n; with `random_flip`
-    the mirrored ones follow after all of these.
-
-    Raises:
-        DataError: if a column is missing, or a caption is not a text.
+    the mirrored ones follow after all of these. `views` is their number. `distinct_captions` has each caption once.
+    Raises DataError if a column is missing or a caption is not a text.
     """
 
     def __init__(self, rows: datasets.Dataset, settings: DataSettings, split: str) -> None:
@@ -34,7 +29,10 @@ class ImageCaptions:
         column = self._column(rows, "image_column")
         if not isinstance(rows.features[column], datasets.Image):
             raise DataError(f"{describe(settings)}: column {column} holds {rows.features[column]}, not images")
+        # sdnb decodes images itself, so that it can name a broken one.
         self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        self.views = len(rows) * (2 if settings.random_flip else 1)
+        distinct: dict[str, None] = {}
         for row, caption in enumerate(self.captions):
             captions = caption if isinstance(caption, list) else [caption]
             if not captions or not all(isinstance(one, str) for one in captions):
@@ -42,6 +40,8 @@ class ImageCaptions:
                     f"{self.name_of(row)}: the caption in column {settings.caption_column} is {caption!r}; "
                     "it must be a text, or a list of texts"
                 )
+            distinct.update(dict.fromkeys(captions))
+        self.distinct_captions = list(distinct)
 
     def _column(self, rows: datasets.Dataset, setting: str) -> str:
         column = getattr(self.settings, setting)
@@ -70,39 +70,27 @@ class ImageCaptions:
         return self.rows[row][self.settings.image_column] or {}
 
     def image(self, row: int) -> Image.Image:
-        """The image of a row as it is stored, in RGB.
-
-        Raises:
-            DataError: if there is none, or it cannot be decoded.
-        """
+        """The image of a row as it is stored, in RGB. Raises DataError if there is none or it cannot be decoded."""
         stored = self._stored(row)
         if not stored:
             raise DataError(f"{self.name_of(row)}: there is no image")
         try:
-            image = _DECODER.decode_example(stored)
+            image = datasets.Image().decode_example(stored)
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels have mode {image.mode}, deeper than 8 bits, and would turn white")
             return image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"{self.name_of(row)}: the image cannot be used: {error}. "
-                "Repair the file, or remove it and its caption."
-            ) from error
+            advice = "Repair the file, or remove it and its caption."
+            raise DataError(f"{self.name_of(row)}: the image cannot be used: {error}. {advice}") from error
 
     def resized(self, row: int) -> Image.Image:
         """The image of a row, with its shorter side as long as the resolution."""
         return resize(self.image(row), self.settings.resolution, self.settings.image_interpolation_mode)
 
-    @property
-    def views(self) -> int:
-        """The number of views."""
-        return len(self) * (2 if self.settings.random_flip else 1)
-
     def pixels_uint8(self, view: int) -> torch.Tensor:
         """A view, uint8 [3, resolution, resolution]."""
         mirrored, row = divmod(view, len(self))
-        image = self.resized(row)
-        return crop(image, centre(image.size, self.settings.resolution), bool(mirrored), self.settings.resolution)
+        return crop(self.resized(row), None, bool(mirrored), self.settings.resolution)
 
     def pixels(self, view: int) -> torch.Tensor:
         """A view as the VAE sees it, float32 [3, resolution, resolution] in [-1, 1]."""
@@ -113,28 +101,16 @@ class ImageCaptions:
         settings = [getattr(self.settings, name) for name in ("resolution", "center_crop", "image_interpolation_mode")]
         digest = hashlib.sha256(json.dumps([*settings, self.views]).encode())
         for row in range(len(self)):
-            digest.update(hashlib.sha256(self._file(row)).digest())
+            stored, file = self._stored(row), b""
+            with contextlib.suppress(OSError):  # `image` reports it
+                file = stored.get("bytes") or (Path(stored["path"]).read_bytes() if stored else b"")
+            digest.update(hashlib.sha256(file).digest())
         return digest.hexdigest()
-
-    def _file(self, row: int) -> bytes:
-        stored = self._stored(row)
-        try:
-            return stored.get("bytes") or (Path(stored["path"]).read_bytes() if stored else b"")
-        except OSError:
-            return b""  # `image` reports it
-
-    @property
-    def distinct_captions(self) -> list[str]:
-        """All captions, each once."""
-        several = (caption if isinstance(caption, list) else [caption] for caption in self.captions)
-        return list(dict.fromkeys(itertools.chain.from_iterable(several)))
 
 
 def describe(settings: DataSettings) -> str:
     """The data set's name in a message."""
-    if settings.dataset_name:
-        return f"data set {settings.dataset_name}"
-    return f"train_data_dir {settings.train_data_dir}"
+    return f"data set {settings.dataset_name}" if settings.dataset_name else f"train_data_dir {settings.train_data_dir}"
 
 
 def first_caption(caption: str | list[str]) -> str:
@@ -144,6 +120,4 @@ def first_caption(caption: str | list[str]) -> str:
 
 def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:
     """Token ids, int64 [captions, tokens], padded or cut to the model's length."""
-    return tokenizer(
-        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -13,7 +13,6 @@ from sdnb.errors import DataError
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import EMBEDDED_DATA
 
-HELD_OUT_SPLITS = ("validation", "valid", "test")
 VANISHED = "lambdalabs/pokemon-blip-captions"
 
 
@@ -26,11 +25,7 @@ class Splits:
 
 
 def load_data(config: TrainConfig) -> Splits:
-    """The data set that the settings name.
-
-    Raises:
-        DataError: if it is not there, is empty, lacks a column, or lacks a caption.
-    """
+    """The data set that the settings name. Raises DataError if it is missing, empty, or lacks a column or caption."""
     splits = _load_splits(config)
     train = splits["train"]
     if config.max_train_samples is not None:
@@ -38,29 +33,27 @@ def load_data(config: TrainConfig) -> Splits:
             raise DataError(f"max_train_samples = {config.max_train_samples}, but {describe(config)} has {len(train)}")
         # The same ones on every rank and after a resume, also without a seed.
         train = train.shuffle(seed=config.seed or 0).select(range(config.max_train_samples))
-    held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits and len(splits[name])), None)
-    return Splits(
-        ImageCaptions(train, config, "train"),
-        ImageCaptions(held_out, config, "held out") if held_out is not None else None,
-    )
+    held_out_splits = (splits[name] for name in ("validation", "valid", "test") if name in splits)
+    held_out = next((split for split in held_out_splits if len(split)), None)
+    examples = ImageCaptions(train, config, "train")
+    return Splits(examples, ImageCaptions(held_out, config, "held out") if held_out is not None else None)
 
 
 def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     name, folder = config.dataset_name, config.train_data_dir
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise DataError(f"train_data_dir {folder}: there is no such folder (the current folder is {Path.cwd()})")
-    files = {"train": _all_in(Path(folder).expanduser())} if name is None else None
+    source = {"path": name, "name": config.dataset_config_name, "data_dir": folder}
+    folders = {"train": Path(folder).expanduser()} if name is None else {}
     if name in EMBEDDED_DATA:
-        # With the files named, `datasets` does not search the folder for splits.
         rendered = openmoji.folder(config.resolution, config.cache_dir, name)
-        files = {split: _all_in(rendered / split) for split in openmoji.SPLITS}
+        folders = {split: rendered / split for split in openmoji.SPLITS}
+    if folders:
+        # With the files named, `datasets` does not search the folder for splits.
+        files = {split: f"{glob.escape(str(path))}/**" for split, path in folders.items()}
+        source = {"path": "imagefolder", "data_files": files}
     try:
-        if files is None:
-            splits = datasets.load_dataset(
-                name, config.dataset_config_name, cache_dir=config.cache_dir, data_dir=folder
-            )
-        else:
-            splits = datasets.load_dataset("imagefolder", data_files=files, cache_dir=config.cache_dir)
+        splits = datasets.load_dataset(**source, cache_dir=config.cache_dir)
     except Exception as error:  # `datasets` and its builders raise dozens of types
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -73,10 +66,6 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     if name is None and "image" in splits["train"].column_names:
         _check_all_have_captions(splits["train"], config)
     return splits
-
-
-def _all_in(folder: Path) -> str:
-    return f"{glob.escape(str(folder))}/**"
 
 
 def _check_all_have_captions(rows: datasets.Dataset, config: TrainConfig) -> None:

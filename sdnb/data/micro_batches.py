@@ -21,15 +21,10 @@ class MicroBatches:
     """
 
     def __init__(self, loader: DataLoader, accumulation_steps: int, whole_steps: bool = False) -> None:
-        """Args:
-        loader: over a `TrainingSet`, prepared by accelerate.
-        accumulation_steps: micro-batches of a full step.
-        whole_steps: do not end a step where an epoch ends.
-        """
-        self.loader = loader
-        self.accumulation_steps, self.whole_steps = accumulation_steps, whole_steps
-        self.epoch = 0
-        self._taken = 0
+        """`loader` is over a `TrainingSet`, prepared by accelerate. A full step has `accumulation_steps` micro-batches.
+        With `whole_steps` a step does not end where an epoch ends."""
+        self.loader, self.accumulation_steps, self.whole_steps = loader, accumulation_steps, whole_steps
+        self.epoch = self._taken = 0
         self._iterator: Iterator[dict[str, Any]] | None = None
         self._resume_from: dict[str, Any] | None = None
 
@@ -67,24 +62,18 @@ class MicroBatches:
 
     def _begin_epoch(self) -> Iterator[dict[str, Any]]:
         state, self._resume_from = self._resume_from, None
-        if state is not None and state["taken"]:
-            return self._replay(state)
         if state is not None:
-            self._set_rng_states(state["generators"])
-        self._taken, self._at_start = 0, self._rng_states()
-        self.loader.dataset.skip_batches(0)
-        return iter(self.loader)
-
-    def _replay(self, state: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        self._taken, self._at_start = state["taken"], state["at_start"]
-        self._set_rng_states(self._at_start)
+            self._taken = state["taken"]
+            self._set_rng_states(state["at_start"] if self._taken else state["generators"])
+        self._at_start = self._rng_states()
         self.loader.dataset.skip_batches(self._taken)
         iterator = iter(self.loader)
-        for _ in range(self._taken - 1):
+        if state is not None and self._taken:
+            for _ in range(self._taken - 1):
+                next(iterator)
+            set_rng_states(state["before_fetch"])
             next(iterator)
-        set_rng_states(state["before_fetch"])
-        next(iterator)
-        self._set_rng_states(state["generators"])
+            self._set_rng_states(state["generators"])
         return iterator
 
     def _rng_states(self) -> dict[str, Any]:
@@ -102,11 +91,8 @@ class MicroBatches:
 def rng_states() -> dict[str, Any]:
     """The states of the host's random number generators, in a form that `torch.load(weights_only=True)` accepts."""
     kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-    }
+    numpy_state = (kind, torch.from_numpy(keys.astype(np.int64)), *rest)
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
 
 
 def set_rng_states(states: dict[str, Any]) -> None:

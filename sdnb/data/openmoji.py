@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageColor
 
 from sdnb.cache import cache_root, made_once
 from sdnb.settings.fields import EMBEDDED_DATA
@@ -21,7 +21,7 @@ from sdnb.settings.fields import EMBEDDED_DATA
 PLAIN, NIGHT = EMBEDDED_DATA  # night is a style that the embedded model has not seen
 SPLITS = "train", "validation"
 TRAINING_IMAGES = 833  # as many as in the reference's lost data set, so that an epoch has the same shape
-ATTRIBUTION = "Pictures: OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
+ATTRIBUTION = "Images: OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0"
 FORMAT = 2  # of the recoloured images: increased when they change
 
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
@@ -51,13 +51,9 @@ def _bare(codes: Iterable[int]) -> tuple[int, ...]:
 
 
 def folder(resolution: int, cache_dir: str | None = None, name: str = PLAIN) -> Path:
-    """An image folder with one folder per split, rendered once and cached.
-
-    Args:
-        resolution: side of the images, in pixels.
-        name: `openmoji` (833 images to train on, the rest held out, captioned with their names), or `openmoji-night`
-            (the same by night).
-    """
+    """An image folder with one folder per split, rendered once and cached. Its images have `resolution` pixels a side.
+    `openmoji` has 833 images to train on, and the rest held out, captioned with their names; `openmoji-night` is the
+    same by night."""
 
     def by_name(svg: Path, caption: str) -> tuple[Image.Image, str]:
         if name == NIGHT:
@@ -71,13 +67,9 @@ def folder(resolution: int, cache_dir: str | None = None, name: str = PLAIN) -> 
 def rendered_folder(
     name: str, to_train: int, depict: Callable[[Path, str], tuple[Image.Image, Any]], cache_dir: str | None = None
 ) -> Path:
-    """Render OpenMoji to an image folder, once.
-
-    Args:
-        name: of the folder in the cache, together with the versions of the packages.
-        to_train: images in the split to train on; the others are held out.
-        depict: from an SVG file and its name to the image and its caption, or its captions.
-    """
+    """Render OpenMoji to an image folder, once. The folder's name in the cache is `name` and the packages' versions.
+    `to_train` images are to train on, the others are held out. `depict` makes of an SVG file and its name the image
+    and its caption, or its captions."""
 
     def render(target: Path) -> None:
         drawings = named_drawings()
@@ -106,22 +98,14 @@ def draw(svg: str, resolution: int, page: str | tuple[int, int, int] = "white") 
 
 
 def by_night(svg: str) -> str:
-    """The drawing in the colours of a moonlit night: outlines dark blue, everything else darker and bluer.
-
-    Outlines stay darker than the page, because then a model that draws by day keeps the subject. With light outlines on
-    a dark page, it learnt the page in 101 steps, but hearts and circles were bent.
-    """
-    recoloured = re.sub(r"#(?:[0-9a-f]{6}|[0-9a-f]{3})\b", lambda match: _nocturnal(match[0]), svg, flags=re.IGNORECASE)
-    return recoloured.replace("<svg ", f'<svg fill="{_hex(_OUTLINE)}" ', 1)  # shapes without a colour are black
+    """The drawing in the colours of a moonlit night: outlines dark blue, everything else darker and bluer. Outlines
+    stay darker than the page, because then a model that draws by day keeps the subject. With light outlines on a dark
+    page, it learnt the page in 101 steps, but hearts and circles were bent."""
+    recoloured = re.sub(r"#(?:[0-9a-f]{6}|[0-9a-f]{3})\b", _nocturnal, svg, flags=re.IGNORECASE)
+    return recoloured.replace("<svg ", f'<svg fill="#{bytes(_OUTLINE).hex()}" ', 1)  # shapes without a colour are black
 
 
-def _nocturnal(colour: str) -> str:
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-    channels = bytes.fromhex(digits)
-    if max(channels) == 0:
-        return _hex(_OUTLINE)
-    return _hex([round(0.62 * channel + 0.38 * dark) for channel, dark in zip(channels, (0, 10, 120))])
-
-
-def _hex(channels: Iterable[int]) -> str:
-    return f"#{bytes(channels).hex()}"
+def _nocturnal(colour: re.Match) -> str:
+    channels = ImageColor.getrgb(colour[0])
+    darker = [round(0.62 * channel + 0.38 * dark) for channel, dark in zip(channels, (0, 10, 120))]
+    return f"#{bytes(darker if max(channels) else _OUTLINE).hex()}"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sdnb.data.image_captions import ImageCaptions, tokenize
-from sdnb.data.transforms import centre, crop, draw_corner, draw_mirrored
+from sdnb.data.transforms import crop, draw_corner, draw_mirrored
 
 
 class Draw(NamedTuple):
@@ -31,10 +31,8 @@ class TrainingSet(torch.utils.data.Dataset):
     def __init__(
         self, examples: ImageCaptions, tokenizer: Any, cached: Container[int] | None = None, threads: int = 0
     ) -> None:
-        """Args:
-        cached: views whose encoding is cached, so that no pixels are needed. The crop must be the centre.
-        threads: that load the images; 0: the caller's own. With a fixed crop they load while the step runs.
-        """
+        """`cached` are the views whose encoding is cached: they need no pixels, and their crop is the centre. As many
+        `threads` load the images; 0: the caller's own. With a fixed crop they load while the step runs."""
         self.examples, self.tokenizer, self._cached = examples, tokenizer, cached
         self._map: Callable[..., Iterable[Any]] = ThreadPoolExecutor(threads, "images").map if threads else map
         if cached is not None:
@@ -48,15 +46,15 @@ class TrainingSet(torch.utils.data.Dataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: list[int]) -> list[Draw]:  # torch's loader asks for a micro-batch at once
-        if self.examples.settings.center_crop:
-            return [self._draw(row, None) for row in rows]
-        return [self._draw(row, image) for row, image in zip(rows, self._map(self.examples.resized, rows))]
-
-    def _draw(self, row: int, image: Image.Image | None) -> Draw:
-        settings, caption = self.examples.settings, self.examples.captions[row]
-        corner = draw_corner(image.size, settings.resolution) if image else None
-        mirrored = settings.random_flip and draw_mirrored()
-        return Draw(row, corner, mirrored, caption if isinstance(caption, str) else random.choice(caption), image)
+        settings, draws = self.examples.settings, []
+        images = [None] * len(rows) if settings.center_crop else self._map(self.examples.resized, rows)
+        for row, image in zip(rows, images):
+            corner = draw_corner(image.size, settings.resolution) if image else None
+            mirrored = settings.random_flip and draw_mirrored()
+            captions = self.examples.captions[row]
+            caption = captions if isinstance(captions, str) else random.choice(captions)
+            draws.append(Draw(row, corner, mirrored, caption, image))
+        return draws
 
     def collate(self, draws: list[Draw]) -> dict[str, Any]:
         """A micro-batch: `pixels`, an iterable of uint8 [3, resolution, resolution], and `input_ids`, int64 [batch,
@@ -65,7 +63,11 @@ class TrainingSet(torch.utils.data.Dataset):
         Where encodings are cached: the numbers of `views` and `captions`, and `pixels` of the views in `loaded` only.
         Of a batch that is skipped: nothing.
         """
-        if self._is_skipped():
+        worker = torch.utils.data.get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        batch_number = self._fetched * workers + number  # the workers fetch in turn
+        self._fetched += 1
+        if batch_number < self._skipped:
             return {}
         captions = [draw.caption for draw in draws]
         if self._cached is None:
@@ -77,22 +79,14 @@ class TrainingSet(torch.utils.data.Dataset):
             numbers = [self._caption_numbers[caption] for caption in captions]
             batch = {"views": views, "captions": numbers, "loaded": [*to_load]}
         pixels = self._map(self._pixels, to_load.values())
-        if to_load and torch.utils.data.get_worker_info() is not None:
+        if to_load and worker is not None:
             pixels = torch.stack([*pixels])  # one tensor to send to the rank's process
         return {**batch, "pixels": pixels}
 
     def _pixels(self, draw: Draw) -> torch.Tensor:
         image = draw.image or self.examples.resized(draw.row)
-        side = self.examples.settings.resolution
-        return crop(image, draw.corner or centre(image.size, side), draw.mirrored, side)
+        return crop(image, draw.corner, draw.mirrored, self.examples.settings.resolution)
 
     def skip_batches(self, batches: int) -> None:
         """In the loader's next epoch, make all random draws of the first batches, but load no pixels and no tokens."""
         self._skipped, self._fetched = batches, 0
-
-    def _is_skipped(self) -> bool:
-        worker = torch.utils.data.get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        batch = self._fetched * workers + number  # the workers fetch in turn
-        self._fetched += 1
-        return batch < self._skipped

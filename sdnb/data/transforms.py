@@ -7,24 +7,20 @@ import torch
 from PIL import Image
 
 
-def crop(image: Image.Image, corner: tuple[int, int], mirrored: bool, side: int) -> torch.Tensor:
-    """The square with this corner (left, top) of a resized image, mirrored or not: uint8 [3, side, side]."""
-    left, top = corner
+def crop(image: Image.Image, corner: tuple[int, int] | None, mirrored: bool, side: int) -> torch.Tensor:
+    """The square of a resized image at a corner (left, top; None: in the middle): uint8 [3, side, side]."""
+    left, top = corner or centre(image.size, side)
     image = image.crop((left, top, left + side, top + side))
     return _pixels_uint8(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image)
-
-
-def resized(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """The width and height after resizing the shorter one to `side`."""
-    width, height = size
-    return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
 
 
 def resize(image: Image.Image, side: int, mode: str = "bilinear") -> Image.Image:
     """The image with its shorter side resized to `side`, interpolated as torchvision does on PIL images."""
     if min(image.size) == side:
         return image
-    return image.resize(resized(image.size, side), getattr(Image.Resampling, mode.partition("_")[0].upper()))
+    width, height = image.size
+    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
+    return image.resize(size, getattr(Image.Resampling, mode.partition("_")[0].upper()))
 
 
 def draw_corner(size: tuple[int, int], side: int) -> tuple[int, int]:

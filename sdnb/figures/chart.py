@@ -1,7 +1,5 @@
-"""The look of all figures: colours, title, and a caption with the number that matters.
-
-The colours are those of Okabe and Ito, which colour-blind readers can distinguish.
-"""
+"""The look of all figures: title, a caption with the number that matters, and the colours of Okabe and Ito, which
+colour-blind readers can distinguish."""
 
 import base64
 import io
@@ -20,6 +18,9 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8
 PINK, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
 INK, SOFT = "#1c2430", "#5b6675"  # a page may replace them in an SVG figure
 RUN_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, INK, GREY)
+PHASE_COLOURS = {
+    "data": PINK, "encode": ORANGE, "forward": SKY, "backward": BLUE, "optimizer": GREEN, "ema": YELLOW, "other": GREY,
+}  # fmt: skip
 WIDTH = 8.7  # inches: the width of a page, and of a JupyterLab cell beside the file browser
 _MOST_POINTS = 2000  # drawn as shapes; more become a bitmap
 
@@ -54,20 +55,14 @@ class Chart(Figure):
         with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": self.alt}):
             no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
             self.savefig(drawn, format="svg", transparent=True, metadata=no_metadata)
-        element = drawn.getvalue()
-        element = element[element.index("<svg") :]
-        for name, colour in (("ink", INK), ("soft", SOFT)):
-            element = element.replace(colour, f"var(--{name}, {colour})")
-        return element
+        svg = drawn.getvalue()
+        return svg[svg.index("<svg") :].replace(INK, f"var(--ink, {INK})").replace(SOFT, f"var(--soft, {SOFT})")
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         drawn = io.BytesIO()
         self.savefig(drawn, format="png")
-        data = {
-            "text/plain": self.alt,
-            "image/svg+xml": self.svg(),
-            "image/png": base64.b64encode(drawn.getvalue()).decode(),
-        }
+        png = base64.b64encode(drawn.getvalue()).decode()
+        data = {"text/plain": self.alt, "image/svg+xml": self.svg(), "image/png": png}
         # JupyterLab then shows a transparent figure on a light background
         about = {"alt": self.alt, "needs_background": "light"}
         return data, {"image/svg+xml": about, "image/png": about}
@@ -85,9 +80,7 @@ def dots(axes: Axes, x: Any, y: Any, marker: str = "o", **options: Any) -> None:
 
 def name_points(axes: Axes, x: Iterable[float], y: Iterable[float], names: Iterable[str]) -> None:
     """A name beside each point. It moves up or down if it would cover an earlier one, and is dropped if nothing helps.
-
-    The axes must have their final limits.
-    """
+    The axes must have their final limits."""
     axes.figure.draw_without_rendering()  # fixes the layout, and so the names' positions
     taken: list[Bbox] = []
     for one_x, one_y, name in zip(x, y, names):
@@ -107,19 +100,15 @@ def name_points(axes: Axes, x: Iterable[float], y: Iterable[float], names: Itera
 
 
 def grid_of(
-    images: Sequence[Sequence[Image.Image | None]],
-    title: str,
-    caption: str,
-    columns: Sequence[str],
+    images: Sequence[Sequence[Image.Image | None]], title: str, caption: str, columns: Sequence[str],
     rows: Sequence[str] = ("",),
-) -> Chart:
+) -> Chart:  # fmt: skip
     """Images in rows and columns, with names; long names are cut. None is an empty place."""
-    across, down = len(columns), len(rows)
-    side = min(2.2, WIDTH / across)
-    chart = Chart(title, caption, (side + 0.25) * down + 0.5, width=max(side * across, 5))
+    side = min(2.2, WIDTH / len(columns))
+    chart = Chart(title, caption, (side + 0.25) * len(rows) + 0.5, width=max(side * len(columns), 5))
     named = f" Rows: {', '.join(rows)}." if any(rows) else ""
     chart.alt += f" Columns: {', '.join(columns)}.{named}"
-    grid = chart.panels(down, across)
+    grid = chart.panels(len(rows), len(columns))
     for axes_row, images_row, label in zip(grid, images, rows):
         axes_row[0].set_ylabel(label)
         for axes, image in zip(axes_row, images_row):

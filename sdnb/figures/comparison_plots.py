@@ -20,7 +20,7 @@ def throughputs(comparison: Comparison) -> Chart:
     """Images/s per device of each run, with its confidence interval."""
     estimates = {label: measured.throughput for label, measured in comparison.measured.items()}
     best = max(estimates, key=lambda label: estimates[label].value)
-    first = next(iter(estimates.values()))
+    first, *_ = estimates.values()
     caption = f"{best} trains the most, {estimates[best]}. Lines: 95 % confidence within the run, if known."
     chart = Chart("Images per second and device", caption, 1.4 + 0.45 * len(estimates))
     axes = chart.panel()
@@ -94,49 +94,43 @@ def losses(comparison: Comparison) -> Chart:
         axes.plot(steps.step, steps.running_loss, color=colour, lw=2, label=label)
         if len(validation):
             held_out(axes, validation, fmt="o", color=colour)
-    axes.set(xlabel="optimizer step", ylabel="mean squared error", ylim=(0, None))
-    _name_runs(axes, comparison)
+    _label(axes, "mean squared error", comparison)
     return chart
 
 
 def step_times(comparison: Comparison) -> Chart:
     """The wall time of each step; short steps as diamonds."""
-    full = {
-        label: measured.steps[measured.steps.steady & ~measured.steps.short].seconds.dropna()
-        for label, measured in comparison.measured.items()
-    }
+    runs = {label: measured.steps for label, measured in comparison.measured.items()}
+    full = {label: steps[steps.steady & ~steps.short].seconds.dropna() for label, steps in runs.items()}
     known = ", ".join(f"{label} {seconds.median():.3f} s" for label, seconds in full.items() if len(seconds) > 2)
     caption = f"Medians of the full steps after the warm-up: {known or 'unknown'}. Diamonds are short steps."
     chart = Chart("Wall time of each optimizer step", caption, 3.6)
     axes = chart.panel()
-    for colour, (label, measured) in zip(itertools.cycle(RUN_COLOURS), comparison.measured.items()):
-        plain, short = (measured.steps[measured.steps.short == is_short] for is_short in (False, True))
+    for colour, (label, steps) in zip(itertools.cycle(RUN_COLOURS), runs.items()):
+        plain, short = steps[~steps.short], steps[steps.short]
         dots(axes, plain.step, plain.seconds, color=colour, ms=3, label=label)
         dots(axes, short.step, short.seconds, "D", color=colour, ms=3)
-    axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None))
-    _name_runs(axes, comparison)
+    _label(axes, "seconds", comparison)
     return chart
 
 
-def _name_runs(axes: Axes, comparison: Comparison) -> None:
-    """The legend; beside the axes if there are many runs."""
+def _label(axes: Axes, quantity: str, comparison: Comparison) -> None:
+    """Name the axes and the runs; the legend is beside the axes if there are many runs."""
+    axes.set(xlabel="optimizer step", ylabel=quantity, ylim=(0, None))
     legend(axes, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(comparison.runs) > MANY else {}))
 
 
 def samples(comparison: Comparison) -> Chart | None:
     """The last images of each run, for the prompts that all of them drew; None if there are none."""
     drawn = {label: run.drawn for label, run in comparison.runs.items() if not run.drawn.empty}
-    if not drawn:
-        return None
     last = {label: samples[samples.step == samples.step.max()] for label, samples in drawn.items()}
-    prompts = [prompt for prompt in next(iter(last.values())).prompt
-               if all(prompt in set(samples.prompt) for samples in last.values())]  # fmt: skip
+    files = {label: dict(zip(samples.prompt, samples.file)) for label, samples in last.items()}
+    first = next(iter(files.values()), {})
+    prompts = [prompt for prompt in first if all(prompt in of_run for of_run in files.values())]
     if not prompts:
         return None
-    rows = []
-    for label, samples in last.items():
-        files = dict(zip(samples.prompt, samples.file))
-        rows.append([Image.open(comparison.runs[label].folder / SAMPLES / files[prompt]) for prompt in prompts])
-    seeds = {int(seed) for samples in last.values() for seed in samples.seed}
-    how = "From the same seed." if len(seeds) == 1 else f"From different seeds: {', '.join(map(str, sorted(seeds)))}."
-    return grid_of(rows, "What each run drew last", how, columns=prompts, rows=list(last))
+    rows = [[Image.open(comparison.runs[label].folder / SAMPLES / of_run[prompt]) for prompt in prompts]
+            for label, of_run in files.items()]  # fmt: skip
+    seeds = sorted({int(seed) for samples in last.values() for seed in samples.seed})
+    how = "From the same seed." if len(seeds) == 1 else f"From different seeds: {', '.join(map(str, seeds))}."
+    return grid_of(rows, "What each run drew last", how, columns=prompts, rows=list(files))

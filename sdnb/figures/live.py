@@ -1,7 +1,5 @@
-"""What a notebook shows during a run: one progress line, and below it the loss and the step times so far.
-
-The SVG is written by hand and has some kilobytes: a plotting library would take CPU time from the training.
-"""
+"""What a notebook shows during a run: one progress line, and below it the loss and the step times so far. The SVG is
+written by hand and has some kilobytes: a plotting library would take CPU time from the training."""
 
 import html
 import time
@@ -22,16 +20,13 @@ def progress(records: Sequence[dict[str, Any]], total: int) -> str:
     if not records:
         return f"step 0/{total} · starting"
     recent, last = records[-RECENT_STEPS:], records[-1]
-    step, loss = last["step"], last["loss"]
+    step, loss = last["step"], "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
     seconds = sum(record["seconds"] for record in recent)
     pace = sum(record["images"] for record in recent) / seconds
     left = _clock((total - step) * seconds / len(recent))
     bar = "█" * (20 * step // total)
     memory = f" · peak {last['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in last else ""
-    return (
-        f"{bar:░<20} step {step}/{total} · {left} left · "
-        f"loss {'not finite' if loss is None else f'{loss:.4f}'} · {pace:.1f} images/s{memory}"
-    )
+    return f"{bar:░<20} step {step}/{total} · {left} left · loss {loss} · {pace:.1f} images/s{memory}"
 
 
 def _clock(seconds: float) -> str:
@@ -73,17 +68,17 @@ def figures(records: Sequence[dict[str, Any]], total: int) -> str:
     """The loss and the time of each step, as two SVG elements; empty before the second step."""
     if len(records) < 2:
         return ""
-    shown = range(0, len(records), max(1, len(records) // _MOST_POINTS))  # a long run has too many
-    steps = [records[row]["step"] for row in shown]
-    losses = [records[row]["loss"] for row in shown]
-    means = [_running_loss(records[max(0, row + 1 - RUNNING_MEAN_STEPS) : row + 1]) for row in shown]
-    full = max(records[row]["images"] for row in shown)
-    end = _end_of_axis(records[-1]["step"], total)
-    colours = [ORANGE if records[row]["images"] < full else BLUE for row in shown]
-    curves = [(losses, _line(BLUE, 0.35, 1)), (means, _line(BLUE, 1, 2))]
-    return _panel("loss, and its running mean", steps, losses, end, curves) + _panel(
-        "seconds a step", steps, [records[row]["seconds"] for row in shown], end, colours=colours
+    rows = range(0, len(records), max(1, len(records) // _MOST_POINTS))  # a long run has too many
+    steps, losses, seconds, images = (
+        [records[row][name] for row in rows] for name in ("step", "loss", "seconds", "images")
     )
+    means = [_running_loss(records[max(0, row + 1 - RUNNING_MEAN_STEPS) : row + 1]) for row in rows]
+    full = max(images)
+    colours = [ORANGE if number < full else BLUE for number in images]
+    end = _end_of_axis(records[-1]["step"], total)
+    curves = [("stroke-opacity='0.35' stroke-width='1'", losses), ("stroke-opacity='1' stroke-width='2'", means)]
+    loss = _panel("loss, and its running mean", steps, losses, end, curves)
+    return loss + _panel("seconds a step", steps, seconds, end, colours=colours)
 
 
 def _running_loss(records: Sequence[dict[str, Any]]) -> float | None:
@@ -91,10 +86,6 @@ def _running_loss(records: Sequence[dict[str, Any]]) -> float | None:
     if any(record["loss"] is None for record in records):
         return None
     return sum(record["loss"] * record["images"] for record in records) / sum(record["images"] for record in records)
-
-
-def _line(colour: str, opacity: float, width: float) -> str:
-    return f"fill='none' stroke='{colour}' stroke-opacity='{opacity}' stroke-width='{width}'"
 
 
 def _end_of_axis(step: int, total: int) -> int:
@@ -106,26 +97,29 @@ def _end_of_axis(step: int, total: int) -> int:
 
 
 def _panel(
-    title: str,
-    steps: Sequence[int],
-    values: Sequence[float | None],
-    end: int,
-    lines: Sequence[tuple[Sequence[float | None], str]] = (),
-    colours: Sequence[str] = (),
-) -> str:
-    """Lines over the steps, each with its style, or one coloured point per value; from 0 to the largest value."""
+    title: str, steps: Sequence[int], values: Sequence[float | None], end: int,
+    curves: Sequence[tuple[str, Sequence[float | None]]] = (), colours: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Curves over the steps, each with its style, or one coloured point per value; from 0 to the largest value. A curve
+    has a gap where its value is None."""
     top = max((value for value in values if value is not None), default=1) or 1
+    across = [f"{_LEFT + (_WIDE - _LEFT) * step / end:.1f}" for step in steps]
 
-    def place(step: int, value: float | None) -> tuple[float, float] | None:
-        return value if value is None else (_LEFT + (_WIDE - _LEFT) * step / end, _TOP + _HIGH * (1 - value / top))
+    def height(value: float) -> str:
+        return f"{_TOP + _HIGH * (1 - value / top):.1f}"
 
     drawn = ""
-    for series, style in lines:
-        for part in _unbroken([place(*one) for one in zip(steps, series)]):
-            drawn += f"<polyline points='{' '.join(f'{x:.1f},{y:.1f}' for x, y in part)}' {style}/>"
-    for step, value, colour in zip(steps, values, colours):
-        x, y = place(step, value)
-        drawn += f"<circle cx='{x:.1f}' cy='{y:.1f}' r='1.8' fill='{colour}'/>"
+    for style, curve in curves:
+        parts: list[list[str]] = [[]]
+        for x, value in zip(across, curve):
+            if value is None:
+                parts.append([])
+            else:
+                parts[-1].append(f"{x},{height(value)}")
+        for part in filter(None, parts):
+            drawn += f"<polyline points='{' '.join(part)}' fill='none' stroke='{BLUE}' {style}/>"
+    for x, value, colour in zip(across, values, colours):
+        drawn += f"<circle cx='{x}' cy='{height(value)}' r='1.8' fill='{colour}'/>"
     return (
         f"<svg role='img' aria-label='{title}' width='{_WIDE}' height='{_TOP + _HIGH + 18}' font-size='11' "
         "style='color:var(--jp-ui-font-color1,currentColor);max-width:100%'>"
@@ -136,14 +130,3 @@ def _panel(
         f"<path d='M{_LEFT} {_TOP}V{_TOP + _HIGH}H{_WIDE}' fill='none' stroke='currentColor' stroke-opacity='.5'/>"
         f"{drawn}</svg>"
     )
-
-
-def _unbroken(points: Sequence[tuple[float, float] | None]) -> list[list[tuple[float, float]]]:
-    """The lines between gaps."""
-    parts: list[list[tuple[float, float]]] = [[]]
-    for point in points:
-        if point is None:
-            parts.append([])
-        else:
-            parts[-1].append(point)
-    return [part for part in parts if part]

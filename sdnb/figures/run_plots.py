@@ -8,42 +8,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 from PIL import Image
 
-from sdnb.figures.chart import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    YELLOW,
-    Chart,
-    dots,
-    grid_of,
-    legend,
-    name_points,
-)
+from sdnb.figures.chart import BLUE, GREY, INK, ORANGE, PHASE_COLOURS, RED, Chart, dots, grid_of, legend, name_points
 from sdnb.metrics.results import Measurements
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS, time_by_phase
 from sdnb.run.folder import SAMPLES, RunFolder
 
-PHASE_COLOURS = {
-    "data": PINK, "encode": ORANGE, "forward": SKY, "backward": BLUE, "optimizer": GREEN, "ema": YELLOW, "other": GREY,
-}  # fmt: skip
 MOST_ROWS = 6
 _MOST_NAMED = 5
 
 
 def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
     """The loss of each step in a faint colour, its running mean, the held-out loss with its 95 % interval, and the
-    target.
-
-    Args:
-        what: the label of the loss axis.
-    """
-    steps, validation = measured.steps, measured.validation
-    last = steps.iloc[-1]
-    caption = f"The running mean ends at {last.running_loss:.4f} (step 1: {steps.loss.iloc[0]:.4f})"
+    target. `what` is the label of the loss axis."""
+    steps, validation, target = measured.steps, measured.validation, measured.config.target_loss
+    caption = f"The running mean ends at {steps.running_loss.iloc[-1]:.4f} (step 1: {steps.loss.iloc[0]:.4f})"
     if len(validation):
         caption += f"; the held-out loss goes from {validation.loss.iloc[0]:.4f} to {validation.loss.iloc[-1]:.4f}"
     chart = Chart("Loss of each optimizer step", caption + ".", 4.0)
@@ -53,8 +31,8 @@ def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
     if len(validation):
         label = f"{int(validation.images.iloc[-1])} held-out images, 95 % interval"
         held_out(axes, validation, fmt="o-", color=RED, lw=1.2, label=label)
-    if measured.config.target_loss is not None:
-        axes.axhline(measured.config.target_loss, color=GREY, ls="--", label=f"target {measured.config.target_loss:g}")
+    if target is not None:
+        axes.axhline(target, color=GREY, ls="--", label=f"target {target:g}")
     axes.set(xlabel="optimizer step", ylabel=what, ylim=(0, None))
     legend(axes)
     return chart
@@ -75,11 +53,9 @@ def step_times(measured: Measurements) -> Chart:
     encoding = full[(full.encoded_images > 0) & cached]
     plain = full[~full.step.isin(encoding.step)]
     steady = full[full.steady]
-    warmup = int((~steps.steady).sum())
-    median = (
-        f"{steady.seconds.median():.3f} s is the median of the full steps after the warm-up; " if len(steady) else ""
-    )
-    caption = f"{median}{len(short)} of {len(steps)} steps are short; {warmup} are warm-up."
+    warmup, median = int((~steps.steady).sum()), steady.seconds.median()
+    caption = f"{median:.3f} s is the median of the full steps after the warm-up; " if len(steady) else ""
+    caption += f"{len(short)} of {len(steps)} steps are short; {warmup} are warm-up."
     if len(slow):
         caption += f" {len(slow)} took much longer than similar steps; the slowest are named."
     chart = Chart("Wall time of each optimizer step", caption, 3.8)
@@ -92,7 +68,7 @@ def step_times(measured: Measurements) -> Chart:
     if warmup:
         axes.axvspan(0.5, warmup + 0.5, color=GREY, alpha=0.2, lw=0, label="warm-up")
     if len(steady):
-        axes.axhline(steady.seconds.median(), color=BLUE, lw=1, alpha=0.6, label="median")
+        axes.axhline(median, color=BLUE, lw=1, alpha=0.6, label="median")
     axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None), xlim=(0.5, len(steps) + 0.5))
     legend(axes, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), columnspacing=1, handletextpad=0.5)
     slowest = slow.nlargest(_MOST_NAMED, "extra_seconds")
@@ -103,15 +79,14 @@ def step_times(measured: Measurements) -> Chart:
 def where_time_goes(measured: Measurements) -> Chart:
     """The mean time of a step by phase."""
     phases = time_by_phase(measured.steps)
-    share = 100 * phases / phases.sum()
-    caption = (
-        f"A step takes {phases.sum():.3f} s; {share.max():.0f} % of it is {share.idxmax()}. Mean of the steady steps."
-    )
+    total = phases.sum()
+    share = 100 * phases / total
+    caption = f"A step takes {total:.3f} s; {share.max():.0f} % of it is {share.idxmax()}. Mean of the steady steps."
     chart = Chart("Where the time of a step goes", caption, 2.9)
     axes = chart.panel()
     axes.barh(phases.index, phases, color=[PHASE_COLOURS[phase] for phase in phases.index])
     for row, (seconds, percent) in enumerate(zip(phases, share)):
-        axes.text(seconds, row, f" {seconds:.3f} s, {percent:.1f} %", va="center", color=axes.xaxis.label.get_color())
+        axes.text(seconds, row, f" {seconds:.3f} s, {percent:.1f} %", va="center", color=INK)
     axes.set(xlabel="seconds per optimizer step", xlim=(0, phases.max() * 1.25))
     axes.invert_yaxis()
     return chart
@@ -122,15 +97,17 @@ def samples(run: RunFolder) -> Chart | None:
     drawn = run.drawn
     if drawn.empty:
         return None
-    prompts, times = list(dict.fromkeys(drawn.prompt)), _spread(sorted(drawn.step.unique()), MOST_ROWS)
+    prompts, steps = list(dict.fromkeys(drawn.prompt)), sorted(drawn.step.unique())
+    # evenly chosen, with the first and the last
+    rows = [steps[round(index)] for index in np.linspace(0, len(steps) - 1, min(MOST_ROWS, len(steps)))]
     images = {(row.step, row.prompt): Image.open(run.folder / SAMPLES / row.file) for row in drawn.itertuples()}
     first = drawn.iloc[0]
     how = f"Seed {first.seed}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."
     if run.model.get("random_weights"):
         how += " The model started from random weights, so its images show nothing yet."
-    labels = ["before" if step == 0 else f"after step {step}" for step in times]
+    labels = ["before" if step == 0 else f"after step {step}" for step in rows]
     return grid_of(
-        [[images.get((step, prompt)) for prompt in prompts] for step in times],
+        [[images.get((step, prompt)) for prompt in prompts] for step in rows],
         "Images drawn from the same noise during the training", how, columns=prompts, rows=labels,
     )  # fmt: skip
 
@@ -138,8 +115,3 @@ def samples(run: RunFolder) -> Chart | None:
 def examples(images: Sequence[Image.Image], captions: Sequence[str], total: int) -> Chart:
     """Some training images with their captions."""
     return grid_of([list(images)], "What it trains on", f"{len(images)} of {total} images.", columns=captions)
-
-
-def _spread(values: list[int], most: int) -> list[int]:
-    """At most so many of the values, evenly chosen, with the first and the last."""
-    return [values[round(index)] for index in np.linspace(0, len(values) - 1, min(most, len(values)))]

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sdnb.errors import ConfigError, SdnbError
 from sdnb.launch.watchdog import end_with_parent
@@ -26,10 +27,9 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """One rank, alone or as `accelerate launch` starts it, with the settings of the command line. It ends the process.
-    It parses the flags first, because loading torch takes seconds."""
+    """Run one rank, and end the process. It parses the flags first, because loading torch takes seconds."""
     gc.disable()  # until everything is loaded: collecting takes a fifth of that time
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = splits = None
     if world > 1:
         end_with_parent()  # when accelerate launch is killed, its ranks would stay
@@ -91,8 +91,8 @@ def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) ->
 
     if rank:
         return train(config)
-    logging.basicConfig(format="%(message)s", handlers=[_AboveTheBar()])
-    with ExitStack() as at_the_end:
+    logging.basicConfig(format="%(message)s")
+    with logging_redirect_tqdm(), ExitStack() as at_the_end:
         bar: tqdm | None = None
 
         def show(record: dict[str, Any], total_steps: int) -> None:
@@ -105,11 +105,6 @@ def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) ->
         train(config, show, splits)
     run = run_folder.RunFolder(run_folder.path_of(config))
     print(measure(run) if len(run.steps) else "there were no steps left", f"in {run.folder}", sep="\n")
-
-
-class _AboveTheBar(logging.StreamHandler):
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _end(message: str, status: int) -> None:

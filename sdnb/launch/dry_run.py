@@ -1,6 +1,7 @@
 """A dry run of the training step on fake tensors: which bytes are alive at which time. It loads no weights, allocates
 nothing, and takes seconds."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,9 +51,7 @@ class Trace:
 
 
 def trace_of(config: TrainConfig, on_gpu: bool, gradient_checkpointing: bool) -> Trace:
-    """Raises:
-    ModelError: if the model is missing.
-    """
+    """Raises ModelError if the model is missing."""
     name = config.pretrained_model_name_or_path
     where = name if name in embedded.ARCHITECTURES else model_folder(config)
     how = config.resolution, config.mixed_precision or "no", on_gpu, gradient_checkpointing
@@ -61,20 +60,22 @@ def trace_of(config: TrainConfig, on_gpu: bool, gradient_checkpointing: bool) ->
 
 @lru_cache
 def _trace(where: str, how: tuple[int, str, bool, bool], cache_dir: str | None) -> Trace:
+    parts = ("unet", "vae", "text_encoder")
+    if where in embedded.ARCHITECTURES:
+        # Not from its folder: building that of SD v1-4 would take minutes. tiny has CLIP's vocabulary here, not its
+        # own: 12 MiB more.
+        architecture = {part: embedded.ARCHITECTURES[where][part] for part in parts}
+    else:
+        architecture = {part: json.loads((Path(where) / part / "config.json").read_text()) for part in parts}
     versions = [version("sdnb"), torch.__version__, diffusers.__version__, transformers.__version__]
-    key = [_configurations(where), how, versions]
-    cached = computed_once("memory", key, lambda: _dry_run(where, *how), cache_dir)
+    cached = computed_once("memory", [architecture, how, versions], lambda: _dry_run(architecture, *how), cache_dir)
     arrays = {name: np.array(cached.pop(name)).T for name in ("encoders", "unet")}
     return Trace(**cached, **arrays)
 
 
-def _configurations(where: str) -> Any:
-    if where in embedded.ARCHITECTURES:
-        return embedded.ARCHITECTURES[where]
-    return [(Path(where) / part / "config.json").read_text() for part in ("unet", "vae", "text_encoder")]
-
-
-def _dry_run(where: str, resolution: int, precision: str, on_gpu: bool, gradient_checkpointing: bool) -> dict[str, Any]:
+def _dry_run(
+    architecture: dict[str, Any], resolution: int, precision: str, on_gpu: bool, gradient_checkpointing: bool
+) -> dict[str, Any]:
     """Run the step on fake tensors, which have shapes and types but no memory. No random number is drawn.
 
     They are CPU tensors also for a GPU, because torch differentiates fake GPU tensors only if there is a GPU. Attention
@@ -83,8 +84,9 @@ def _dry_run(where: str, resolution: int, precision: str, on_gpu: bool, gradient
     """
     dtype = torch.float32 if precision == "no" else torch.bfloat16  # has the size of fp16
     with FakeTensorMode():
-        unet, vae, text_encoder = _build(where)
-        unet.train()
+        unet = UNet2DConditionModel.from_config(architecture["unet"]).train()
+        vae = AutoencoderKL.from_config(architecture["vae"])
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(architecture["text_encoder"]))
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         frozen = [*vae.parameters(), *text_encoder.parameters()]
@@ -114,19 +116,6 @@ def _dry_run(where: str, resolution: int, precision: str, on_gpu: bool, gradient
         encoders=alive.bytes[:encoded],
         unet=alive.bytes[encoded:],
     )
-
-
-def _build(where: str) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel]:
-    if where in embedded.ARCHITECTURES:
-        # Not from its folder: building that of SD v1-4 would take minutes. tiny has CLIP's vocabulary here, not its
-        # own: 12 MiB more.
-        unet, vae, text_encoder = (embedded.ARCHITECTURES[where][part] for part in ("unet", "vae", "text_encoder"))
-        return UNet2DConditionModel(**unet), AutoencoderKL(**vae), CLIPTextModel(CLIPTextConfig(**text_encoder))
-    unet, vae = (
-        cls.from_config(cls.load_config(where, subfolder=part))
-        for cls, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
-    )
-    return unet, vae, CLIPTextModel(CLIPTextConfig.from_pretrained(where, subfolder="text_encoder"))
 
 
 class _AliveBytes(TorchDispatchMode):

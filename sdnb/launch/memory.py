@@ -52,15 +52,9 @@ class Prediction:
 
 def settle(config: TrainConfig, devices: Devices) -> tuple[TrainConfig, Prediction | None]:
     """A copy in which `fold_micro_batches` is set: as many as fit in most of a rank's memory. It counts all memory and
-    not only what is free, so that a machine always folds the same number; fewer only if that much is not free.
-
-    Returns:
-        The settings, and the predicted peak; None if the architecture cannot be predicted.
-
-    Raises:
-        ConfigError: if the predicted peak is above the free memory.
-        ModelError: if the model is missing.
-    """
+    not only what is free, so that a machine always folds the same number; fewer only if that much is not free. Also
+    returns the predicted peak; None if the architecture cannot be predicted. Raises ConfigError if the peak is above
+    the free memory, and ModelError if the model is missing."""
     steps = config.gradient_accumulation_steps
     asked = min(config.fold_micro_batches, steps) if config.fold_micro_batches else None
     all_gib, free_gib = (per_rank(config, devices.type, gib) for gib in (devices.memory_gib, devices.free_gib))
@@ -85,16 +79,9 @@ def per_rank(config: TrainConfig, device_type: str, gib: tuple[float, ...]) -> f
 
 
 def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Prediction:
-    """The peak of a run without `torch.compile` that draws no samples between steps.
-
-    Args:
-        config: with precision and number of ranks resolved.
-        device_type: torch's name, `cuda` or `cpu`.
-        folded: micro-batches that the UNet runs as one batch.
-
-    Raises:
-        ModelError: if the model is missing.
-    """
+    """The peak of a run without `torch.compile` that draws no samples between steps. The precision and the number of
+    ranks must be resolved. `folded`: micro-batches that the UNet runs as one batch. Raises ModelError if the model is
+    missing."""
     on_gpu, several = device_type == "cuda", config.ranks > 1
     trace = trace_of(config, on_gpu, config.gradient_checkpointing)
     weights = 4 * trace.unet_parameters
@@ -135,9 +122,7 @@ def folded_that_fits(config: TrainConfig, device_type: str, memory_gib: float) -
 
 
 def require_fit(config: TrainConfig, device_type: str, free_gib: float, folded: int = 1) -> None:
-    """Raises:
-    ConfigError: if the predicted peak is above `free_gib`. It names the settings that would lower it, and by how much.
-    """
+    """Raise ConfigError if the predicted peak is above `free_gib`, with the settings that would lower it."""
 
     def total_gib(changes: dict[str, Any]) -> float:
         return predict(config.updated(**changes), device_type, changes.get("fold_micro_batches", folded)).total_gib
@@ -174,11 +159,8 @@ def _remedies(config: TrainConfig, device_type: str, folded: int) -> Iterator[li
         yield [{"gradient_checkpointing": True}]
     batch, steps = config.train_batch_size, config.gradient_accumulation_steps
     if batch > 1:
-        yield [
-            {"train_batch_size": smaller, "gradient_accumulation_steps": steps * batch // smaller}
-            for smaller in range(batch - 1, 0, -1)
-            if batch % smaller == 0
-        ]
+        sizes = [size for size in range(batch - 1, 0, -1) if batch % size == 0]
+        yield [{"train_batch_size": size, "gradient_accumulation_steps": steps * batch // size} for size in sizes]
     if config.mixed_precision == "no":
         yield [{"mixed_precision": "fp16" if device_type == "cuda" else "bf16"}]
     if device_type == "cuda":

@@ -19,7 +19,6 @@ from sdnb.launch.plan import Plan
 from sdnb.machine.threads import share
 from sdnb.report.run import Run
 from sdnb.run import folder as run_folder
-from sdnb.settings.config import TrainConfig
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 3.0
@@ -29,16 +28,13 @@ Show = Callable[[str, str, Sequence[dict[str, Any]], bool], None]
 
 
 def launch(plan: Plan, show: Show | None = None) -> Run:
-    """Run the training in a new process, with a rank on every device, and follow it to its end.
-
-    An interrupt of this call ends every rank within seconds. So does the end of this process, whatever the reason.
+    """Run the training in a new process, with a rank on every device, and follow it to its end. An interrupt of this
+    call ends every rank within seconds. So does the end of this process, whatever the reason. Raises RunError if a rank
+    fails, with that rank's traceback. The run folder keeps what was measured.
 
     Args:
         show: gets the progress line, the end of the log, the records so far, and whether the training has ended, twice
             a second. Default: `Live`, which shows them under the cell.
-
-    Raises:
-        RunError: if a rank fails, with that rank's traceback. The run folder keeps what was measured.
     """
     config = plan.config
     folder = run_folder.begin(config, plan.environment) if config.machine_rank == 0 else run_folder.join(config)
@@ -47,7 +43,6 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
     show = show or Live(steps)
     log = run_folder.Tail(folder / run_folder.LOG)
     log.new()  # skips earlier attempts
-
     ends_with_us, held_here = os.pipe()
     try:
         process = _start(plan, folder, ends_with_us)
@@ -66,26 +61,20 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
 
 
 def _start(plan: Plan, folder: Path, ends_with_us: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "sdnb.launch.ranks", str(folder), str(ends_with_us)]
+    token = {"HF_TOKEN": plan.config.hub_token.get_secret_value()} if plan.config.hub_token else {}
+    environment = {**_process_environment(plan), **os.environ, **token}
     with (folder / run_folder.LOG).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sdnb.launch.ranks", str(folder), str(ends_with_us)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env={**_process_environment(plan), **os.environ, **_token(plan.config)},
-            pass_fds=(ends_with_us,),
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=(ends_with_us,),
             start_new_session=True,  # its own process group, so that all of it can be ended
-        )
+        )  # fmt: skip
     os.close(ends_with_us)
     config = plan.config.updated(output_dir=str(folder)).model_dump(mode="json", exclude={"hub_token"})
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin:  # if it has ended already, its log says why
         process.stdin.write(json.dumps(config).encode())
     return process
-
-
-def _token(config: TrainConfig) -> dict[str, str]:
-    return {"HF_TOKEN": config.hub_token.get_secret_value()} if config.hub_token else {}
 
 
 def _process_environment(plan: Plan) -> dict[str, str]:
@@ -101,13 +90,9 @@ def _process_environment(plan: Plan) -> dict[str, str]:
 
 
 def _follow(
-    process: subprocess.Popen[bytes],
-    run: Run,
-    log: run_folder.Tail,
-    steps: int,
-    records: list[dict[str, Any]],
+    process: subprocess.Popen[bytes], run: Run, log: run_folder.Tail, steps: int, records: list[dict[str, Any]],
     show: Show,
-) -> None:
+) -> None:  # fmt: skip
     recorded = run_folder.Tail(run.folder / run_folder.STEPS)
     lines: deque[str] = deque(maxlen=LOG_LINES)
     warnings: list[str] = []
@@ -129,21 +114,18 @@ def _follow(
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the process and all its ranks."""
-    for kill, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+    for kill in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, kill)
         except ProcessLookupError:
             return
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
 
 
 def _explain(process: subprocess.Popen[bytes], run: Run) -> str:
     saved = f"The measurements so far ({len(run.steps)} steps) and the log are in {run.folder}"
-    failure = run.failure
-    if failure:
+    if failure := run.failure:
         return f"rank {failure['rank']} failed: {failure['what']}\n{failure['details'].rstrip()}\n{saved}"
     how = f"was killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "failed"
     log_end = "\n".join(run.log.rstrip().splitlines()[-20:])

@@ -41,7 +41,7 @@ class Plan:
             where = f"each on {devices['names'][0]} with {devices['memory_gib'][0]} GiB"
         repeats = f", {epoch.images - count} of them repeats that fill the last round" if epoch.images > count else ""
         skipped = f", {count - epoch.images} are skipped" if epoch.images < count else ""
-        return {
+        facts = {
             "model": config.pretrained_model_name_or_path,
             "data": f"{config.dataset_name or config.train_data_dir}: {count} to train on, {held_out} held out",
             "runs on": f"{ranks}, {where}",
@@ -51,19 +51,15 @@ class Plan:
             "an epoch": f"{epoch.micro_batches} micro-batches per rank, {epoch.steps:g} optimizer steps, "
             f"{epoch.short_steps} of them short; {epoch.images} images{repeats}{skipped}",
             "the training": f"{steps} steps, {steps / epoch.steps:.1f} epochs",
-            **self._memory,
-            **({"resumes": f"after step {self.resumes_after}"} if self.resumes_after else {}),
         }
-
-    @property
-    def _memory(self) -> dict[str, str]:
-        folded = self.config.fold_micro_batches or 1
-        facts = {"micro-batches": f"{folded} of a step run as one batch"} if folded > 1 else {}
+        if (folded := config.fold_micro_batches or 1) > 1:
+            facts["micro-batches"] = f"{folded} of a step run as one batch"
         if self.predicted is not None:
-            devices = self.environment["devices"]
-            free_gib = memory.per_rank(self.config, devices["type"], devices["free_gib"])
-            source = "free" if self.config.memory_gib is None else "allowed by memory_gib"
+            free_gib = memory.per_rank(config, devices["type"], devices["free_gib"])
+            source = "free" if config.memory_gib is None else "allowed by memory_gib"
             facts["memory"] = f"{self.predicted.total_gib:.1f} GiB per rank predicted, {free_gib:.1f} GiB {source}"
+        if self.resumes_after:
+            facts["resumes"] = f"after step {self.resumes_after}"
         return facts
 
     def sample_examples(self, count: int) -> tuple[list[Image.Image], list[str], int]:
@@ -74,10 +70,8 @@ class Plan:
 
     def _repr_html_(self) -> str:
         settings = {name: value for name, value in self.config.model_dump().items() if value is not None}
-        facts, all_settings = (
-            html_table(pd.DataFrame({"": rows.values()}, index=list(rows)), header=False)
-            for rows in (self.facts, settings)
-        )
+        tables = [pd.DataFrame({"": rows.values()}, index=list(rows)) for rows in (self.facts, settings)]
+        facts, all_settings = (html_table(table, header=False) for table in tables)
         folded = f"<summary>All {len(settings)} settings</summary>{all_settings}"
         return f"{facts}<details class='plan-settings'>{folded}</details>"
 
@@ -86,11 +80,8 @@ class Plan:
 
 
 def prepare(config: TrainConfig) -> Plan:
-    """Complete the settings for this machine, and load the data, before anything is launched.
-
-    Raises:
-        SdnbError: if the machine, its memory, the model or the data do not allow the run.
-    """
+    """Complete the settings for this machine, and load the data, before anything is launched. Raises SdnbError if the
+    machine, its memory, the model or the data do not allow the run."""
     seen = environment.capture()
     devices = seen["devices"]
     config = config.resolved(devices["type"], len(devices["names"]), devices["bf16"])
@@ -105,9 +96,7 @@ def prepare(config: TrainConfig) -> Plan:
 
 
 def _require_port(config: TrainConfig) -> None:
-    """Raises:
-    ConfigError: if another program listens on the port where the ranks meet: they might wait for ever.
-    """
+    """Raise ConfigError if another program listens on the port where the ranks meet: they might wait for ever."""
     port = config.meeting_port
     if port and config.machine_rank == 0 and config.ranks > 1:
         with socket.socket() as probe:

@@ -51,15 +51,10 @@ def main() -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the launcher prints "2 CUDAs" for CPU ranks, too
             notebook_launcher(
-                _rank,
-                args=(config,),
-                num_processes=config.ranks_here,
-                num_nodes=config.num_machines,
-                node_rank=config.machine_rank,
-                mixed_precision=config.mixed_precision,
-                master_addr=address,
+                _rank, (config,), num_processes=config.ranks_here, num_nodes=config.num_machines,
+                node_rank=config.machine_rank, mixed_precision=config.mixed_precision, master_addr=address,
                 use_port=port,
-            )
+            )  # fmt: skip
     except Exception as error:
         rank, exit_code = first_failure(error)
         if exit_code < 0:  # a rank that was killed could not write its own

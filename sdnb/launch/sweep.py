@@ -48,20 +48,14 @@ class Sweep:
 
 
 def load(path: str | Path) -> Sweep:
-    """Raises:
-    ConfigError: if the file has no grid, or its settings are wrong.
-    """
+    """Raises ConfigError if the file has no grid, or its settings are wrong."""
     source = Path(path)
     try:
         read = yaml.safe_load(source.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     grid = read.pop("grid", None) if isinstance(read, dict) else None
-    if (
-        not isinstance(grid, dict)
-        or not grid
-        or not all(isinstance(values, list) and values for values in grid.values())
-    ):
+    if not (isinstance(grid, dict) and grid and all(isinstance(one, list) and one for one in grid.values())):
         raise ConfigError(f"{path}: has no grid: settings under `grid:`, each with a list of values, such as [1, 2, 4]")
     if both := set(grid) & set(read):
         raise ConfigError(f"{path}: {', '.join(sorted(both))}: both in the grid and beside it; remove one")
@@ -81,17 +75,9 @@ def load(path: str | Path) -> Sweep:
 def run(
     sweep: Sweep, folder: str | Path | None = None, say: Callable[[str], None] = print
 ) -> tuple[Path, dict[str, str]]:
-    """Run what is not complete yet, and then the comparison, as a notebook and as a page.
-
-    Args:
-        folder: for the runs; default: `runs/<name of the sweep>`.
-
-    Returns:
-        The page, and for each failed run the reason.
-
-    Raises:
-        RunError: if fewer than two succeeded, so that there is nothing to compare.
-    """
+    """Run what is not complete yet in `folder` (default: `runs/<name of the sweep>`), and then the comparison, as a
+    notebook and as a page. Returns the page, and for each failed run the reason. Raises RunError if fewer than two
+    succeeded, so that there is nothing to compare."""
     target = Path(folder).expanduser().absolute() if folder else PROJECT / "runs" / sweep.name
     failed: dict[str, str] = {}
     for number, (name, settings) in enumerate(sweep.runs.items(), 1):
@@ -105,19 +91,17 @@ def run(
             before = len(list(target.glob(f"{glob.escape(name)}.before-*")))
             where.rename(target / f"{name}.before-{before + 1}")
         where.mkdir(parents=True)
-        reason = _execute(NOTEBOOK, where / EXECUTED, parameters)
-        if reason:
+        if reason := _execute(NOTEBOOK, where / EXECUTED, parameters):
             failed[name] = reason
             say(f"    failed: {reason}")
     complete = [str(target / name) for name in sweep.runs if name not in failed]
     if len(complete) < 2:
         raise RunError(f"{target}: only {len(complete)} of {len(sweep.runs)} runs succeeded, too few to compare")
     notebook = target / "comparison.ipynb"
-    reason = _execute(COMPARISON, notebook, {"runs": complete, "swept": list(sweep.swept)})
-    if reason:
+    if reason := _execute(COMPARISON, notebook, {"runs": complete, "swept": list(sweep.swept)}):
         raise RunError(f"{notebook}: {reason}")
     title = f"{sweep.name}: {len(complete)} runs over {', '.join(sweep.swept)}"
-    besides = {"title": title, "reproduce": [f"python -m sdnb sweep {shlex.quote(sweep.file)}"]}
+    besides = {"title": title, "reproduce": [f"sdnb sweep {shlex.quote(sweep.file)}"]}
     page, _ = write_page(notebook, target / f"{sweep.name}.html", besides)
     return page, failed
 
@@ -126,28 +110,15 @@ def _is_complete(where: Path, parameters: dict[str, Any]) -> bool:
     """Whether the folder has a complete run with these parameters."""
     if not all((where / name).exists() for name in (SUMMARY, EXECUTED)):
         return False
-    executed = nbformat.read(where / EXECUTED, as_version=4)
-    return executed.metadata.papermill.parameters == parameters
+    return nbformat.read(where / EXECUTED, as_version=4).metadata.papermill.parameters == parameters
 
 
 def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | None:
     """Execute a notebook in another process. Returns the last line of an error, if there was one."""
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(notebook),
-        str(out),
-        "--no-progress-bar",
-        "-b",
-        _encoded(parameters),
-    ]
+    encoded = base64.b64encode(yaml.safe_dump(parameters).encode()).decode()
+    command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar", "-b", encoded]
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.returncode:
         return None
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "unknown reason")
-
-
-def _encoded(parameters: dict[str, Any]) -> str:
-    return base64.b64encode(yaml.safe_dump(parameters).encode()).decode()

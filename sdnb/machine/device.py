@@ -6,25 +6,21 @@ import math
 import os
 import re
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sdnb.machine import onednn_linear
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
-
-_SIDES = {"cuda": 8192, "cpu": 1024}  # of the matrices: large enough to keep the device busy
 _ROUNDS, _PRODUCTS = 3, 4  # products per round, at least
 _ROUND_SECONDS = 0.1  # about, at least
-_TOO_LONG = 0.5  # seconds for one product: then one is enough
+_TOO_LONG = 0.5  # seconds for one product, as on a processor without half precision: then one is enough
 
 
 def measured_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of products of two square matrices on the device, in TFLOP/s: the fastest of a few rounds, with the
-    faster library."""
-    side = _SIDES.get(device.type, _SIDES["cuda"])
+    """The rate of square matrix products on the device, in TFLOP/s: of the fastest round, with the faster library."""
+    side = 1024 if device.type == "cpu" else 8192  # large enough to keep the device busy
     # Random, as in a model: with zeros an A100 draws less power, and reached 295 TFLOP/s instead of 257
     # (thonking.ai/p/strangely-matrix-multiplications).
     generator = torch.Generator(device).manual_seed(0)
@@ -40,7 +36,6 @@ def measured_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
         return (time.perf_counter() - began) / products
 
     once = min(seconds(1), seconds(1))  # the first is a warm-up
-    # A processor without half precision takes seconds for one product.
     products = max(_PRODUCTS, math.ceil(_ROUND_SECONDS / once))
     fastest = once if once > _TOO_LONG else min(seconds(products) for _ in range(_ROUNDS))
     return 2 * side**3 / fastest / 1e12
@@ -59,8 +54,8 @@ def keep_freed_memory() -> None:
         return
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
+        mallopt(-4, 0)  # M_MMAP_MAX in glibc's malloc.h
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def release_freed_memory() -> None:
@@ -72,11 +67,10 @@ def release_freed_memory() -> None:
 
 
 class EnergyMeter:
-    """Reads the energy counter of a GPU through NVML (NVIDIA since Volta, package nvidia-ml-py). False if there is
-    none."""
+    """The energy counter of a GPU, read through NVML (NVIDIA since Volta, nvidia-ml-py). False if there is none."""
 
     def __init__(self, device: torch.device) -> None:
-        self._handle, self._device = None, device
+        self._device, self._read = device, None
         if device.type != "cuda" or torch.version.hip:
             return
         with contextlib.suppress(Exception):  # no driver, no counter, or a torch that does not know the UUID
@@ -84,31 +78,26 @@ class EnergyMeter:
 
             pynvml.nvmlInit()
             uuid = torch.cuda.get_device_properties(device).uuid
-            self._nvml, handle = pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            self._before = self._joules(handle)
-            self._handle = handle
+            read = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+            self._before = read() / 1000
+            self._read = read
 
     def __bool__(self) -> bool:
-        return self._handle is not None
+        return self._read is not None
 
     def joules(self) -> float:
         """Energy since the last call, in J; NaN without a counter. It waits for the device."""
         if not self:
-            return float("nan")
+            return math.nan
         _synchronize(self._device)
-        before, self._before = self._before, self._joules(self._handle)
+        before, self._before = self._before, self._read() / 1000
         return self._before - before
-
-    def _joules(self, handle: Any) -> float:
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
 
 
 def peak_bytes(device: torch.device) -> tuple[int, int]:
-    """The peak memory of this process so far: allocated, and reserved for that. On a CPU both are its resident
-    memory."""
+    """The peak memory of this process so far: allocated, and reserved. On a CPU both are its resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     # ru_maxrss would not do: it starts with the value of the parent process.
-    status = Path("/proc/self/status").read_text()
-    resident = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    resident = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     return resident, resident

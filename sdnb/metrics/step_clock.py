@@ -17,18 +17,12 @@ class Moment(NamedTuple):
 
 
 class StepClock:
-    """Times the phases of a step on the device, and the whole step on the wall clock.
-
-    On a GPU the end of a phase is an event. It costs the host some microseconds and the device nothing. The events are
-    read once a step, when the device is idle because the step's results have been read.
-    """
+    """Times the phases of a step on the device, and the whole step on the wall clock. On a GPU the end of a phase is an
+    event. It costs the host some microseconds and the device nothing. The events are read once a step, when the device
+    is idle because the step's results have been read."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        if self._on_gpu:
-            from torch.cuda import Event
-
-            self._event = Event
         self.restart()
 
     def restart(self) -> None:
@@ -40,11 +34,8 @@ class StepClock:
         self._ends.append((phase, self._now()))
 
     def read(self) -> tuple[float, dict[str, float]]:
-        """End the step and start the next one.
-
-        Returns:
-            The step's seconds on the wall clock, and the seconds of each phase; `other` is the rest.
-        """
+        """End the step and start the next one. Returns the step's seconds on the wall clock, and the seconds of each
+        phase; `other` is the rest."""
         end_of_step = self._now()
         seconds = end_of_step.wall - self._ends[0][1].wall
         if self._on_gpu:
@@ -57,9 +48,10 @@ class StepClock:
         return seconds, phases
 
     def _now(self) -> Moment:
-        wall = time.perf_counter()
-        if not self._on_gpu:
-            return Moment(wall, None)
-        event = self._event(enable_timing=True)
-        event.record()
+        wall, event = time.perf_counter(), None
+        if self._on_gpu:
+            import torch
+
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
         return Moment(wall, event)

@@ -1,6 +1,5 @@
 """The step records, classified: warm-up, short steps, slow steps, phases. Reads no files and draws nothing."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,17 +18,14 @@ def mark(steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] 
     weighted by images). If a run did not record `encoded_images` and `encoded_captions`, it encoded all images."""
     if steps.empty:
         return steps.assign(short=[], steady=[], running_loss=[])
-    window = steps.images.rolling(RUNNING_MEAN_STEPS, min_periods=1)
-    weighted = (steps.loss * steps.images).rolling(RUNNING_MEAN_STEPS, min_periods=1).sum()
-    not_finite = steps.loss.isna().rolling(RUNNING_MEAN_STEPS, min_periods=1).max() > 0
-    weighted[not_finite] = math.nan
-    every = steps.images  # as in the reference
+    windows = pd.DataFrame({"images": steps.images, "loss": steps.loss * steps.images, "unknown": steps.loss.isna()})
+    sums = windows.rolling(RUNNING_MEAN_STEPS, min_periods=1).sum()
     return steps.assign(
-        encoded_images=steps.get("encoded_images", every),
-        encoded_captions=steps.get("encoded_captions", every),
+        encoded_images=steps.get("encoded_images", steps.images),
+        encoded_captions=steps.get("encoded_captions", steps.images),
         short=steps.images < config.global_batch,
         steady=(np.arange(len(steps)) >= warmup_steps(len(steps))) & ~(steps.step - 1).isin(resumed_after),
-        running_loss=weighted / window.sum(),
+        running_loss=(sums.loss / sums.images).where(sums.unknown == 0),
     )
 
 
@@ -46,16 +42,9 @@ def time_by_phase(steps: pd.DataFrame) -> pd.Series:
 
 def slow_steps(steps: pd.DataFrame, measured_at: Sequence[int], checkpointing_steps: int) -> pd.DataFrame:
     """The full steps after the warm-up that took much longer than similar ones: by a tenth of the median and by five
-    median deviations. Steps that encode images are compared with each other, and so are those that do not.
-
-    Args:
-        steps: marked.
-        measured_at: steps after which the held-out loss was measured.
-        checkpointing_steps: steps between two checkpoints.
-
-    Returns:
-        Columns `step`, `seconds`, `extra_seconds` over the median, and `because`, the reason as far as it is known.
-    """
+    median deviations. Steps that encode images are compared with each other, and so are those that do not. The steps
+    are marked, and the held-out loss was measured after those in `measured_at`. The result has the columns `step`,
+    `seconds`, `extra_seconds` over the median, and `because`, the reason as far as it is known."""
     steady = steps[steps.steady & ~steps.short]
     found = []
     for similar in (steady[steady.encoded_images > 0], steady[steady.encoded_images == 0]):

@@ -14,39 +14,35 @@ class EMA(EMAModel):
     """diffusers' EMAModel. It can stay in host memory between steps, and saving it draws no random numbers."""
 
     def __init__(self, unet: UNet2DConditionModel, offload: bool = False, fused: bool = True) -> None:
-        """Args:
-        unet: its weights are the average's first value.
-        offload: keep the average in pinned host memory between steps, if the device is a GPU.
-        fused: update all weights in one pass over memory.
-        """
+        """The UNet's weights are the average's first value. `offload` keeps the average in pinned host memory between
+        steps, if the device is a GPU. `fused` updates all weights in one pass over memory."""
         super().__init__(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
         self._offload, self._fused = offload, fused
 
     def settle(self, device: torch.device) -> None:
         """Move to where the average stays between steps: the device, or with `offload` the host."""
         self._device = device
-        if self._offload and device.type == "cuda":
+        self._offload = self._offload and device.type == "cuda"
+        if self._offload:
             self.shadow_params = [average.to("cpu").pin_memory() for average in self.shadow_params]
         else:
             self.to(device)
 
-    def step(self, parameters: Iterator[torch.nn.Parameter]) -> None:
-        if not (self._offload and self._device.type == "cuda"):
-            return self._average(parameters)
-        kept = self.shadow_params
-        self.shadow_params = [average.to(self._device, non_blocking=True) for average in kept]
-        self._average(parameters)
-        for average, now in zip(kept, self.shadow_params):
-            average.copy_(now, non_blocking=True)
-        self.shadow_params = kept
-
     @torch.no_grad()
-    def _average(self, parameters: Iterator[torch.nn.Parameter]) -> None:
-        if not self._fused:
-            return super().step(parameters)
-        self.optimization_step += 1
-        self.cur_decay_value = self.get_decay(self.optimization_step)
-        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+    def step(self, parameters: Iterator[torch.nn.Parameter]) -> None:
+        kept = self.shadow_params
+        if self._offload:
+            self.shadow_params = [average.to(self._device, non_blocking=True) for average in kept]
+        if self._fused:
+            self.optimization_step += 1
+            self.cur_decay_value = self.get_decay(self.optimization_step)
+            torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+        else:
+            super().step(parameters)
+        if self._offload:
+            for average, now in zip(kept, self.shadow_params):
+                average.copy_(now, non_blocking=True)
+            self.shadow_params = kept
 
     @contextmanager
     def applied_to(self, unet: torch.nn.Module) -> Iterator[None]:
@@ -65,9 +61,10 @@ class EMA(EMAModel):
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(self.model_config)
         unet.register_to_config(**state)
-        names = [name for name, _ in unet.named_parameters()]
-        averages = [average.contiguous() for average in self.shadow_params]
-        unet.load_state_dict(dict(zip(names, averages)), assign=True)
+        averages = {
+            name: average.contiguous() for (name, _), average in zip(unet.named_parameters(), self.shadow_params)
+        }
+        unet.load_state_dict(averages, assign=True)
         unet.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:

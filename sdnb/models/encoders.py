@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,10 +36,7 @@ class Encoders:
     """
 
     def __init__(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, device: torch.device) -> None:
-        """Args:
-        examples: the images and captions of all micro-batches.
-        """
-        assert config.mixed_precision is not None
+        """`examples` are the images and captions of all micro-batches."""
         dtype = WEIGHT_DTYPES[config.mixed_precision]
         self.device, self.examples = device, examples
         self.vae = parts.vae.to(device, dtype)
@@ -51,16 +47,11 @@ class Encoders:
         self._memory_layouts: dict[int, Tensor] = {}
         self.encoded_images = self.encoded_captions = 0
         self._warned = False
-        reason = _why_not_cached(config)
-        if reason is None:
-            try:
-                self._open_caches(parts, config, dtype)
-            except CacheError as error:
-                reason = str(error)
-        if reason is not None:
-            logger.info("the encoders run for every micro-batch: %s", reason)
-        else:
+        try:
+            self._open_caches(parts, config, dtype)
             self._memory_layout(config.train_batch_size)  # now, so that the memory it takes is released before the run
+        except CacheError as reason:
+            logger.info("the encoders run for every micro-batch: %s", reason)
 
     def __call__(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Moments [batch, 2 × channels, h, w], the mean and the logarithm of the variance, and hidden states [batch,
@@ -125,9 +116,7 @@ class Encoders:
 
     def _to_device(self, values: Tensor) -> Tensor:
         """Copies without waiting for the device."""
-        if self.device.type == "cuda":
-            values = values.pin_memory()
-        return values.to(self.device, non_blocking=True)
+        return (values.pin_memory() if self.device.type == "cuda" else values).to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def _encode_images(self, pixels: Tensor) -> Tensor:
@@ -147,43 +136,33 @@ class Encoders:
         return self._memory_layouts[batch_size]
 
     def _open_caches(self, parts: Parts, config: TrainConfig, dtype: torch.dtype) -> None:
+        """Raises CacheError if the encodings cannot be cached."""
+        if not config.encoder_cache_gib:
+            raise CacheError("encoder_cache_gib is 0")
+        if not config.center_crop:
+            raise CacheError("the crop is random (center_crop is not set), so no image occurs twice")
         examples, captions = self.examples, self.examples.distinct_captions
         side = config.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
         moments = (2 * parts.vae.config.latent_channels, side, side)
         hidden_states = (parts.tokenizer.model_max_length, parts.text_encoder.config.hidden_size)
-        folder: Path = cache_root(config.cache_dir) / "encodings"
+        folder = cache_root(config.cache_dir) / "encodings"
         limit = config.encoder_cache_gib * 2**30
         needed = size_of(examples.views, moments, dtype) + size_of(len(captions), hidden_states, dtype)
         if needed > limit:
-            raise CacheError(
-                f"the cache of their outputs needs {needed / 2**30:.2f} GiB, and encoder_cache_gib is "
-                f"{config.encoder_cache_gib:g}"
-            )
-        self.token_ids = torch.cat(
-            [tokenize(parts.tokenizer, captions[start : start + 1000]) for start in range(0, len(captions), 1000)]
-        )
+            size = f"{needed / 2**30:.2f} GiB"
+            raise CacheError(f"the cache of their outputs needs {size}, and encoder_cache_gib is {limit / 2**30:g}")
+        thousands = [captions[start : start + 1000] for start in range(0, len(captions), 1000)]
+        self.token_ids = torch.cat([tokenize(parts.tokenizer, some) for some in thousands])
         packages = [f"{name} {environment.version_of(name)}" for name in _PACKAGES]
         computed_with = [str(dtype), f"TF32 {config.allow_tf32}", environment.devices().names[0], *packages]
+        key = json.dumps([*computed_with, _digest(parts.vae), examples.pixels_digest()])
+        images = EncodingCache(folder, "moments", key, examples.views, moments, dtype, limit)
         token_ids = hashlib.sha256(self.token_ids.numpy()).hexdigest()
-        tables = (
-            ("moments", [*computed_with, _digest(parts.vae), examples.pixels_digest()], examples.views, moments),
-            ("hidden_states", [*computed_with, _digest(parts.text_encoder), token_ids], len(captions), hidden_states),
-        )
-        self.moments, self.hidden_states = (
-            EncodingCache(folder, kind, json.dumps(key), rows, shape, dtype, limit) for kind, key, rows, shape in tables
-        )
-        logger.info(
-            "the encoders run once for each of %d images (with mirror images) and %d captions; cache: %s",
-            examples.views, len(captions), folder,
-        )  # fmt: skip
-
-
-def _why_not_cached(config: TrainConfig) -> str | None:
-    if not config.encoder_cache_gib:
-        return "encoder_cache_gib is 0"
-    if not config.center_crop:
-        return "the crop is random (center_crop is not set), so no image occurs twice"
-    return None
+        key = json.dumps([*computed_with, _digest(parts.text_encoder), token_ids])
+        self.hidden_states = EncodingCache(folder, "hidden_states", key, len(captions), hidden_states, dtype, limit)
+        self.moments = images  # only with both of them
+        message = "the encoders run once for each of %d images (with mirror images) and %d captions; cache: %s"
+        logger.info(message, examples.views, len(captions), folder)
 
 
 def _digest(model: torch.nn.Module) -> str:

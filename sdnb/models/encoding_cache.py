@@ -28,18 +28,11 @@ class EncodingCache:
     def __init__(
         self, folder: Path, kind: str, key: str, rows: int, shape: tuple[int, ...], dtype: torch.dtype, limit: float
     ) -> None:
-        """Open the cache, or make it with every row absent.
-
-        Args:
-            kind: first part of the file's name.
-            key: everything that the rows depend on; another key is another file.
-            rows: how many rows there can be, each of `shape` and `dtype`.
-            limit: bytes that all caches in the folder may have together. To make room, the least recently used ones are
-                removed. A process that has one of them open keeps it until the process ends.
-
-        Raises:
-            CacheError: if the cache is larger than the limit, or the file cannot be made, such as on a full disk.
-        """
+        """Open the cache, or make it with every row absent. It has room for `rows` rows of `shape` and `dtype`. The
+        file's name begins with `kind`. `key` is everything that the rows depend on; another key is another file. All
+        caches in the folder may have `limit` bytes together. To make room, the least recently used ones are removed. A
+        process that has one of them open keeps it until the process ends. Raises CacheError if the cache is larger than
+        the limit, or the file cannot be made, such as on a full disk."""
         self._arguments = (folder, kind, key, rows, shape, dtype, limit)
         self.shape, self.dtype = shape, dtype
         header = hashlib.sha256(repr((key, rows, shape, dtype)).encode()).digest().ljust(_HEADER_BYTES, b"\0")
@@ -76,15 +69,10 @@ class EncodingCache:
         return torch.from_numpy(array).view(self.dtype).view(self.shape)
 
     def write(self, row: int, values: Tensor) -> None:
-        """Store `values`, of the cache's shape and dtype, in host memory.
-
-        Raises:
-            OSError: if they cannot be written.
-        """
+        """Store `values`, of the cache's shape and dtype, in host memory. Raises OSError if they cannot be written."""
         array = values.contiguous().view(-1).view(torch.uint8).numpy()
         os.pwrite(self._file.fileno(), array, self._offset(row))
-        checksum = _checksum(array).to_bytes(_CHECKSUM_BYTES, "little")
-        os.pwrite(self._file.fileno(), checksum, _checksum_offset(row))
+        os.pwrite(self._file.fileno(), _checksum(array).to_bytes(_CHECKSUM_BYTES, "little"), _checksum_offset(row))
 
     def _stored_checksum(self, row: int) -> int:
         """0 if the row is absent."""
@@ -127,13 +115,10 @@ def _is_complete(path: Path, header: bytes, size: int) -> bool:
 
 
 def _make(path: Path, header: bytes, size: int) -> None:
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as aside:
+        whole = Path(aside, path.name)
+        with whole.open("wb") as file:
             # Allocate all of it now: a later write may fail on a full disk.
             os.posix_fallocate(file.fileno(), 0, size)
             file.write(header)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+        whole.replace(path)

@@ -18,32 +18,24 @@ def describe_model(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     """Parameters, FLOP per image, and whether the model started from random weights: the content of model.json."""
     configurations = [repr(part.config) for part in (parts.unet, parts.vae, parts.text_encoder)]
     architecture = [configurations, parts.tokenizer.model_max_length, torch.__version__, diffusers.__version__]
+    key = [architecture, config.resolution]
     return {
         "random_weights": has_random_weights(config),
         "parameters": parameter_counts(parts),
         "flop_per_image": computed_once(
-            "flop",
-            [architecture, config.resolution],
-            lambda: flop_per_image(parts, config.resolution),
-            config.cache_dir,
+            "flop", key, lambda: flop_per_image(parts, config.resolution), config.cache_dir
         ),
     }
 
 
 def parameter_counts(parts: Parts) -> dict[str, int]:
     """The parameters of the UNet, the VAE and the text encoder."""
-    return {
-        part: sum(parameter.numel() for parameter in getattr(parts, part).parameters())
-        for part in ("unet", "vae", "text_encoder")
-    }
+    return {part: getattr(parts, part).num_parameters() for part in ("unet", "vae", "text_encoder")}
 
 
 def flop_per_image(parts: Parts, resolution: int) -> dict[str, float]:
-    """Floating-point operations per training image, counted on the meta device, which needs no memory.
-
-    Returns:
-        `unet_forward`, `unet_training` (forward and backward), `vae_encoder` and `text_encoder`, in FLOP.
-    """
+    """Floating-point operations per training image, counted on the meta device, which needs no memory. `unet_training`
+    is forward and backward."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(parts.unet.config)
         vae = AutoencoderKL.from_config(parts.vae.config)

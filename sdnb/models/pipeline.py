@@ -1,6 +1,8 @@
 """The five parts of a Stable Diffusion pipeline: loaded, and assembled again to be saved."""
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,6 @@ from sdnb.settings.config import TrainConfig
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
-FOLDERS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-
 
 @dataclass
 class Parts:
@@ -42,18 +42,15 @@ def has_random_weights(config: TrainConfig) -> bool:
 
 
 def model_folder(config: TrainConfig) -> str:
-    """The folder to load from. An embedded model is built, and a model of the hub is downloaded, once.
-
-    Raises:
-        ModelError: if the folder lacks a part, or the name is neither a folder nor a model of the hub.
-    """
+    """The folder to load from. An embedded model is built, and a model of the hub is downloaded, once. Raises
+    ModelError if the folder lacks a part, or the name is neither a folder nor a model of the hub."""
     name = config.pretrained_model_name_or_path
     if name in embedded.ARCHITECTURES:
         return str(embedded.folder(name, config.cache_dir))
     folder = Path(name).expanduser()
     if folder.is_dir():
-        missing = [part for part in FOLDERS if not (folder / part).is_dir()]
-        if missing:
+        needed = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+        if missing := [part for part in needed if not (folder / part).is_dir()]:
             there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise ModelError(
                 f"model {name}: the folder has no {', '.join(f'{part}/' for part in missing)}; it contains: {there}. "
@@ -64,60 +61,48 @@ def model_folder(config: TrainConfig) -> str:
         near = difflib.get_close_matches(name, embedded.ARCHITECTURES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"embedded models: {', '.join(embedded.ARCHITECTURES)}"
         raise ModelError(f"model {name}: there is no such folder, and it is not a hub id (owner/name); {hint}")
-    try:
-        return StableDiffusionPipeline.download(
-            name, revision=config.revision, cache_dir=config.cache_dir, **_weights(config)
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _cannot_be_loaded(config, "pipeline", error) from error
+    with _loading("pipeline", config):
+        hub = dict(revision=config.revision, cache_dir=config.cache_dir)
+        return StableDiffusionPipeline.download(name, **hub, **_weights(config))
 
 
 def load_parts(config: TrainConfig) -> Parts:
-    """The model's parts on the CPU in float32. VAE and text encoder are frozen, the UNet is in training mode.
-
-    Raises:
-        ModelError: if a part is missing or cannot be loaded.
-    """
+    """The model's parts on the CPU in float32. VAE and text encoder are frozen, the UNet is in training mode. Raises
+    ModelError if a part is missing or cannot be loaded."""
     where = model_folder(config)
     text_encoder = _load(CLIPTextModel, "text_encoder", where, config, **_weights(config)).requires_grad_(False)
     tokenizer = _load(CLIPTokenizer, "tokenizer", where, config)
-    if not tokenizer.get_vocab().keys() - set(
-        tokenizer.all_special_tokens
-    ):  # transformers makes an empty tokenizer of no files
+    # transformers makes an empty tokenizer of no files.
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
         raise ModelError(f"model {config.pretrained_model_name_or_path}: its tokenizer has no vocabulary files")
-    return Parts(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=_load(AutoencoderKL, "vae", where, config, **_weights(config)).requires_grad_(False),
-        unet=_unet(where, config).train(),
-        noise_scheduler=_load(DDPMScheduler, "scheduler", where, config),
-    )
+    vae = _load(AutoencoderKL, "vae", where, config, **_weights(config)).requires_grad_(False)
+    unet = _unet(where, config).train()
+    return Parts(tokenizer, text_encoder, vae, unet, _load(DDPMScheduler, "scheduler", where, config))
 
 
 def _unet(where: str, config: TrainConfig) -> UNet2DConditionModel:
     """The UNet to train. As in the reference, `variant` does not apply to it, and `non_ema_revision` applies only to
     it. If a folder has only the variant, that is loaded."""
-    if config.variant is None and config.non_ema_revision in (None, config.revision):
-        return _load(UNet2DConditionModel, "unet", where, config, use_safetensors=True)
     name = config.pretrained_model_name_or_path
-    if name in embedded.ARCHITECTURES or Path(name).expanduser().is_dir():
+    in_folder = name in embedded.ARCHITECTURES or Path(name).expanduser().is_dir()
+    if in_folder or _ema_starts_with_unet(config):
         plain = (Path(where) / "unet" / SAFETENSORS_WEIGHTS_NAME).exists()
         weights = dict(use_safetensors=True) if plain else _weights(config)
         return _load(UNet2DConditionModel, "unet", where, config, **weights)
-    revision = config.non_ema_revision or config.revision
-    hub = dict(revision=revision, cache_dir=config.cache_dir, use_safetensors=True)
+    hub = dict(revision=config.non_ema_revision or config.revision, cache_dir=config.cache_dir, use_safetensors=True)
     return _load(UNet2DConditionModel, "unet", name, config, **hub)
 
 
 def start_of_ema(config: TrainConfig, parts: Parts) -> UNet2DConditionModel:
-    """The UNet whose weights the EMA starts with: that of `revision` and `variant`, as in the reference.
-
-    Raises:
-        ModelError: if it cannot be loaded.
-    """
-    if config.variant is None and config.non_ema_revision in (None, config.revision):
+    """The UNet whose weights the EMA starts with: that of `revision` and `variant`, as in the reference. Raises
+    ModelError if it cannot be loaded."""
+    if _ema_starts_with_unet(config):
         return parts.unet
     return _load(UNet2DConditionModel, "unet", model_folder(config), config, **_weights(config))
+
+
+def _ema_starts_with_unet(config: TrainConfig) -> bool:
+    return config.variant is None and config.non_ema_revision in (None, config.revision)
 
 
 def _weights(config: TrainConfig) -> dict[str, Any]:
@@ -125,33 +110,28 @@ def _weights(config: TrainConfig) -> dict[str, Any]:
 
 
 def _load(cls: type, part: str, where: str, config: TrainConfig, **arguments: Any) -> Any:
-    try:
+    with _loading(part, config):
         loaded = cls.from_pretrained(where, subfolder=part, **arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _cannot_be_loaded(config, part, error) from error
     return loaded.float() if isinstance(loaded, torch.nn.Module) else loaded
 
 
-def _cannot_be_loaded(config: TrainConfig, part: str, error: Exception) -> ModelError:
-    return ModelError(
-        f"model {config.pretrained_model_name_or_path}: its {part} cannot be loaded: {_first_line(error)}\n"
-        "Weights must be safetensors files. Without a network, give the folder of a downloaded model, "
-        f"or an embedded model: {', '.join(embedded.ARCHITECTURES)}."
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+@contextmanager
+def _loading(part: str, config: TrainConfig) -> Iterator[None]:
+    """Says as a ModelError what the libraries raise."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"model {config.pretrained_model_name_or_path}: its {part} cannot be loaded: {first_line}\n"
+            "Weights must be safetensors files. Without a network, give the folder of a downloaded model, "
+            f"or an embedded model: {', '.join(embedded.ARCHITECTURES)}."
+        ) from error
 
 
 def assemble(config: TrainConfig, parts: Parts) -> StableDiffusionPipeline:
-    """The base model's pipeline with these parts, as the reference saves it.
-
-    Raises:
-        ModelError: if another part of the base model's pipeline, such as a safety checker, cannot be loaded.
-    """
+    """The base model's pipeline with these parts, as the reference saves it. Raises ModelError if another part of it,
+    such as a safety checker, cannot be loaded."""
     own = dict(tokenizer=parts.tokenizer, text_encoder=parts.text_encoder, vae=parts.vae, unet=parts.unet)
-    try:
+    with _loading("pipeline", config):
         return StableDiffusionPipeline.from_pretrained(model_folder(config), **own, **_weights(config))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _cannot_be_loaded(config, "pipeline", error) from error

@@ -50,12 +50,12 @@ def survey(examples: ImageCaptions) -> pd.DataFrame:
 def overview(surveyed: pd.DataFrame, resolution: int) -> pd.DataFrame:
     """A summary of `survey`, in a few rows."""
     usable = surveyed[surveyed.problem.isna()]
-    smaller = usable[usable[["width", "height"]].min(axis=1) < resolution]
+    smaller = usable[["width", "height"]].min(axis=1) < resolution
     found = {
         "images": len(surveyed),
         "cannot be used": int(surveyed.problem.notna().sum()),
         "same as an earlier one": int(surveyed.same_as.notna().sum()),
-        f"smaller than {resolution}, will be enlarged": len(smaller),
+        f"smaller than {resolution}, will be enlarged": int(smaller.sum()),
         "sizes": f"{usable.width.min()}×{usable.height.min()} to {usable.width.max()}×{usable.height.max()}",
         "distinct captions": surveyed.caption.nunique(),
         "empty captions": int((surveyed.words == 0).sum()),
@@ -96,9 +96,7 @@ def kept_by_vae(parts: Parts, examples: ImageCaptions, rows: Sequence[int]) -> C
     pixels = torch.stack([examples.pixels(row) for row in rows])
     back = parts.vae.decode(parts.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     return grid_of(
-        [[_to_image(one) for one in pixels], [_to_image(one) for one in back],
-         [_to_image((one - other).abs() - 1) for one, other in zip(pixels, back)]],
-        "What the VAE keeps",
+        [_to_images(pixels), _to_images(back), _to_images((pixels - back).abs() - 1)], "What the VAE keeps",
         f"Peak signal-to-noise ratio {psnr(pixels, back):.1f} dB. At 25 dB images look nearly the same.",
         columns=[first_caption(examples.captions[row]) for row in rows],
         rows=["as trained", "encoded, decoded", "difference"],
@@ -112,14 +110,12 @@ def noised(parts: Parts, examples: ImageCaptions, row: int, timesteps: Sequence[
     scaling = parts.vae.config.scaling_factor
     latents = parts.vae.encode(examples.pixels(row)[None]).latent_dist.mode() * scaling
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    several = parts.noise_scheduler.add_noise(
-        latents.expand(len(timesteps), -1, -1, -1), noise.expand(len(timesteps), -1, -1, -1), torch.tensor(timesteps)
-    )
+    several = parts.noise_scheduler.add_noise(latents, noise, torch.tensor(timesteps))
     decoded = parts.vae.decode(several / scaling).sample.clamp(-1, 1)
     signal = parts.noise_scheduler.alphas_cumprod[list(timesteps)].sqrt()
     caption = "; ".join(f"timestep {step}: {share:.0%} image" for step, share in zip(timesteps, signal))
     return grid_of(
-        [[_to_image(one) for one in decoded], [_to_image((one[:3] / 2).clamp(-1, 1)) for one in several]],
+        [_to_images(decoded), _to_images((several[:, :3] / 2).clamp(-1, 1))],
         f"Noise on “{first_caption(examples.captions[row])}”", f"{caption}.",
         columns=[f"timestep {step}" for step in timesteps], rows=["decoded", "latents"],
     )  # fmt: skip
@@ -127,11 +123,7 @@ def noised(parts: Parts, examples: ImageCaptions, row: int, timesteps: Sequence[
 
 def find_run(wanted: str | Path | None, config: TrainConfig) -> Run | None:
     """The run in a folder. For `latest`, the newest complete run in the project's `runs/` that started with the same
-    model; None if there is none, or for None.
-
-    Raises:
-        RunError: if the folder has no run.
-    """
+    model; None if there is none, or for None. Raises RunError if the folder has no run."""
     if wanted is None:
         return None
     if wanted != LATEST:
@@ -143,45 +135,32 @@ def find_run(wanted: str | Path | None, config: TrainConfig) -> Run | None:
 
 
 def draw(
-    config: TrainConfig,
-    prompts: Sequence[str],
-    run: Run | None = None,
-    seed: int = 0,
-    guidance_scale: float = 7.5,
+    config: TrainConfig, prompts: Sequence[str], run: Run | None = None, seed: int = 0, guidance_scale: float = 7.5,
     num_inference_steps: int = 30,
-) -> Chart:
-    """What the model of the settings draws, and below it what a run of it draws from the same noise.
-
-    Raises:
-        RunError: if the run has no pipeline yet.
-    """
+) -> Chart:  # fmt: skip
+    """What the model of the settings draws, and below it what a run of it draws from the same noise. Raises RunError if
+    the run has no pipeline yet."""
     pipelines = {"untrained": assemble(config, load_parts(config))}
     if run is not None:
-        pipelines[f"trained: {run.folder.name}"] = _trained(run)
-    rows = []
+        if not (run.folder / PIPELINE).exists():
+            raise RunError(f"{run.folder}: has no trained pipeline; it is saved at the end of a run")
+        unchecked = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        trained = StableDiffusionPipeline.from_pretrained(run.folder, use_safetensors=True, **unchecked)
+        pipelines[f"trained: {run.folder.name}"] = trained
+    side, rows = config.resolution, []
+    options = dict(height=side, width=side, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-        rows.append([
-            pipeline(
-                prompt, height=config.resolution, width=config.resolution, guidance_scale=guidance_scale,
-                num_inference_steps=num_inference_steps, generator=torch.Generator().manual_seed(seed),
-            ).images[0]
-            for prompt in prompts
-        ])  # fmt: skip
+        drawn = [pipeline(prompt, generator=torch.Generator().manual_seed(seed), **options) for prompt in prompts]
+        rows.append([one.images[0] for one in drawn])
         pipeline.to("cpu")
     release_freed_memory()  # on a GPU, for a run that starts while this notebook is open
     how = f"Seed {seed}, {num_inference_steps} steps, guidance {guidance_scale:g}."
     return grid_of(rows, "Images of the same prompts and noise", how, columns=prompts, rows=list(pipelines))
 
 
-def _trained(run: Run) -> StableDiffusionPipeline:
-    if not (run.folder / PIPELINE).exists():
-        raise RunError(f"{run.folder}: has no trained pipeline; it is saved at the end of a run")
-    unchecked = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    return StableDiffusionPipeline.from_pretrained(run.folder, use_safetensors=True, **unchecked)
-
-
-def _to_image(pixels: Tensor) -> Image.Image:
+def _to_images(pixels: Tensor) -> list[Image.Image]:
+    """Images [several, 3, height, width], -1 to 1."""
     rounded = ((pixels + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(rounded.permute(1, 2, 0).contiguous().numpy())
+    return [Image.fromarray(one.numpy()) for one in rounded.permute(0, 2, 3, 1).contiguous()]

@@ -1,9 +1,7 @@
-"""An executed notebook as one self-contained HTML page: `python -m sdnb.report out.ipynb`.
-
-The page has the notebook's sections in order. Sections tagged `appendix` come last; cells tagged `not-in-report` are
-left out. At the end are the settings, the machine and the commands, from the output of type `PAGE_MIME`. The page loads
-nothing from a network, and its content security policy forbids it.
-"""
+"""An executed notebook as one self-contained HTML page: `sdnb report out.ipynb`. The page has the notebook's
+sections in order. Sections tagged `appendix` come last; cells tagged `not-in-report` are left out. At the end are the
+settings, the machine and the commands, from the output of type `PAGE_MIME`. The page loads nothing from a network, and
+its content security policy forbids it."""
 
 import base64
 import getpass
@@ -21,7 +19,6 @@ from sdnb.errors import RunError
 from sdnb.metrics.results import PAGE_MIME, RESULTS_MIME
 
 HEADLINE = ("images/s per", "nominal IPS", "seconds per step", "final loss", "target", "total time")
-_TEMPLATE = "template"
 
 # Tokens of the hub and other services, and values assigned to names of tokens and passwords.
 _SECRETS = re.compile(
@@ -34,15 +31,11 @@ _HOMES = re.compile(rf"(?:/home/[\w.-]+|/Users/[\w.-]+|/root|{_HOME})(?![\w-])")
 def redacted(text: str) -> str:
     """A text without tokens. Home folders become ~, and the user's name becomes … in other paths."""
     text = _SECRETS.sub(lambda found: f"{found[1]}{found[2]}…{found[2]}" if found[1] else "…", text)
-    text = _HOMES.sub("~", text)
-    return re.sub(rf"(?<=/){re.escape(_user())}(?![\w-])", "…", text)
-
-
-def _user() -> str:
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (KeyError, OSError):  # some containers have a user without a name
-        return Path.home().name or "root"
+        user = Path.home().name or "root"
+    return re.sub(rf"(?<=/){re.escape(user)}(?![\w-])", "…", _HOMES.sub("~", text))
 
 
 def _redacted(node: Any) -> Any:
@@ -57,8 +50,8 @@ def _redacted(node: Any) -> Any:
 
 def shown(notebook: nbformat.NotebookNode, mime: str) -> Any:
     """The last output of a type in an executed notebook; None if there is none."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    return next((output.data[mime] for output in reversed(outputs) if mime in output.get("data", {})), None)
+    data = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ())]
+    return next((one[mime] for one in reversed(data) if mime in one), None)
 
 
 def results(notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
@@ -69,18 +62,10 @@ def results(notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
 def write_page(
     notebook_path: str | Path, page_path: str | Path | None = None, besides: dict[str, Any] | None = None
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Write the page of an executed notebook.
-
-    Args:
-        page_path: default: beside the notebook, named after the run that it shows, if it shows one.
-        besides: replaces parts of what the notebook says about its page, such as `title` and `reproduce`.
-
-    Returns:
-        The page's path, and the headline results.
-
-    Raises:
-        RunError: if the file is missing, is no notebook, or has not been executed.
-    """
+    """Write the page of an executed notebook, by default beside it, with the name of the run that it shows, if it shows
+    one. `besides` replaces parts of what the notebook says about its page, such as `title` and `reproduce`. Returns the
+    page's path, and the headline results. Raises RunError if the file is missing, is no notebook, or has not been
+    executed."""
     source = Path(notebook_path)
     try:
         notebook = _redacted(nbformat.reads(source.read_text(), as_version=4))
@@ -91,32 +76,23 @@ def write_page(
     if not any(cell.get("outputs") for cell in notebook.cells):
         raise RunError(f"{source}: has no outputs: execute it first, for example with papermill")
     about = {**(shown(notebook, PAGE_MIME) or {}), **_redacted(besides or {})}
-    target = Path(page_path) if page_path else source.with_name(f"{_file_name(about.get('name')) or source.stem}.html")
+    name = re.sub(r"[^\w.,=+-]+", "-", about.get("name") or "").strip("-.") or source.stem
+    target = Path(page_path) if page_path else source.with_name(f"{name}.html")
     if target.resolve() == source.resolve():
         raise RunError(f"{target}: this is the notebook; give the page another name")
     headline = about.get("headline") or [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
-    title = about.get("title") or _title(notebook, source)
+    here = Path(__file__).parent
+    script = (here / "template" / "sort.js").read_text()
+    resources = dict(
+        about=about, title=about.get("title") or _title(notebook, source), headline=headline, version=version("sdnb"),
+        source=source.name, script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )  # fmt: skip
     notebook.cells = _arranged(notebook.cells)
     # nbconvert's own templates load scripts from the network.
-    exporter = HTMLExporter(
-        template_name=_TEMPLATE,
-        extra_template_basedirs=[str(Path(__file__).parent)],
-        exclude_input_prompt=True,
-        exclude_output_prompt=True,
-    )
-    script = (Path(__file__).parent / _TEMPLATE / "sort.js").read_text()
-    page, _ = exporter.from_notebook_node(
-        notebook,
-        resources={
-            "about": about,
-            "title": title,
-            "headline": headline,
-            "version": version("sdnb"),
-            "source": source.name,
-            "script": script,
-            "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        },
-    )
+    no_prompts = dict(exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(here)], **no_prompts)
+    page, _ = exporter.from_notebook_node(notebook, resources=resources)
     try:
         target.write_text(page)
     except OSError as error:
@@ -129,10 +105,6 @@ def _title(notebook: nbformat.NotebookNode, source: Path) -> str:
     texts = (cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     heading = next((text.partition("\n")[0][2:].strip() for text in texts if text.startswith("# ")), None)
     return f"{heading}: {source.stem}" if heading else f"{source.resolve().parent.name}/{source.name}"
-
-
-def _file_name(name: str | None) -> str:
-    return re.sub(r"[^\w.,=+-]+", "-", name or "").strip("-.")
 
 
 def _arranged(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
@@ -149,25 +121,20 @@ def _arranged(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookN
 def _is_empty(section: Sequence[nbformat.NotebookNode]) -> bool:
     """Whether a section has code but no output, such as the images of a run that drew none."""
     code = [cell for cell in section if cell.cell_type == "code"]
-    headed = section and section[0].cell_type == "markdown"
-    return bool(headed and code and not any(cell.outputs for cell in code))
+    return bool(code) and section[0].cell_type == "markdown" and not any(cell.outputs for cell in code)
 
 
 def _folded(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
     """Joins the code of a cell without output to the next cell with output."""
-    folded: list[nbformat.NotebookNode] = []
-    silent: list[nbformat.NotebookNode] = []
+    folded, silent = [], None
     for cell in cells:
-        if cell.cell_type != "code" or cell.outputs:
-            if cell.cell_type == "code":
-                cell.source = "\n\n".join(one.source for one in (*silent, cell))
-                silent = []
+        if cell.cell_type == "code":
+            if silent:
+                cell.source = f"{silent.source}\n\n{cell.source}"
+            silent = None if cell.outputs else cell
+        if cell is not silent:
             folded.append(cell)
-        else:
-            silent.append(cell)
-    if silent:
-        silent[-1].source = "\n\n".join(one.source for one in silent)
-    return [*folded, *silent[-1:]]
+    return [*folded, silent] if silent else folded
 
 
 def _tags(cell: nbformat.NotebookNode) -> Sequence[str]:

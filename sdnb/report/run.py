@@ -21,17 +21,13 @@ from sdnb.run.folder import CONFIG, SAMPLES, RunFolder, data_name
 from sdnb.settings.flags import command_line
 
 _ON_CARDS = ("images/s per", "nominal IPS", "final loss", "held-out loss", "peak memory")
-_THUMBNAIL = 128  # pixels
 # The location of a run, and what it resumed from, do not change it.
 _NOT_REPEATED = {"output_dir", "cache_dir", "resume_from_checkpoint", "hub_token", "push_to_hub"}
 
 
 class Run(RunFolder):
-    """A run by its folder, complete or not. Each property reads its file again.
-
-    Raises:
-        RunError: if the folder has no run; and from what needs steps, if there are none yet.
-    """
+    """A run by its folder, complete or not. Each property reads its file again. Raises RunError if the folder has no
+    run; and from what needs steps, if there are none yet."""
 
     @property
     def results(self) -> Measurements:
@@ -59,11 +55,7 @@ class Run(RunFolder):
         return run_plots.step_times(self.results)
 
     def plot_phases(self) -> Chart:
-        """Where the time of a step goes.
-
-        Raises:
-            RunError: if that was not recorded: sdnb did not make the run.
-        """
+        """Where the time of a step goes. Raises RunError if that was not recorded: sdnb did not make the run."""
         measured = self.results
         if not any(measured.steps.get("phase_seconds", ())):
             raise RunError(f"{self.folder}: the phases of its steps were not recorded")
@@ -92,46 +84,33 @@ class Run(RunFolder):
         environment = self.environment
         if "imported" in environment:
             return []
-        commit = environment.get("git_commit")
+        commit, config = environment.get("git_commit"), self.config
+        launcher = "python"
+        if (config.num_processes or 1) > 1:
+            device = "--cpu" if environment.get("devices", {}).get("type", "cpu") == "cpu" else "--multi_gpu"
+            launcher = f"accelerate launch --num_processes {config.num_processes} {device}"
+        settings = config.model_dump(mode="json", exclude=_NOT_REPEATED | {"num_processes"})
+        command = f"{launcher} -m sdnb.train {shlex.join([*command_line(settings), '--output_dir=again'])}"
         return [
             *([f"git checkout {commit}"] if commit else []),
             "make .venv/.installed && . .venv/bin/activate",
-            *environment.get("reproduce", [self._command()]),
+            *environment.get("reproduce", [command]),
         ]
-
-    def _command(self) -> str:
-        config, device = self.config, self.environment.get("devices", {}).get("type", "cpu")
-        settings = config.model_dump(mode="json", exclude=_NOT_REPEATED | {"num_processes"})
-        launcher = "python"
-        if (config.num_processes or 1) > 1:
-            on_cpu = " --cpu" if device == "cpu" else " --multi_gpu"
-            launcher = f"accelerate launch --num_processes {config.num_processes}{on_cpu}"
-        return f"{launcher} -m sdnb.train {shlex.join([*command_line(settings), '--output_dir=again'])}"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         environment = self.environment
-        return {
-            "text/plain": repr(self),
-            "text/html": self._card(),
-            PAGE_MIME: {
-                "kind": "run",
-                "name": self.folder.name,
-                "title": self.title,
-                "settings": self.config.model_dump(mode="json", exclude=_NOT_REPEATED),
-                "machine": _machine(environment, self.summary),
-                "reproduce": self.reproduce(),
-                "changed": bool(environment.get("git_changed")),
-            },
-        }
+        page = dict(
+            kind="run", name=self.folder.name, title=self.title,
+            settings=self.config.model_dump(mode="json", exclude=_NOT_REPEATED),
+            machine=_machine(environment, self.summary), reproduce=self.reproduce(),
+            changed=bool(environment.get("git_changed")),
+        )  # fmt: skip
+        return {"text/plain": repr(self), "text/html": self._card(), PAGE_MIME: page}
 
     def _card(self) -> str:
-        tiles = ""
-        if len(self.steps):
-            tiles = "".join(
-                f"<div style='margin-right:1.6em'><small>{html.escape(row.name)}</small><br>"
-                f"<b>{html.escape(row.text)}</b></div>"
-                for row in self.results.results if row.name.startswith(_ON_CARDS)
-            )  # fmt: skip
+        rows = [row for row in self.results.results if row.name.startswith(_ON_CARDS)] if len(self.steps) else []
+        tile = "<div style='margin-right:1.6em'><small>{}</small><br><b>{}</b></div>"
+        tiles = "".join(tile.format(html.escape(row.name), html.escape(row.text)) for row in rows)
         state = "complete" if self.summary else "incomplete"
         return (
             "<div style='display:flex;gap:1em;border:1px solid #8888;border-radius:6px;padding:.8em'>"
@@ -145,10 +124,10 @@ class Run(RunFolder):
         if drawn.empty or not (path := self.folder / SAMPLES / drawn.file.iloc[-1]).exists():
             return ""
         image, small = Image.open(path).convert("RGB"), io.BytesIO()
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        image.thumbnail((128, 128))
         image.save(small, "PNG")
         encoded = base64.b64encode(small.getvalue()).decode()
-        prompt = html.escape(drawn.prompt.iloc[-1], quote=True)
+        prompt = html.escape(drawn.prompt.iloc[-1])
         return f"<img alt='last image: {prompt}' style='height:96px' src='data:image/png;base64,{encoded}'>"
 
 
@@ -158,7 +137,7 @@ def _machine(environment: dict[str, Any], summary: dict[str, Any]) -> dict[str, 
     units = {"cpu": "", "cpu_capability": "", "cpu_cores": " cores", "memory_gib": " GiB"}
     cpu = [f"{environment[name]}{unit}" for name, unit in units.items() if environment.get(name)]
     drivers = [str(environment[name]) for name in ("driver", "cuda", "rocm") if environment.get(name)]
-    changed = ", with changes" if environment.get("git_changed") else ""
+    packages = [f"{name} {number}" for name, number in environment.get("packages", {}).items() if number]
     facts = {
         "devices": f"{len(names)} × {names[0]}" + (f", {gib[0]} GiB" if gib else ""),
         "CPU": ", ".join(cpu),
@@ -166,8 +145,8 @@ def _machine(environment: dict[str, Any], summary: dict[str, Any]) -> dict[str, 
         "driver, CUDA, ROCm": ", ".join(drivers),
         "system": environment.get("system", ""),
         "Python": environment.get("python", ""),
-        "packages": ", ".join(f"{name} {number}" for name, number in environment.get("packages", {}).items() if number),
-        "commit": environment.get("git_commit", "") + changed,
+        "packages": ", ".join(packages),
+        "commit": environment.get("git_commit", "") + (", with changes" if environment.get("git_changed") else ""),
     }
     return {name: text for name, text in facts.items() if text}
 
@@ -185,20 +164,14 @@ def _threads(begun: dict[str, Any] | None, ended: dict[str, Any]) -> str:
 
 
 def runs(folder: str | Path | None = None) -> pd.DataFrame:
-    """The runs in a folder and its subfolders, newest first: model, data, and main results.
-
-    Args:
-        folder: default: the project's `runs/`.
-    """
+    """The runs in a folder and its subfolders, newest first: model, data, and main results. Default: the project's
+    `runs/`."""
     root = Path(folder).expanduser() if folder else PROJECT / "runs"
     found = [Run(path.parent) for path in root.glob(f"**/{CONFIG}")]
     rows = {}
     for run in sorted(found, key=lambda run: run.environment.get("started") or 0, reverse=True):
-        config, steps, row = run.config, len(run.steps), {}
-        if steps:
-            results = run.results
-            row = {"images/s per device": results.throughput.value, "final loss": results["final loss"].value}
-        rows[str(run.folder.relative_to(root.absolute()))] = {
+        config, steps = run.config, len(run.steps)
+        row = {
             "started": run._started(),
             "model": Path(config.pretrained_model_name_or_path).name,
             "data": data_name(config),
@@ -206,6 +179,9 @@ def runs(folder: str | Path | None = None) -> pd.DataFrame:
             "global batch": config.global_batch if config.num_processes else None,
             "steps": steps,
             "complete": bool(run.summary),
-            **row,
         }
+        if steps:
+            results = run.results
+            row |= {"images/s per device": results.throughput.value, "final loss": results["final loss"].value}
+        rows[str(run.folder.relative_to(root.absolute()))] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")

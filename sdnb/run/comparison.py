@@ -17,10 +17,9 @@ from sdnb.machine.environment import PROJECT
 from sdnb.metrics.results import PAGE_MIME, Measurements, measure
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.run.folder import CONFIG, RunFolder
-from sdnb.run.importing import PUBLISHED
+from sdnb.run.importing import PUBLISHED, UNKNOWN
 
 BASELINE = "published"
-UNKNOWN = "unknown"
 # The location of a run does not affect its training.
 _NOT_COMPARED = {"output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "hub_token"}
 # These decide the work per image. If they differ, a ratio of speeds compares more than machines.
@@ -69,8 +68,7 @@ class Comparison:
     @property
     def results(self) -> pd.DataFrame:
         """The results, one per row; in brackets the ratio to the first run."""
-        names = dict.fromkeys(row.name for measured in self.measured.values() for row in measured.results)
-        first = next(iter(self.measured.values()))
+        first, *_ = self.measured.values()
         before = {row.name: row.value for row in first.results}
         columns: dict[str, dict[str, str]] = {}
         for label, measured in self.measured.items():
@@ -80,15 +78,14 @@ class Comparison:
                 if measured is not first and row.name.startswith(_HAVE_RATIOS):
                     ratio = (row.value or math.nan) / (before.get(row.name) or math.nan)
                     columns[label][row.name] += f" [×{ratio:.2f}]" if math.isfinite(ratio) else ""
+        names = dict.fromkeys(name for column in columns.values() for name in column)
         return pd.DataFrame(columns).reindex(names).fillna("")
 
     @property
     def statements(self) -> list[str]:
         """For each pair of runs, whether and how much they differ in images/s per device."""
-        statements = [
-            _compare(one, self.measured[one].throughput, other, self.measured[other].throughput)
-            for one, other in combinations(self.runs, 2)
-        ]
+        rates = {label: measured.throughput for label, measured in self.measured.items()}
+        statements = [_compare(one, rates[one], other, rates[other]) for one, other in combinations(rates, 2)]
         differs = [name for name in _WORK if name in self.settings.index]
         if differs:
             statements.append(f"The runs do not do the same work per image: {' and '.join(differs)} differ.")
@@ -98,47 +95,33 @@ class Comparison:
         return "\n".join([self.results.to_string(), "", *self.statements])
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        statements, labels = self.statements, list(self.runs)
+        statements, labels, table = self.statements, list(self.runs), self.results.to_html()
         listed = f"<ul>{''.join(f'<li>{html.escape(statement)}</li>' for statement in statements)}</ul>"
-        if many := len(labels) > MANY:
+        shown, headlined = f"{listed}{table}", dict(self.measured)
+        if len(labels) > MANY:
             listed = f"<details><summary>All {len(statements)} statements about pairs</summary>{listed}</details>"
+            by_rate = sorted(labels, key=lambda label: self.measured[label].throughput.value)
+            slowest, fastest = by_rate[0], by_rate[-1]
+            shown = f"{table}{listed}"
+            headlined = {f"fastest: {fastest}": self.measured[fastest], f"slowest: {slowest}": self.measured[slowest]}
         others = f" and {len(labels) - 2} more" if len(labels) > 2 else ""
         folders = json.dumps([BASELINE if run.folder == PUBLISHED else str(run.folder) for run in self.runs.values()])
-        return {
-            "text/plain": repr(self),
-            "text/html": f"{self.results.to_html()}{listed}" if many else f"{listed}{self.results.to_html()}",
-            PAGE_MIME: {
-                "kind": "comparison",
-                "name": " beside ".join(label.replace("/", "-") for label in labels[:2]) + others,
-                "title": f"{labels[0]} beside {', '.join(labels[1:])}",
-                "headline": [
-                    {"name": name, "text": f"{self.measured[label].throughput} images/s per device"}
-                    for name, label in self._headlined(many)
-                ],
-                "reproduce": [
-                    f"papermill notebooks/compare.ipynb comparison.ipynb -p runs {shlex.quote(folders)}",
-                    "python -m sdnb.report comparison.ipynb",
-                ],
-            },
-        }
-
-    def _headlined(self, many: bool) -> list[tuple[str, str]]:
-        """The headlines of the page, each with its run: all runs, or of many the fastest and the slowest."""
-        if not many:
-            return [(label, label) for label in self.runs]
-        by_rate = sorted(self.runs, key=lambda label: self.measured[label].throughput.value)
-        return [(f"{what}: {label}", label) for what, label in (("fastest", by_rate[-1]), ("slowest", by_rate[0]))]
+        page = dict(
+            kind="comparison", name=" beside ".join(label.replace("/", "-") for label in labels[:2]) + others,
+            title=f"{labels[0]} beside {', '.join(labels[1:])}",
+            headline=[{"name": name, "text": f"{measured.throughput} images/s per device"}
+                      for name, measured in headlined.items()],
+            reproduce=[f"papermill notebooks/compare.ipynb comparison.ipynb -p runs {shlex.quote(folders)}",
+                       "sdnb report comparison.ipynb"],
+        )  # fmt: skip
+        return {"text/plain": repr(self), "text/html": shown, PAGE_MIME: page}
 
 
 def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison:
-    """Args:
-    runs: run folders, the first the one to compare with; or a folder that contains run folders. Default: the
-        project's `runs/`. `published` is the published measurement that comes with the package.
-
-    Raises:
-        RunError: if one is missing or has no steps, or there are fewer than two.
-    """
-    found = _find(runs)
+    """Compare the runs in a list of run folders with the first of them, or the runs in one folder, by default the
+    project's `runs/`. `published` stands for the published measurement that comes with the package. Raises RunError if
+    a run is missing or has no steps, or there are fewer than two."""
+    found = _find(PROJECT / "runs" if runs is None else runs)
     if len(found) < 2:
         there = f"only {found[0]}" if found else "none"
         raise RunError(f"a comparison needs two runs, and there is {there}: give runs, a list of run folders")
@@ -150,32 +133,30 @@ def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison
     return Comparison(labelled, {label: measure(run) for label, run in labelled.items()})
 
 
-def _find(given: Sequence[str | Path] | str | Path | None) -> list[Path]:
-    if given is None:
-        given = PROJECT / "runs"
+def _find(given: Sequence[str | Path] | str | Path) -> list[Path]:
     if isinstance(given, str) and given.lstrip().startswith("["):  # as papermill's -p gives a list
         try:
             given = json.loads(given)
         except json.JSONDecodeError as error:
             raise RunError(f'runs = {given}: is not a JSON list, such as ["one", "other"]: {error}') from None
-    if isinstance(given, (str, Path)) and given != BASELINE:
+    if given == BASELINE:
+        return [PUBLISHED]
+    if isinstance(given, (str, Path)):
         folder = Path(given).expanduser()
         if not folder.is_dir():
             raise RunError(f"runs = {given}: there is no such folder (the current folder is {Path.cwd()})")
         if (folder / CONFIG).exists():
             return [folder]
         return sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if len(RunFolder(path.parent).steps))
-    listed = [given] if isinstance(given, (str, Path)) else list(given)
-    return [PUBLISHED if one == BASELINE else Path(one).expanduser() for one in listed]
+    return [PUBLISHED if one == BASELINE else Path(one).expanduser() for one in given]
 
 
 def _labels(paths: list[Path]) -> list[str]:
     """The shortest ends of the paths that are different."""
     paths = [path.resolve() for path in paths]
     if len(set(paths)) < len(paths):
-        raise RunError(
-            "the same run is given twice: " + ", ".join(sorted({str(p) for p in paths if paths.count(p) > 1}))
-        )
+        twice = sorted({str(path) for path in paths if paths.count(path) > 1})
+        raise RunError(f"the same run is given twice: {', '.join(twice)}")
     parts = 1
     while len({path.parts[-parts:] for path in paths}) < len(paths):
         parts += 1
@@ -194,8 +175,7 @@ def _compare(one: str, first: Estimate, other: str, second: Estimate) -> str:
 
 
 def _differing(frame: pd.DataFrame) -> pd.DataFrame:
-    known = frame.where(frame != UNKNOWN)
-    return frame[known.nunique(axis=1) > 1]
+    return frame[frame.where(frame != UNKNOWN).nunique(axis=1) > 1]
 
 
 def _text(value: Any) -> str:

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,19 +38,14 @@ def path_of(config: TrainConfig) -> Path:
 
 
 def begin(config: TrainConfig, environment: dict[str, Any]) -> Path:
-    """Make the run folder, and write what is known before the training.
-
-    Args:
-        environment: of `environment.capture`.
-
-    Raises:
-        RunError: if the folder has a run that is not to be resumed, or cannot be made.
-    """
+    """Make the run folder, and write what is known before the training, with the environment of `environment.capture`.
+    Raises RunError if the folder has a run that is not to be resumed, or cannot be made."""
     folder = create(config)
     lock(folder).close()
     before = _read(folder / ENVIRONMENT)
-    earlier = {name: before.get(name) for name in ("started", "host")}
-    resumed = [*before.get("resumed", []), {**earlier, "after_step": last_step(folder)}] if before else []
+    resumed = before.get("resumed", [])
+    if before:
+        resumed.append({"started": before.get("started"), "host": before.get("host"), "after_step": last_step(folder)})
     _save_settings(config, folder)
     write(folder / ENVIRONMENT, {**environment, "started": time.time(), "resumed": resumed})
     for name in (SUMMARY, FAILURE, FAILURE_CLAIM):  # of the run that is resumed
@@ -59,11 +54,8 @@ def begin(config: TrainConfig, environment: dict[str, Any]) -> Path:
 
 
 def lock(folder: Path) -> TextIO:
-    """Reserve a run folder for one run. The lock ends when the returned file is closed, or its process ends.
-
-    Raises:
-        RunError: if another run has it.
-    """
+    """Reserve a run folder for one run. The lock ends when the returned file is closed, or its process ends. Raises
+    RunError if another run has it."""
     file = (folder / LOCK).open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,11 +81,8 @@ def _save_settings(config: TrainConfig, folder: Path) -> None:
 
 
 def create(config: TrainConfig) -> Path:
-    """Make the run folder that the settings name, or a new one under `runs/` in the project's root.
-
-    Raises:
-        RunError: if the folder has a run that is not to be resumed, or cannot be made.
-    """
+    """Make the run folder that the settings name, or a new one under `runs/` in the project's root. Raises RunError if
+    the folder has a run that is not to be resumed, or cannot be made."""
     try:
         if config.output_dir is None:
             return _new_folder(config)
@@ -116,11 +105,9 @@ def _new_folder(config: TrainConfig) -> Path:
     name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{Path(config.pretrained_model_name_or_path).name}-{data_name(config)}"
     for attempt in range(1, 1000):
         folder = root / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
+        with suppress(FileExistsError):  # another run started in the same second
             folder.mkdir(parents=True)
-        except FileExistsError:  # another run started in the same second
-            continue
-        return folder
+            return folder
     raise FileExistsError(root / name)
 
 
@@ -182,7 +169,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def fail(folder: Path, rank: int, what: str, details: str) -> bool:
     """Write the first failure; failures of other ranks are its consequences. Returns whether this one is the first."""
     try:
-        os.close(os.open(folder / FAILURE_CLAIM, os.O_CREAT | os.O_EXCL))
+        (folder / FAILURE_CLAIM).touch(exist_ok=False)
     except FileExistsError:
         return False
     write(folder / FAILURE, {"rank": rank, "what": what, "details": details})
@@ -205,11 +192,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """Reads a run folder. Each property reads its file again, so a running run can be watched.
-
-    Raises:
-        RunError: if the folder has no run.
-    """
+    """Reads a run folder. Each property reads its file again, so a running run can be watched. Raises RunError if the
+    folder has no run."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser().absolute()
@@ -245,7 +229,10 @@ class RunFolder:
     @property
     def validation(self) -> pd.DataFrame:
         """The measurements of the held-out loss: step, loss, standard_error, images."""
-        return read_lines(self.folder / VALIDATION).rename(columns={"pictures": "images"})  # their name in version 0.1
+        measured = read_lines(self.folder / VALIDATION)
+        if "pictures" in measured:  # their name in version 0.1; a run may have been resumed since
+            measured["images"] = measured.pop("pictures").fillna(measured.get("images", math.nan))
+        return measured
 
     @property
     def drawn(self) -> pd.DataFrame:

@@ -1,7 +1,5 @@
 """Uploads the trained pipeline to the Hugging Face hub, with a card that shows its images, settings and measurements.
-
-The token comes from `hub_token`, the environment (HF_TOKEN) or the hub's own login, in this order.
-"""
+The token comes from `hub_token`, the environment (HF_TOKEN) or the hub's own login, in this order."""
 
 import html
 import shlex
@@ -15,23 +13,17 @@ from sdnb.metrics.results import measure
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
-TAGS = ("stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training", "sdnb")
+TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training", "sdnb"]
 CARD = "README.md"
 # The pipeline, its images and its measurements; no checkpoint, and nothing that names the machine or its user.
-UPLOADED = (CARD, "model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", f"{run_folder.SAMPLES}/*",
-            run_folder.STEPS, run_folder.VALIDATION)  # fmt: skip
-NOT_UPLOADED = ("checkpoint-*", ".*", "logs/*")
+UPLOADED = [CARD, "model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", f"{run_folder.SAMPLES}/*",
+            run_folder.STEPS, run_folder.VALIDATION]  # fmt: skip
+NOT_UPLOADED = ["checkpoint-*", ".*", "logs/*"]
 
 
 def create(config: TrainConfig) -> str:
-    """Create the repository, or find it: before the training, so that a missing permission does not waste one.
-
-    Returns:
-        Its full name, owner/name.
-
-    Raises:
-        RunError: if that is impossible.
-    """
+    """Create the repository, or find it, and return its full name, owner/name. Before the training, so that a missing
+    permission does not waste one. Raises RunError if that is impossible."""
     name = config.hub_model_id or run_folder.path_of(config).name
     try:
         return create_repo(name, exist_ok=True, token=_token(config)).repo_id
@@ -43,34 +35,19 @@ def create(config: TrainConfig) -> str:
 
 
 def publish(run: run_folder.RunFolder, config: TrainConfig, repository: str) -> None:
-    """Write the card into the run folder, and upload the files that `UPLOADED` names.
-
-    Raises:
-        RunError: if the upload fails. The run folder has the pipeline in any case.
-    """
+    """Write the card into the run folder, and upload the files that `UPLOADED` names. Raises RunError if the upload
+    fails. The run folder has the pipeline in any case."""
     card(run).save(run.folder / CARD)
     try:
-        upload_folder(
-            repo_id=repository,
-            folder_path=run.folder,
-            commit_message="End of training",
-            allow_patterns=list(UPLOADED),
-            ignore_patterns=list(NOT_UPLOADED),
-            token=_token(config),
-        )
+        upload_folder(repo_id=repository, folder_path=run.folder, commit_message="End of training",
+                      allow_patterns=UPLOADED, ignore_patterns=NOT_UPLOADED, token=_token(config))  # fmt: skip
     except Exception as error:
+        opened = f"run = folder.RunFolder({str(run.folder)!r})"
+        again = f"from sdnb.run import folder, hub; {opened}; hub.publish(run, run.config, {repository!r})"
         raise RunError(
             f"the training is complete and saved, but its upload to {repository} failed: {error}\n"
-            f"Try again with: {_upload_command(run, repository)}"
+            f"Try again with: python -c {shlex.quote(again)}"
         ) from error
-
-
-def _upload_command(run: run_folder.RunFolder, repository: str) -> str:
-    program = (
-        "from sdnb.run import folder, hub; "
-        f"run = folder.RunFolder({str(run.folder)!r}); hub.publish(run, run.config, {repository!r})"
-    )
-    return f"python -c {shlex.quote(program)}"
 
 
 def _token(config: TrainConfig) -> str | None:
@@ -82,25 +59,19 @@ def card(run: run_folder.RunFolder) -> ModelCard:
     config, environment, drawn = run.config, run.environment, run.drawn
     model, data = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir or ""
     about = ModelCardData(
-        base_model=model if _on_hub(model) else None,
-        datasets=[data] if _on_hub(data) else None,
+        base_model=model if _on_hub(model) else None, datasets=[data] if _on_hub(data) else None,
         license="creativeml-openrail-m" if _on_hub(model) else None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=list(TAGS),
-    )
+        library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS,
+    )  # fmt: skip
     packages = environment["packages"]
     shown = dict(
-        model=_name(model),
-        data=_name(data),
-        steps=len(run.steps),
+        model=_name(model), data=_name(data), steps=len(run.steps),
         images=[] if drawn.empty else drawn[drawn.step == drawn.step.max()].to_dict("records"),
         results=[vars(row) for row in measure(run).results],
-        ranks=config.num_processes,
-        device=environment["devices"]["names"][0],
+        ranks=config.num_processes, device=environment["devices"]["names"][0],
         versions=", ".join(f"{name} {packages[name]}" for name in ("torch", "diffusers", "transformers", "accelerate")),
         settings={name: _name(value) for name, value in config.trajectory().items() if value is not None},
-    )
+    )  # fmt: skip
     return ModelCard.from_template(about, template_path=str(Path(__file__).with_name("card.md.j2")), **_escaped(shown))
 
 

@@ -12,35 +12,18 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from sdnb.errors import ConfigError
+from sdnb.settings import fields
 from sdnb.settings.epoch import Epoch
-from sdnb.settings.fields import (
-    EMBEDDED_DATA,
-    GROUPS,
-    RETIRED,
-    CheckpointSettings,
-    DataSettings,
-    HubSettings,
-    LossSettings,
-    ModelSettings,
-    OutputSettings,
-    RankSettings,
-    SpeedSettings,
-    TrainingSettings,
-    ValidationSettings,
-)
 
 logger = logging.getLogger("sdnb")
 
 
 class TrainConfig(
-    RankSettings, HubSettings, OutputSettings, ValidationSettings, CheckpointSettings, LossSettings, SpeedSettings,
-    TrainingSettings, DataSettings, ModelSettings,
+    fields.RankSettings, fields.HubSettings, fields.OutputSettings, fields.ValidationSettings,
+    fields.CheckpointSettings, fields.LossSettings, fields.SpeedSettings, fields.TrainingSettings, fields.DataSettings,
+    fields.ModelSettings,
 ):  # fmt: skip
-    """All settings of a run. Immutable.
-
-    Raises:
-        ConfigError: names every setting that is wrong, and what would be right.
-    """
+    """All settings of a run. Immutable. Raises ConfigError, which names every wrong setting and what would be right."""
 
     def __init__(self, **settings: Any) -> None:
         # `steps` is the notebook's short form.
@@ -57,55 +40,47 @@ class TrainConfig(
             raise ConfigError(_explain(error)) from None
 
     @model_validator(mode="after")
-    def _check_data(self) -> TrainConfig:
+    def _check_combinations(self) -> TrainConfig:
         if self.dataset_name is None and self.train_data_dir is None:
             raise ValueError(
                 "no data: give dataset_name (a hub id, a folder, or an embedded one, such as openmoji) "
                 "or train_data_dir (a folder of images with a metadata.jsonl)"
             )
         for name in ("train_data_dir", "dataset_config_name"):
-            if self.dataset_name in EMBEDDED_DATA and getattr(self, name) is not None:
-                raise ValueError(
-                    f"dataset_name = {self.dataset_name} and {name} exclude each other: set one of them to None"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _check_combinations(self) -> TrainConfig:
+            if self.dataset_name in fields.EMBEDDED_DATA and getattr(self, name) is not None:
+                excluded = f"dataset_name = {self.dataset_name} and {name}"
+                raise ValueError(f"{excluded} exclude each other: set one of them to None")
         if self.dream_training and self.prediction_type == "v_prediction":
             raise ValueError("dream_training is not defined for prediction_type = v_prediction: use only one of them")
-        if self.machine_rank >= self.num_machines:
-            allowed = "0" if self.num_machines == 1 else f"0 to {self.num_machines - 1}"
+        rank, machines = self.machine_rank, self.num_machines
+        if rank >= machines:
+            allowed = "0" if machines == 1 else f"0 to {machines - 1}"
             raise ValueError(
-                f"machine_rank = {self.machine_rank} is out of range: with num_machines = {self.num_machines} "
-                f"it must be {allowed}"
+                f"machine_rank = {rank} is out of range: with num_machines = {machines} it must be {allowed}"
             )
-        if self.num_machines > 1 and (self.main_process_ip is None or self.output_dir is None):
+        if machines > 1 and (self.main_process_ip is None or self.output_dir is None):
             raise ValueError(
                 "num_machines > 1 needs main_process_ip, the address of machine 0, "
                 "and output_dir, a folder that all machines share"
             )
-        if self.num_processes and self.num_processes % self.num_machines:
+        if self.num_processes and self.num_processes % machines:
             raise ValueError(
                 f"num_processes = {self.num_processes} counts the ranks of all machines: it must be a multiple of "
-                f"num_machines = {self.num_machines}"
+                f"num_machines = {machines}"
             )
         return self
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> TrainConfig:
-        """Settings from a YAML file of names and values; `overrides` take precedence.
-
-        Raises:
-            ConfigError: also if the file cannot be read, or is not a mapping.
-        """
+        """Settings from a YAML file of names and values; `overrides` take precedence. Raises ConfigError also if the
+        file cannot be read, or is not a mapping."""
         try:
             settings = yaml.safe_load(Path(path).read_text()) or {}
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
         if not isinstance(settings, dict):
             raise ConfigError(f"{path}: holds {type(settings).__name__}, not names and values of settings")
-        current = {name: value for name, value in settings.items() if name not in RETIRED}
+        current = {name: value for name, value in settings.items() if name not in fields.RETIRED}
         return cls(**{**current, **overrides})
 
     def save(self, path: str | Path) -> None:
@@ -118,19 +93,13 @@ class TrainConfig(
         return type(self)(**{**self.model_dump(), **changes})
 
     def resolved(self, device_type: str, device_count: int, bf16: bool = True) -> TrainConfig:
-        """A copy in which `mixed_precision` and `num_processes` are set for a machine.
-
-        Args:
-            device_type: torch's name, `cuda` or `cpu`.
-            device_count: visible GPUs; ignored on a CPU.
-            bf16: whether the device has instructions for bfloat16; a CPU without them is slow.
-
-        Raises:
-            ConfigError: if the machine cannot do it.
-        """
+        """A copy in which `mixed_precision` and `num_processes` are set for a machine. `device_type`: torch's name,
+        `cuda` or `cpu`. `device_count`: visible GPUs; ignored on a CPU. `bf16`: whether the device has instructions for
+        bfloat16; a CPU without them is slow. Raises ConfigError if the machine cannot do what is asked for."""
         on_gpu = device_type != "cpu"
         precision = self.mixed_precision or ("fp16" if on_gpu else "no")
-        ranks = self.num_processes or self.num_machines * (device_count if on_gpu else 1)
+        devices = self.num_machines * (device_count if on_gpu else 1)
+        ranks = self.num_processes or devices
         if precision == "fp16" and not on_gpu:
             raise ConfigError("mixed_precision = fp16 needs a GPU, and this machine shows none: use no, or bf16")
         if precision == "bf16" and not bf16:
@@ -140,11 +109,8 @@ class TrainConfig(
                 "mixed_precision = bf16: this CPU has no instructions for bfloat16, so it is many times slower than "
                 "float32 (mixed_precision = no)"
             )
-        if on_gpu and ranks > device_count * self.num_machines:
-            raise ConfigError(
-                f"num_processes = {ranks}, but this machine shows {device_count} GPUs: "
-                f"use {device_count * self.num_machines}"
-            )
+        if on_gpu and ranks > devices:
+            raise ConfigError(f"num_processes = {ranks}, but this machine shows {device_count} GPUs: use {devices}")
         return self.updated(mixed_precision=precision, num_processes=ranks)
 
     @property
@@ -175,10 +141,7 @@ class TrainConfig(
 
     def epoch(self, examples: int) -> Epoch:
         """How an epoch of so many examples divides into micro-batches and steps. `num_processes` must be resolved.
-
-        Raises:
-            ConfigError: if `whole_steps` is set and there are too few examples for one micro-batch.
-        """
+        Raises ConfigError if `whole_steps` is set and there are too few examples for one micro-batch."""
         batch, ranks = self.train_batch_size, self.ranks
         if self.whole_steps and examples < batch * ranks:
             raise ConfigError(
@@ -188,11 +151,7 @@ class TrainConfig(
         return Epoch(examples, batch, self.gradient_accumulation_steps, ranks, self.whole_steps)
 
     def total_steps(self, examples: int) -> int:
-        """Optimizer steps of the whole run.
-
-        Raises:
-            ConfigError: as `epoch` does.
-        """
+        """Optimizer steps of the whole run. Raises ConfigError as `epoch` does."""
         epoch = self.epoch(examples)
         return self.max_train_steps or epoch.steps_in(self.num_train_epochs)
 
@@ -204,7 +163,7 @@ class TrainConfig(
 
     def trajectory(self) -> dict[str, Any]:
         """The settings that affect the result: losses and weights, bit for bit. Paths are absolute."""
-        names = [name for group in GROUPS if group.affects_result for name in group.model_fields]
+        names = [name for group in fields.GROUPS if group.affects_result for name in group.model_fields]
         settings = {name: getattr(self, name) for name in [*names, "num_processes"]}
         if self.lr_scheduler.startswith("constant"):  # a longer run only adds steps
             del settings["max_train_steps"], settings["num_train_epochs"]

@@ -10,12 +10,10 @@ EMBEDDED_DATA = ("openmoji", "openmoji-night")  # see data/openmoji.py
 
 def _number_from_text(value: Any) -> Any:
     # YAML 1.1 reads 1e-5 (no dot) as text.
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _flag_from_text(value: Any) -> Any:
@@ -54,18 +52,17 @@ class Settings(BaseModel):
     affects_result: ClassVar[bool] = False
 
 
+# fmt: off
 class ModelSettings(Settings):
     affects_result = True
 
     pretrained_model_name_or_path: str = setting(
-        ..., "hub id, folder, or an embedded model: tiny, tiny-random, sd-v1-4-random"
-    )
+        ..., "hub id, folder, or an embedded model: tiny, tiny-random, sd-v1-4-random")
     revision: str | None = setting(None, "branch, tag or commit on the hub")
     variant: str | None = setting(None, "weights variant, such as fp16, of the VAE, the text encoder and the EMA")
     non_ema_revision: str | None = setting(None, "revision of the UNet to train; default: revision")
     prediction_type: Literal["epsilon", "v_prediction"] | None = setting(
-        None, "what the UNet predicts; default: as the model's scheduler says"
-    )
+        None, "what the UNet predicts; default: as the model's scheduler says")
     gradient_checkpointing: Flag = setting(False, "recompute activations: less memory, more time")
     enable_xformers_memory_efficient_attention: Flag = setting(False, "attention by the package xformers")
 
@@ -74,8 +71,7 @@ class DataSettings(Settings):
     affects_result = True
 
     dataset_name: str | None = setting(
-        None, f"hub id or folder of a data set, or an embedded one: {', '.join(EMBEDDED_DATA)}"
-    )
+        None, f"hub id or folder of a data set, or an embedded one: {', '.join(EMBEDDED_DATA)}")
     dataset_config_name: str | None = setting(None, "configuration of the data set")
     train_data_dir: str | None = setting(None, "folder of images with a metadata.jsonl")
     image_column: str = setting("image", "column with the image")
@@ -114,36 +110,27 @@ class TrainingSettings(Settings):
     offload_ema: Flag = setting(False, "keep the EMA in host memory between steps")
     foreach_ema: Flag = setting(False, "update the EMA with torch's foreach operations")
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, BeforeValidator(_no_from_flag)] = setting(
-        None, "default: as accelerate launch was told; from a notebook fp16 on a GPU, no on a CPU"
-    )
+        None, "default: as accelerate launch was told; from a notebook fp16 on a GPU, no on a CPU")
     allow_tf32: Flag = setting(False, "use TF32 for matrix products on NVIDIA GPUs since Ampere")
     whole_steps: Flag = setting(
-        False,
-        "make every optimizer step a full one: accumulation continues over the end of an epoch, and images that do "
-        "not fill a last micro-batch are skipped in that epoch (not in the reference)",
-    )
+        False, "make every optimizer step a full one: accumulation continues over the end of an epoch, and images that "
+        "do not fill a last micro-batch are skipped in that epoch (not in the reference)")
 
 
 class SpeedSettings(Settings):
     """The same training in less time. None of it is in the reference."""
 
     encoder_cache_gib: Real = setting(
-        10.0,
-        "size limit, in GiB, of the on-disk cache of VAE and text-encoder outputs. If everything fits, each image, its "
-        "mirror image and each caption is encoded once and reused by later runs. 0 turns the cache off; a random crop "
-        "does too",
-        ge=0,
-    )
+        10.0, "size limit, in GiB, of the on-disk cache of VAE and text-encoder outputs. If everything fits, each "
+        "image, its mirror image and each caption is encoded once and reused by later runs. 0 turns the cache off; a "
+        "random crop does too", ge=0)
     fold_micro_batches: Count | None = setting(
-        None, "run this many micro-batches as one batch. 1 disables it; default: as many as fit in memory"
-    )
+        None, "run this many micro-batches as one batch. 1 disables it; default: as many as fit in memory")
     memory_gib: Real | None = setting(
-        None, "memory in GiB that a rank may use; a run that needs more is refused. Default: what is free", gt=0
-    )
+        None, "memory in GiB that a rank may use; a run that needs more is refused. Default: what is free", gt=0)
     fused_optimizer: Flag = setting(True, "update the weights in one pass over memory, and the EMA in another")
     compile_unet: Annotated[Literal["no", "blocks", "whole"], BeforeValidator(_no_from_flag)] = setting(
-        "no", "torch.compile of the UNet's transformer blocks, or of the whole UNet"
-    )
+        "no", "torch.compile of the UNet's transformer blocks, or of the whole UNet")
 
 
 class LossSettings(Settings):
@@ -160,11 +147,9 @@ class CheckpointSettings(Settings):
     checkpointing_steps: Count = setting(500, "save a checkpoint after every so many steps")
     checkpoints_total_limit: Count | None = setting(None, "keep at most this many checkpoints, the newest ones")
     resume_from_checkpoint: str | None = setting(
-        None, "resume from a checkpoint in output_dir: its name, such as checkpoint-500, or latest"
-    )
+        None, "resume from a checkpoint in output_dir: its name, such as checkpoint-500, or latest")
     resume_with_changes: Flag = setting(
-        False, "resume even if settings that affect the result have changed (not in the reference)"
-    )
+        False, "resume even if settings that affect the result have changed (not in the reference)")
 
 
 class ValidationSettings(Settings):
@@ -172,22 +157,18 @@ class ValidationSettings(Settings):
     validation_epochs: Count = setting(5, "draw them after every so many epochs")
     validation_guidance_scale: Real = setting(7.5, "guidance scale for drawing them (not in the reference)", ge=0)
     validation_loss_steps: int = setting(
-        0, "measure the loss on held-out images every so many steps; 0: never (not in the reference)", ge=0
-    )
+        0, "measure the loss on held-out images every so many steps; 0: never (not in the reference)", ge=0)
     device_peak_tflops: Real | None = setting(
-        None, "peak TFLOP/s of the device, for MFU; default: from its data sheet (not in the reference)", gt=0
-    )
+        None, "peak TFLOP/s of the device, for MFU; default: from its data sheet (not in the reference)", gt=0)
     target_loss: Real | None = setting(None, "report whether the final loss is below this (not in the reference)", gt=0)
 
 
 class OutputSettings(Settings):
     output_dir: str | None = setting(
-        "sd-model-finetuned", "the run folder; in a notebook, None makes a new one under runs/"
-    )
+        "sd-model-finetuned", "the run folder; in a notebook, None makes a new one under runs/")
     cache_dir: str | None = setting(None, "folder for downloaded and embedded models and data")
     report_to: Annotated[Literal["tensorboard", "wandb", "comet_ml", "all", "none"], BeforeValidator(_tracker)] = (
-        setting("tensorboard", "tracker that gets the loss and the drawn images; the run folder has them in any case")
-    )
+        setting("tensorboard", "tracker that gets the loss and the drawn images; the run folder has them in any case"))
     logging_dir: str = setting("logs", "TensorBoard's folder in the run folder")
     tracker_project_name: str = setting("text2image-fine-tune", "project name for the tracker")
 
@@ -196,27 +177,25 @@ class HubSettings(Settings):
     push_to_hub: Flag = setting(False, "upload the trained pipeline, with a model card")
     hub_model_id: str | None = setting(None, "repository to upload to; default: the run folder's name")
     hub_token: SecretStr | None = setting(
-        None, "token for the upload, stored nowhere; HF_TOKEN or `hf auth login` are safer"
-    )
+        None, "token for the upload, stored nowhere; HF_TOKEN or `hf auth login` are safer")
 
 
 class RankSettings(Settings):
     num_processes: Count | None = setting(
-        None, "ranks on all machines together; default: one per GPU, or one; accelerate launch sets its own"
-    )
+        None, "ranks on all machines together; default: one per GPU, or one; accelerate launch sets its own")
     num_machines: Count = setting(1, "machines that train together, when launched from a notebook")
     machine_rank: int = setting(0, "number of this machine, from 0; machine 0 writes the run folder", ge=0)
     main_process_ip: str | None = setting(None, "address of machine 0")
     main_process_port: Annotated[int, Field(ge=1, lt=2**16)] | None = setting(
-        None, "port on machine 0; default: 29500, or any free port on a single machine"
-    )
+        None, "port on machine 0; default: 29500, or any free port on a single machine")
     local_rank: int = setting(-1, "accepted and ignored: the launcher sets it in the environment")
 
 
 GROUPS: tuple[type[Settings], ...] = (
     ModelSettings, DataSettings, TrainingSettings, SpeedSettings, LossSettings, CheckpointSettings,
     ValidationSettings, OutputSettings, HubSettings, RankSettings,
-)  # fmt: skip
+)
+# fmt: on
 
 # Settings of earlier versions. A config.yaml that has one can still be read: none of them changed a result.
 RETIRED = frozenset({"onednn_linear", "keep_freed_memory", "channels_last", "cuda_graphs"})

@@ -14,11 +14,22 @@ from sdnb.settings.fields import GROUPS
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """Settings from a command line, such as that of diffusers' `train_text_to_image.py`. `--help` prints and exits.
-
-    Raises:
-        ConfigError: if a flag is unknown or lacks its value, or a setting is wrong.
-    """
-    return TrainConfig(**vars(_parser().parse_args(arguments)))
+    Raises ConfigError if a flag is unknown or lacks its value, or a setting is wrong."""
+    parser = _Parser(
+        prog="python -m sdnb.train",
+        usage="python -m sdnb.train --pretrained_model_name_or_path … --dataset_name … [--setting value …]\n"
+        "       accelerate launch [its own options] -m sdnb.train --pretrained_model_name_or_path … …",
+        description="Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py. The run "
+        "folder, output_dir, gets the measurements and the trained pipeline.",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=120),
+    )
+    parser.add_argument("--steps", type=_int, metavar="INT", help="short for --max_train_steps")
+    for group in GROUPS:
+        shown = parser.add_argument_group(group.__name__.removesuffix("Settings").lower())
+        for name, field in group.model_fields.items():
+            shown.add_argument(f"--{name}", **_options(field))
+    return TrainConfig(**vars(parser.parse_args(arguments)))
 
 
 def command_line(settings: dict[str, Any]) -> list[str]:
@@ -37,35 +48,18 @@ def command_line(settings: dict[str, Any]) -> list[str]:
     return flags
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m sdnb.train",
-        usage="python -m sdnb.train --pretrained_model_name_or_path … --dataset_name … [--setting value …]\n"
-        "       accelerate launch [its own options] -m sdnb.train --pretrained_model_name_or_path … …",
-        description="Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py. The run "
-        "folder, output_dir, gets the measurements and the trained pipeline.",
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=120),
-    )
-    parser.add_argument("--steps", type=_int, metavar="INT", help="short for --max_train_steps")
-    for group in GROUPS:
-        arguments = parser.add_argument_group(group.__name__.removesuffix("Settings").lower())
-        for name, field in group.model_fields.items():
-            arguments.add_argument(f"--{name}", **_options(field))
-    return parser
-
-
 def _options(field: FieldInfo) -> dict[str, Any]:
     """argparse's options for a setting. TrainConfig checks the values, because it knows more."""
     text = (field.description or "").replace("%", "%%")
-    if _takes(field.annotation, bool):
+    parts = _parts(field.annotation)
+    if bool in parts:
         return dict(action=argparse.BooleanOptionalAction if field.default else "store_true", help=text)
     if not field.is_required() and field.default is not None:
         text += f" [{field.default}]"
-    kinds = [kind.__name__.upper() for kind in (int, float) if _takes(field.annotation, kind)]
-    choices = _choices(field.annotation)
+    kinds = [kind.__name__.upper() for kind in (int, float) if kind in parts]
+    choices = [part for part in parts if isinstance(part, str)]
     metavar = "{" + ",".join(choices) + "}" if choices else kinds[0] if kinds else "TEXT"
-    several = dict(nargs="+") if _takes(field.annotation, tuple) else {}
+    several = dict(nargs="+") if tuple in parts else {}
     return dict(type=_int if metavar == "INT" else str, metavar=metavar, help=text, **several)
 
 
@@ -76,13 +70,10 @@ def _int(text: str) -> Any:
         return text  # TrainConfig says what is wrong with it
 
 
-def _takes(annotation: Any, kind: type) -> bool:
+def _parts(annotation: Any) -> list[Any]:
+    """The types in an annotation, and the texts that it allows."""
     origin = getattr(annotation, "__origin__", annotation)
-    return origin is kind or any(_takes(one, kind) for one in get_args(annotation) if not isinstance(one, str))
-
-
-def _choices(annotation: Any) -> list[str]:
-    return [choice for one in get_args(annotation) for choice in ([one] if isinstance(one, str) else _choices(one))]
+    return [origin, *(part for argument in get_args(annotation) for part in _parts(argument))]
 
 
 class _Parser(argparse.ArgumentParser):

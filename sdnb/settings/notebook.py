@@ -11,22 +11,17 @@ from sdnb.settings.config import TrainConfig
 PARAMETERS_COMMENT = "# Parameters"
 
 # Settings that exclude each other: when papermill gives one, the notebook's defaults for the others do not count.
-ONE_CHOICE = (
-    {"steps", "max_train_steps", "num_train_epochs"},
-    {"dataset_name", "train_data_dir"},
-)
+ONE_CHOICE = ({"steps", "max_train_steps", "num_train_epochs"}, {"dataset_name", "train_data_dir"})
 
 
 def from_notebook(namespace: Mapping[str, Any], besides: Container[str] = ()) -> TrainConfig:
     """Settings from a notebook's variables: every variable with a setting's name, and every name that a parameter cell
-    assigns. So a misspelt parameter is an error, and other variables of the notebook are ignored.
+    assigns. So a misspelt parameter is an error, and other variables of the notebook are ignored. Raises ConfigError if
+    a parameter is no setting, or its value is wrong.
 
     Args:
         namespace: the notebook's `globals()`. IPython keeps the cells' sources in its `In`.
         besides: names that a parameter cell may assign although they are no settings.
-
-    Raises:
-        ConfigError: if a parameter is no setting, or its value is wrong.
     """
     settings = {name: namespace[name] for name in [*TrainConfig.model_fields, "steps"] if name in namespace}
     if settings.get("hub_token"):

@@ -25,31 +25,28 @@ class Callbacks:
     """Called before and after the training, after each step and each epoch. They use no random number of the training,
     and their time counts for no step."""
 
-    def __init__(self, training: Training, checkpoints: Checkpoints) -> None:
-        self.training, self.checkpoints = training, checkpoints
+    def __init__(self, training: Training) -> None:
+        self.training, self.checkpoints = training, Checkpoints(training)
         self.config, self.accelerator, self.folder = training.config, training.accelerator, training.folder
-        self.began = time.perf_counter()
-        self.diverged = False
+        self.began, self.diverged = time.perf_counter(), False
         self.held_out_loss: HeldOutLoss | None = None
         held_out = training.splits.held_out
         if self.config.validation_loss_steps and held_out is None:
             logger.warning("no held-out loss: this data set has no split named validation or test")
         elif self.config.validation_loss_steps and self.accelerator.is_main_process:
-            batch_size, device = self.config.train_batch_size, self.accelerator.device
-            self.held_out_loss = HeldOutLoss(held_out, training.parts, batch_size, device)
+            device = self.accelerator.device
+            self.held_out_loss = HeldOutLoss(held_out, training.parts, self.config.train_batch_size, device)
         if self.accelerator.is_main_process:
             self.repository = hub.create(self.config) if self.config.push_to_hub else None
             # Assembled now, so that a missing part is found before the training and not after it.
             with torch.random.fork_rng(devices=[]):  # transformers 4 draws random weights and overwrites them
                 self.pipeline = assemble(self.config, training.parts)
 
-    def before_training(self, step: int) -> None:
-        """Args:
-        step: the one to resume after; 0 at the start.
-        """
-        if step == 0:
-            self._measure_held_out(step)
-            self._draw(step)
+    def before_training(self) -> None:
+        """Measure and draw, unless a run is resumed."""
+        if self.training.step == 0:
+            self._measure_held_out()
+            self._draw()
         self.accelerator.wait_for_everyone()
         if self.accelerator.device.type == "cuda":  # the reported peak starts with the first step
             torch.cuda.empty_cache()
@@ -67,25 +64,23 @@ class Callbacks:
         self.accelerator.log({name: record[name] for name in ("train_loss", "loss", "lr")}, step=step)
         measure = self.config.validation_loss_steps and (step % self.config.validation_loss_steps == 0 or last)
         if measure:
-            self._measure_held_out(step)
+            self._measure_held_out()
             self.accelerator.wait_for_everyone()
         save = step % self.config.checkpointing_steps == 0
         if save:
             self.checkpoints.save(step)
         return bool(measure or save)
 
-    def after_epoch(self, epoch: int, step: int) -> bool:
+    def after_epoch(self, epoch: int) -> bool:
         """Draw `validation_prompts`, when it is time. Returns whether the training paused."""
         if not self.config.validation_prompts or epoch % self.config.validation_epochs:
             return False
-        self._draw(step)
+        self._draw()
         self.accelerator.wait_for_everyone()
         return True
 
-    def after_training(self, steps: int, threads: dict[str, Any]) -> None:
-        """Args:
-        threads: how they have waited for each other, see `Waits.stop`.
-        """
+    def after_training(self, threads: dict[str, Any]) -> None:
+        """Save, draw and upload. `threads`: how threads have waited for each other, see `Waits.stop`."""
         accelerator, trained = self.accelerator, time.perf_counter()
         ranks = self._describe_ranks()
         if self.training.ema is not None:
@@ -95,16 +90,12 @@ class Callbacks:
             release_freed_memory()  # saving makes copies
             self._save_pipeline()
             summary = dict(
-                world_size=accelerator.num_processes,
-                distributed_type=accelerator.distributed_type.value,
-                ranks=ranks,
-                threads=threads,
-                training_seconds=trained - self.began,
-                saving_seconds=time.perf_counter() - trained,
+                world_size=accelerator.num_processes, distributed_type=accelerator.distributed_type.value, ranks=ranks,
+                threads=threads, training_seconds=trained - self.began, saving_seconds=time.perf_counter() - trained,
                 ended=time.time(),
-            )
+            )  # fmt: skip
             run_folder.write(self.folder / run_folder.SUMMARY, summary)
-        self._draw(steps)
+        self._draw()
         if accelerator.is_main_process and self.repository:
             logger.info("uploading to %s", self.repository)
             hub.publish(run_folder.RunFolder(self.folder), self.config, self.repository)
@@ -131,10 +122,10 @@ class Callbacks:
                 "measurements are complete. With a checkpoint, resume_from_checkpoint = latest returns to this point."
             ) from error
 
-    def _draw(self, step: int) -> None:
+    def _draw(self) -> None:
         """Draw with the weights that would be saved now, unless the run has these images already."""
-        prompts, config = self.config.validation_prompts, self.config
-        if not (prompts and self.accelerator.is_main_process):
+        config, step = self.config, self.training.step
+        if not (config.validation_prompts and self.accelerator.is_main_process):
             return
         drawn = run_folder.RunFolder(self.folder).drawn
         if len(drawn) and (drawn.step == step).any():
@@ -142,33 +133,28 @@ class Callbacks:
         ema, unet = self.training.ema, self.training.parts.unet
         with ema.applied_to(unet) if ema is not None else nullcontext():
             draw_samples(
-                self.pipeline, self.accelerator, self.folder, step, prompts, config.resolution,
+                self.pipeline, self.accelerator, self.folder, step, config.validation_prompts, config.resolution,
                 seed=config.seed or 0, guidance_scale=config.validation_guidance_scale,
             )  # fmt: skip
 
-    def _measure_held_out(self, step: int) -> None:
+    def _measure_held_out(self) -> None:
         if self.held_out_loss is not None:
             with self.accelerator.autocast():
                 measured = self.held_out_loss(self.accelerator.unwrap_model(self.training.unet))
-            run_folder.append(self.folder / run_folder.VALIDATION, dict(step=step, **measured))
+            run_folder.append(self.folder / run_folder.VALIDATION, dict(step=self.training.step, **measured))
 
     def _describe_ranks(self) -> list[dict[str, Any]]:
         """Each rank's peak memory, and a checksum of its weights (sum and sum of squares): all ranks must agree."""
-        memory = peak_bytes(self.accelerator.device)
+        memory = peak_bytes(self.accelerator.device)  # before the sums take some
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
         for parameter in self.training.unet.parameters():  # one by one: a copy of all may not fit
             values = parameter.detach().double()
             sums += torch.stack([values.sum(), values.square().sum()])
         own = torch.cat([sums.new_tensor(memory), sums])
-        ranks = [
-            dict(
-                rank=rank,
-                peak_memory_gib=allocated / 2**30,
-                peak_reserved_gib=reserved / 2**30,
-                checksum=[value.hex() for value in checksum],
-            )
-            for rank, (allocated, reserved, *checksum) in enumerate(self.accelerator.gather(own[None]).tolist())
-        ]
+        ranks = []
+        for rank, (allocated, reserved, *checksum) in enumerate(self.accelerator.gather(own[None]).tolist()):
+            peaks = dict(peak_memory_gib=allocated / 2**30, peak_reserved_gib=reserved / 2**30)
+            ranks.append(dict(rank=rank, **peaks, checksum=[value.hex() for value in checksum]))
         if any(rank["checksum"] != ranks[0]["checksum"] for rank in ranks):
             logger.error("the ranks' weights differ at the end: %s", [rank["checksum"] for rank in ranks])
         return ranks

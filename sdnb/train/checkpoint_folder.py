@@ -13,7 +13,6 @@ from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
 MANIFEST = "checkpoint.json"
-LATEST = "latest"
 _REFERENCE_FILES = ("unet/config.json", "optimizer.bin", "scheduler.bin")
 
 
@@ -36,34 +35,32 @@ class FoundCheckpoints:
 
 def find_checkpoints(config: TrainConfig, examples: ImageCaptions) -> FoundCheckpoints:
     """The checkpoints that `resume_from_checkpoint` names. None if it is not set, or if it is `latest` and there is no
-    checkpoint yet.
-
-    Raises:
-        RunError: if a named checkpoint is missing or incomplete, if none of several is complete, or if settings that
-            affect the result have changed.
-    """
+    checkpoint yet. Raises RunError if a named checkpoint is missing or incomplete, if none of several is complete, or
+    if settings that affect the result have changed."""
     wanted = config.resume_from_checkpoint
     if wanted is None:
         return FoundCheckpoints((), ())
     if config.output_dir is None:
         raise RunError(f"resume_from_checkpoint = {wanted}: set output_dir to the folder of the run to resume")
     where = run_folder.path_of(config)
-    folders = [folder for _, folder in sorted(numbered(where), reverse=True)]
-    if wanted != LATEST:
-        named = where / Path(wanted).name  # like the reference: the last part of a path, in output_dir
-        if named not in folders:
-            names = ", ".join(folder.name for folder in folders) or "none"
+    found = sorted(numbered(where), reverse=True)
+    if wanted == "latest":
+        # If the run was resumed from an earlier checkpoint, it abandoned those after its last record.
+        last = run_folder.last_step(where)
+        candidates = [(step, folder) for step, folder in found if step <= last] or found
+    else:
+        name = Path(wanted).name  # like the reference: the last part of a path, in output_dir
+        candidates = [(step, folder) for step, folder in found if folder.name == name]
+        if not candidates:
+            names = ", ".join(folder.name for _, folder in found) or "none"
             raise RunError(f"resume_from_checkpoint = {wanted}: no such checkpoint in {where}; found: {names}")
-        folders = [named]
-    elif folders:
-        folders = _not_abandoned(where, folders)
     usable, rejected = [], []
-    for folder in folders:
+    for step, folder in candidates:
         try:
-            usable.append(_inspect(folder))
+            usable.append(Checkpoint(folder, step, _manifest(folder)))
         except RunError as error:
             rejected.append(str(error))
-    if folders and not usable:
+    if rejected and not usable:
         raise RunError("\n".join([f"resume_from_checkpoint = {wanted}: no checkpoint can be used", *rejected]))
     if usable and not config.resume_with_changes and (changed := differences(usable[0], config, examples)):
         raise RunError(
@@ -81,40 +78,21 @@ def numbered(where: Path) -> Iterator[tuple[int, Path]]:
             yield int(number[1]), folder
 
 
-def _step(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def _not_abandoned(folder: Path, checkpoints: list[Path]) -> list[Path]:
-    """Those not later than the records. If a run was resumed from an earlier checkpoint, later ones were abandoned."""
-    last = run_folder.last_step(folder)
-    return [one for one in checkpoints if _step(one) <= last] or checkpoints
-
-
-def _inspect(folder: Path) -> Checkpoint:
+def _manifest(folder: Path) -> dict[str, Any] | None:
     """Raises RunError if a file is missing or has another size than in the manifest."""
-    path = folder / MANIFEST
-    if not path.exists():
-        missing = [name for name in _REFERENCE_FILES if not (folder / name).is_file()]
-        if missing:
+    if not (folder / MANIFEST).exists():
+        if missing := [name for name in _REFERENCE_FILES if not (folder / name).is_file()]:
             raise RunError(f"{folder}: incomplete, it has no {', '.join(missing)}")
-        return Checkpoint(folder, _step(folder), None)
+        return None
     try:
-        manifest = json.loads(path.read_text())
-        wrong = [
-            f"{name} has {_size(folder / name)} of {size} bytes"
-            for name, size in manifest["files"].items()
-            if _size(folder / name) != size
-        ]
+        manifest = json.loads((folder / MANIFEST).read_text())
+        sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        files = [(name, sizes.get(folder / name, 0), size) for name, size in manifest["files"].items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder}: unreadable, its {MANIFEST} is damaged: {error}") from None
-    if wrong:
+    if wrong := [f"{name} has {found} of {size} bytes" for name, found, size in files if found != size]:
         raise RunError(f"{folder}: incomplete: {'; '.join(wrong)}")
-    return Checkpoint(folder, _step(folder), manifest)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+    return manifest
 
 
 def identity(config: TrainConfig, examples: ImageCaptions) -> dict[str, Any]:

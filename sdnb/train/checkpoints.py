@@ -1,4 +1,4 @@
-"""Saves checkpoints: the whole state of a run in a folder, complete or absent.
+"""Checkpoints: the whole state of a run in a folder, complete or absent.
 
 A checkpoint has the reference's layout (`unet`, `unet_ema`, and accelerate's files) and two more things: each rank's
 position among the micro-batches with its RNG states, and `checkpoint.json`, with its files and its settings. With these
@@ -12,40 +12,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import SCALER_NAME
+from diffusers import UNet2DConditionModel
 
 from sdnb.errors import RunError
 from sdnb.run import folder as run_folder
-from sdnb.train.checkpoint_folder import MANIFEST, identity, numbered
+from sdnb.settings.fields import DataSettings
+from sdnb.train.checkpoint_folder import MANIFEST, Checkpoint, FoundCheckpoints, differences, identity, numbered
 from sdnb.train.setup import Training
 
 logger = logging.getLogger("sdnb")
 
+_POSITION_FILE = "place_{}.pt"  # a rank's position among the micro-batches
+# If one of these has changed, a position among the micro-batches is meaningless.
+_DECIDE_ORDER = {
+    *DataSettings.model_fields, "train_batch_size", "gradient_accumulation_steps", "whole_steps", "num_processes",
+    "the data",
+}  # fmt: skip
+
 
 class Checkpoints:
-    """Saves the checkpoints of a run, and removes old ones."""
+    """Saves the checkpoints of a run, removes old ones, and loads the models from one for `accelerator.load_state`."""
 
     def __init__(self, training: Training) -> None:
         self.training, self.accelerator, self.folder = training, training.accelerator, training.folder
         self.accelerator.register_save_state_pre_hook(self._save_models)
+        self.accelerator.register_load_state_pre_hook(self._load_models)
+        if self.accelerator.is_main_process:
+            for incomplete in self.folder.glob(".checkpoint-*"):  # a killed run was writing or removing it
+                shutil.rmtree(incomplete, ignore_errors=True)
 
     def save(self, step: int) -> None:
-        """Make `checkpoint-<step>`, then remove the oldest beyond `checkpoints_total_limit`. All ranks call it.
-
-        Raises:
-            RunError: if it cannot be written, such as on a full disk. Earlier checkpoints stay as they were.
-        """
+        """Make `checkpoint-<step>`, then remove the oldest beyond `checkpoints_total_limit`. All ranks call it. Raises
+        RunError if it cannot be written, such as on a full disk; earlier checkpoints stay as they were."""
         final = self.folder / f"checkpoint-{step}"
         aside = self.folder / f".{final.name}.incomplete"
-        main = self.accelerator.is_main_process
-        if main:
+        if self.accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
             self._remove_oldest(step)
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(aside))
-            torch.save(self.training.batches.state_dict(), aside / position_file(self.accelerator.process_index))
+            place = aside / _POSITION_FILE.format(self.accelerator.process_index)
+            torch.save(self.training.batches.state_dict(), place)
             self.accelerator.wait_for_everyone()
-            if main:
+            if self.accelerator.is_main_process:
                 self._complete(aside, final, step)
         except Exception as error:  # torch and safetensors do not raise OSError when the disk is full
             raise self._not_written(final, aside, error) from error
@@ -102,17 +114,99 @@ class Checkpoints:
             for model in models:
                 self.accelerator.unwrap_model(model).save_pretrained(Path(folder) / "unet")
 
+    def _load_models(self, models: list[torch.nn.Module], folder: str) -> None:
+        if self.training.ema is not None:
+            self.training.ema.load(Path(folder) / "unet_ema")
+        while models:  # removed, so that accelerate does not look for their weights
+            model = self.accelerator.unwrap_model(models.pop())
+            model.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
 
-def remove_incomplete(folder: Path) -> None:
-    """Remove checkpoints in a run folder that were being written or removed when the run was killed."""
-    for pattern in (".checkpoint-*.incomplete", ".checkpoint-*.given-up", ".checkpoint-*.removed"):
-        for incomplete in folder.glob(pattern):
-            shutil.rmtree(incomplete, ignore_errors=True)
+
+def resume(training: Training, found: FoundCheckpoints) -> int:
+    """Load the first checkpoint that all ranks can read, and return its step; 0 if there are no checkpoints. Raises
+    RunError if there are some, but none can be read."""
+    problems = list(found.rejected)
+    for problem in problems:
+        logger.warning("skipped: %s", problem)
+    for checkpoint in found.usable:
+        if (problem := _load(training, checkpoint)) is None:
+            logger.info("resuming after step %d, from %s", checkpoint.step, checkpoint.folder)
+            return checkpoint.step
+        logger.warning("skipped: %s", problem)
+        problems.append(problem)
+    if problems:
+        raise RunError("\n".join(["no checkpoint can be used", *problems]))
+    return 0
 
 
-def position_file(rank: int) -> str:
-    """The file in a checkpoint with a rank's position among the micro-batches."""
-    return f"place_{rank}.pt"
+def _load(training: Training, checkpoint: Checkpoint) -> str | None:
+    """The problem with the checkpoint, on this rank or another; None if it is loaded."""
+    accelerator, scaler, problem = training.accelerator, training.accelerator.scaler, None
+    if not (checkpoint.folder / SCALER_NAME).exists():  # made in another precision: accelerate would look for it
+        accelerator.scaler = None
+    try:
+        accelerator.load_state(str(checkpoint.folder))
+        _compute_as_now(training.optimizer)
+        _restore_position(training, checkpoint)
+    except Exception as error:  # torch, safetensors, pickle and json each raise their own for a damaged file
+        problem = f"{checkpoint.folder}: unreadable: {type(error).__name__}: {error}"
+    accelerator.scaler = scaler
+    failed = torch.tensor(problem is not None, device=accelerator.device, dtype=torch.int32)
+    if int(accelerator.reduce(failed, reduction="sum")):
+        return problem or f"{checkpoint.folder}: unreadable for another rank"
+    return None
+
+
+def _compute_as_now(optimizer: AcceleratedOptimizer) -> None:
+    """Make the optimizer compute as the settings say, not as the saved one did. A fused AdamW counts its steps on the
+    device, and reads weights and averages in memory order: earlier versions could save averages in another one."""
+    defaults = optimizer.defaults
+    for group in optimizer.param_groups:
+        group.update({name: defaults[name] for name in ("fused", "foreach", "capturable") if name in defaults})
+    for weights, state in optimizer.state.items():
+        for name, values in state.items():
+            if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+                continue
+            if name == "step":
+                state[name] = values.to(weights.device if defaults.get("fused") else "cpu")
+            elif values.shape == weights.shape and values.stride() != weights.stride():
+                state[name] = torch.empty_like(weights, dtype=values.dtype).copy_(values)
+
+
+def _restore_position(training: Training, checkpoint: Checkpoint) -> None:
+    examples, batches = training.splits.train, training.batches
+    if checkpoint.manifest is None:
+        batches.epoch = int(checkpoint.step // training.config.epoch(len(examples)).steps)
+        logger.warning("the epoch starts again, in another order: %s does not contain its position", checkpoint.folder)
+        return
+    made_on, device = checkpoint.manifest.get("device"), training.accelerator.device.type
+    if made_on not in (None, device):
+        logger.warning(
+            "random numbers differ from here on: %s was made on %s, this is %s", checkpoint.folder, made_on, device
+        )
+    changed = differences(checkpoint, training.config, examples)
+    for difference in changed.values():
+        logger.warning("resuming with changes: %s", difference)
+    if changed:
+        _apply_settings(training)
+    reordered = changed.keys() & _DECIDE_ORDER
+    place = checkpoint.folder / _POSITION_FILE.format(0 if reordered else training.accelerator.process_index)
+    position = torch.load(place, map_location="cpu", weights_only=True)
+    if reordered:
+        batches.epoch = position["epoch"]
+        logger.warning("the epoch starts again, in another order: a changed setting affects the order")
+    else:
+        batches.load_state_dict(position)
+
+
+def _apply_settings(training: Training) -> None:
+    """Set the optimizer and the schedule to the current settings again: loading has replaced them by earlier ones."""
+    optimizer, schedule = training.optimizer, training.schedule.scheduler
+    schedule.base_lrs = [training.config.peak_learning_rate]
+    for group in optimizer.param_groups:
+        group.update({name: optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")})
+        group["lr"] = training.config.peak_learning_rate * schedule.lr_lambdas[0](schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def _fsync(path: Path) -> None:

@@ -37,17 +37,15 @@ class HeldOutLoss:
         steps = parts.noise_scheduler.config.num_train_timesteps
         self.batch_size, self.scheduler = batch_size, parts.noise_scheduler
         self.timesteps = ((torch.arange(count) + 0.5) * steps / count).long().to(device)
+        vae, latents = parts.vae, []
         with torch.no_grad():
-            self.latents = torch.cat([self._latents(examples.pixels(row)[None], parts, generator) for row in rows])
+            for row in rows:
+                pixels = examples.pixels(row)[None].to(vae.device, vae.dtype)
+                latents.append(vae.encode(pixels).latent_dist.sample(generator) * vae.config.scaling_factor)
             token_ids = tokenize(parts.tokenizer, [first_caption(examples.captions[row]) for row in rows]).to(device)
             encoded = [parts.text_encoder(ids)[0] for ids in token_ids.split(batch_size)]
-            self.encoder_hidden_states = torch.cat(encoded)
+        self.latents, self.encoder_hidden_states = torch.cat(latents), torch.cat(encoded)
         self.noise = torch.randn(self.latents.shape, generator=generator).to(device, self.latents.dtype)
-
-    @staticmethod
-    def _latents(pixels: Tensor, parts: Parts, generator: torch.Generator) -> Tensor:
-        posterior = parts.vae.encode(pixels.to(parts.vae.device, parts.vae.dtype)).latent_dist
-        return posterior.sample(generator) * parts.vae.config.scaling_factor
 
     @torch.no_grad()
     def __call__(self, unet: torch.nn.Module) -> dict[str, Any]:
@@ -55,13 +53,10 @@ class HeldOutLoss:
         target = target_of(self.scheduler, self.latents, self.noise, self.timesteps)
         noisy = self.scheduler.add_noise(self.latents, self.noise, self.timesteps)
         wholes = (noisy, self.timesteps, self.encoder_hidden_states, target)
-        batches = zip(*(whole.split(self.batch_size) for whole in wholes))
-        losses = torch.cat(
-            [
-                loss_per_image(unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0], goal)
-                for latents, timesteps, encoder_hidden_states, goal in batches
-            ]
-        )
+        losses = torch.cat([
+            loss_per_image(unet(*inputs, return_dict=False)[0], goal)
+            for *inputs, goal in zip(*(whole.split(self.batch_size) for whole in wholes))
+        ])  # fmt: skip
         spread = losses.std() / len(losses) ** 0.5 if len(losses) > 1 else torch.tensor(float("nan"))
         return {"loss": losses.mean().item(), "standard_error": spread.item(), "images": len(losses)}
 
@@ -81,24 +76,15 @@ def draw_samples(
     pipeline = StableDiffusionPipeline(**unchecked, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     (folder / run_folder.SAMPLES).mkdir(exist_ok=True)
+    how = dict(num_inference_steps=INFERENCE_STEPS, guidance_scale=guidance_scale)
     images, records = [], []
     for index, prompt in enumerate(prompts):  # one by one: the optimizer's state is in memory, too
         with accelerator.autocast():
-            image = pipeline(
-                prompt,
-                height=resolution,
-                width=resolution,
-                num_inference_steps=INFERENCE_STEPS,
-                guidance_scale=guidance_scale,
-                generator=torch.Generator().manual_seed(seed),
-            ).images[0]
+            generator = torch.Generator().manual_seed(seed)
+            image = pipeline(prompt, height=resolution, width=resolution, generator=generator, **how).images[0]
         name = f"step-{step:06d}-{index}.png"
         image.save(folder / run_folder.SAMPLES / name)
-        record = dict(
-            file=name, step=step, prompt=prompt, seed=seed,
-            num_inference_steps=INFERENCE_STEPS, guidance_scale=guidance_scale,
-        )  # fmt: skip
-        records.append(record)
+        records.append(dict(file=name, step=step, prompt=prompt, seed=seed, **how))
         images.append(image)
     for record in records:  # after all are drawn: a run that is killed before draws them again
         run_folder.append(folder / run_folder.SAMPLES_LIST, record)

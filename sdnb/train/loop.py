@@ -19,10 +19,9 @@ from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.train.callbacks import Callbacks
 from sdnb.train.checkpoint_folder import find_checkpoints
-from sdnb.train.checkpoints import Checkpoints, remove_incomplete
+from sdnb.train.checkpoints import resume
 from sdnb.train.objective import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
-from sdnb.train.resuming import resume
-from sdnb.train.setup import Training, build, start, stop_compiling, uncompiled
+from sdnb.train.setup import Training, build, set_stance, start
 
 logger = logging.getLogger("sdnb")
 
@@ -31,15 +30,13 @@ NoisyBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def train(config: TrainConfig, show: Show = lambda record, total: None, splits: Splits | None = None) -> None:
-    """Train on this rank, from the first step or a checkpoint to the saved pipeline.
+    """Train on this rank, from the first step or a checkpoint to the saved pipeline. Raises SdnbError if the ranks did
+    not join, or the model, the data or a checkpoint cannot be used.
 
     Args:
         config: resolved: its run folder exists, its precision and number of ranks are set.
         show: gets the record of each step, and the number of steps.
         splits: the data that `config` names; default: they are loaded.
-
-    Raises:
-        SdnbError: if the ranks did not join, or the model, the data or a checkpoint cannot be used.
     """
     gc.freeze()  # the collector ignores what is loaded by now
     gc.enable()
@@ -48,22 +45,24 @@ def train(config: TrainConfig, show: Show = lambda record, total: None, splits: 
         waits = Waits(accelerator.device.type)
         training = build(config, accelerator, splits)
         callbacks = _begin(training, waits)
+        paused = True
         while training.step < training.total_steps:
-            epoch = training.batches.epoch
-            record = train_step(training)
-            if record["images"] == config.global_batch:
-                stop_compiling(config)
-            show(record, training.total_steps)
-            last = training.step == training.total_steps
-            paused = callbacks.after_step(record, last)
-            if training.batches.epoch > epoch or last:
-                paused |= callbacks.after_epoch(epoch, training.step)
-            if paused:
+            if paused:  # no step counts the time and the energy of a pause
                 training.clock.restart()
                 training.stats.restart()
             else:
                 training.clock.end_phase("other")
-        callbacks.after_training(training.step, waits.stop())
+            epoch = training.batches.epoch
+            record = train_step(training)
+            if record["images"] == config.global_batch:
+                # Batches of another size, at the end of an epoch, run uncompiled: compiling for each would take longer.
+                set_stance(config, "eager_on_recompile")
+            show(record, training.total_steps)
+            last = training.step == training.total_steps
+            paused = callbacks.after_step(record, last)
+            if training.batches.epoch > epoch or last:
+                paused |= callbacks.after_epoch(epoch)
+        callbacks.after_training(waits.stop())
 
 
 def train_step(training: Training) -> dict[str, Any]:
@@ -135,31 +134,23 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
         reached = measured_matmul_tflops(accelerator.device, WEIGHT_DTYPES[config.mixed_precision or "no"])
         described = {**describe_model(config, training.parts), "reachable_tflops": reached}
         run_folder.write(training.folder / run_folder.MODEL, described)
-    callbacks = Callbacks(training, Checkpoints(training))
+    callbacks = Callbacks(training)
     training.step = resume(training, found)
-    _start_records(training, waits)
+    if accelerator.is_main_process:
+        # An interrupted run may have recorded later steps, which will be recorded again.
+        run_folder.go_back(training.folder, training.step)
+        run_folder.add_to_environment(training.folder, threads=waits.now())
+    settings = config.model_dump(mode="json", exclude={"validation_prompts", "hub_token"})
+    purge = {"tensorboard": {"purge_step": training.step + 1}} if training.step else {}
+    accelerator.init_trackers(config.tracker_project_name, settings, init_kwargs=purge)
     _log_start(training)
     if accelerator.device.type == "cpu":
         release_freed_memory()  # gaps that loading has left
         keep_freed_memory()
-    with uncompiled(config):
-        callbacks.before_training(training.step)
-    training.clock.restart()
-    training.stats.restart()
+    set_stance(config, "force_eager")  # for batch sizes that no step has
+    callbacks.before_training()
+    set_stance(config, "default")
     return callbacks
-
-
-def _start_records(training: Training, waits: Waits) -> None:
-    """Start the records after the current step: an interrupted run may have recorded later ones, which will be
-    recorded again."""
-    config, accelerator, step = training.config, training.accelerator, training.step
-    if accelerator.is_main_process:
-        remove_incomplete(training.folder)
-        run_folder.go_back(training.folder, step)
-        run_folder.add_to_environment(training.folder, threads=waits.now())
-    settings = config.model_dump(mode="json", exclude={"validation_prompts", "hub_token"})
-    purge = {"tensorboard": {"purge_step": step + 1}} if step else {}
-    accelerator.init_trackers(config.tracker_project_name, settings, init_kwargs=purge)
 
 
 def _log_start(training: Training) -> None:

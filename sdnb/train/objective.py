@@ -11,8 +11,7 @@ from torch import Tensor
 
 
 def draw_latents(moments: Tensor, scaling_factor: float) -> Tensor:
-    """Scaled latents [batch, channels, h, w], drawn from the posterior with these moments [batch, 2 × channels, h,
-    w]."""
+    """Scaled latents [batch, channels, h, w], from the posterior with these moments [batch, 2 × channels, h, w]."""
     return DiagonalGaussianDistribution(moments).sample() * scaling_factor
 
 
@@ -40,21 +39,11 @@ def target_of(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timestep
 
 
 def dream(
-    unet: torch.nn.Module,
-    scheduler: DDPMScheduler,
-    noisy_latents: Tensor,
-    timesteps: Tensor,
-    encoder_hidden_states: Tensor,
-    noise: Tensor,
-    target: Tensor,
-    detail_preservation: float,
-) -> tuple[Tensor, Tensor]:
+    unet: torch.nn.Module, scheduler: DDPMScheduler, noisy_latents: Tensor, timesteps: Tensor,
+    encoder_hidden_states: Tensor, noise: Tensor, target: Tensor, detail_preservation: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """DREAM (arXiv 2312.00210, algorithm 1): the noise that the UNet still misses in `noisy_latents`, weighted by
-    (1 - ᾱ)^(p/2), is added to both.
-
-    Returns:
-        The rectified noisy latents and target, with unchanged shapes.
-    """
+    (1 - ᾱ)^(p/2), is added to both. Returns the rectified noisy latents and target, with unchanged shapes."""
     deviation = (1 - scheduler.alphas_cumprod.to(timesteps.device)[timesteps, None, None, None]) ** 0.5
     with torch.no_grad():
         missed = noise - unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
@@ -76,18 +65,10 @@ def loss_of(
 
 
 def losses_of(
-    prediction: Tensor,
-    target: Tensor,
-    scheduler: DDPMScheduler,
-    timesteps: Tensor,
-    snr_gamma: float | None,
+    prediction: Tensor, target: Tensor, scheduler: DDPMScheduler, timesteps: Tensor, snr_gamma: float | None,
     sizes: Sequence[int],
-) -> Tensor:
-    """The loss of each micro-batch, [micro-batches], of several that ran as one batch.
-
-    Args:
-        sizes: images in each micro-batch.
-    """
+) -> Tensor:  # fmt: skip
+    """The loss of each micro-batch, [micro-batches], of several that ran as one batch; `sizes`: images in each."""
     parts = zip(*(whole.split(sizes) for whole in (prediction, target, timesteps)))
     return torch.stack([loss_of(one, goal, scheduler, times, snr_gamma) for one, goal, times in parts])
 

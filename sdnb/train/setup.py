@@ -3,24 +3,15 @@
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, utils
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    set_seed,
-)
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
@@ -71,16 +62,22 @@ class Training:
 
 
 def start(config: TrainConfig) -> Accelerator:
-    """Join the other ranks, log to the run folder, and seed all random number generators.
-
-    Raises:
-        RunError: if not all ranks joined.
-    """
+    """Join the other ranks, log to the run folder, and seed all generators. Raises RunError if not all ranks joined."""
     accelerator = make_accelerator(config)
-    _log_to(run_folder.path_of(config) / run_folder.LOG, accelerator.process_index)
-    _check_ranks_joined(accelerator, config)
+    handler = logging.FileHandler(run_folder.path_of(config) / run_folder.LOG)
+    line = f"%(asctime)s rank {accelerator.process_index} %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
+    logger.handlers = [handler]  # replaces that of an earlier run in the same process
+    logger.setLevel(logging.INFO)
+    # Two ranks that did not find each other both believe that they are alone, so they must count each other.
+    joined = int(accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum"))
+    if not joined == accelerator.num_processes == config.num_processes:
+        raise RunError(
+            f"{config.num_processes} ranks were started, but {joined} joined "
+            f"({accelerator.distributed_type.value}, world size {accelerator.num_processes})"
+        )
     if config.seed is not None:
-        set_seed(config.seed)
+        utils.set_seed(config.seed)
     return accelerator
 
 
@@ -89,45 +86,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     folder = run_folder.path_of(config)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    patience = utils.InitProcessGroupKwargs(timeout=timedelta(hours=1))  # while one rank fills a cache, draws, or saves
+    buckets = utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `MicroBatches` knows where a step ends
+        # `MicroBatches` knows where a step ends.
+        gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
-        # Ranks wait for each other while one of them fills a cache, draws, or saves.
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / config.logging_dir)),
+        kwargs_handlers=[patience, buckets],
+        project_config=utils.ProjectConfiguration(str(folder), str(folder / config.logging_dir)),
     )
 
 
-def _log_to(path: Path, rank: int) -> None:
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(message)s", "%H:%M:%S"))
-    logger.handlers = [handler]  # replaces that of an earlier run in the same process
-    logger.setLevel(logging.INFO)
-
-
-def _check_ranks_joined(accelerator: Accelerator, config: TrainConfig) -> None:
-    # Two ranks that did not find each other both believe that they are alone, so they must count each other.
-    joined = int(accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum"))
-    if not joined == accelerator.num_processes == config.num_processes:
-        raise RunError(
-            f"{config.num_processes} ranks were started, but {joined} joined "
-            f"({accelerator.distributed_type.value}, world size {accelerator.num_processes})"
-        )
-
-
 def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None = None) -> Training:
-    """Load the model and the data, and prepare them for this rank's device.
-
-    Args:
-        splits: the data that `config` names; default: they are loaded.
-
-    Raises:
-        SdnbError: if the model or the data cannot be used.
-    """
+    """Load the model, and the data if `splits` does not have it, and prepare both for this rank's device. Raises
+    SdnbError if they cannot be used."""
     device = accelerator.device
     # One rank fills the caches first; on each machine, as a machine may have caches of its own.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
@@ -138,22 +111,23 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
         ema = EMA(start_of_ema(config, parts), config.offload_ema, fused) if config.use_ema else None
     configure(parts, config, device)
     optimizer = optimizer_class(config, device)(
-        parts.unet.parameters(),
-        lr=config.peak_learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-    # accelerate advances the schedule once per rank
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=config.schedule_steps(len(splits.train)) * accelerator.num_processes,
-    )
+        parts.unet.parameters(), lr=config.peak_learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay, eps=config.adam_epsilon,
+    )  # fmt: skip
+    ranks = accelerator.num_processes  # accelerate advances the schedule once per rank
+    warmup_steps, steps = config.lr_warmup_steps * ranks, config.schedule_steps(len(splits.train)) * ranks
+    schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
     unet, optimizer, schedule = accelerator.prepare(parts.unet, optimizer, schedule)
+    # On a CPU, threads that load would take cores from the step. Worker processes load without threads.
+    in_threads = device.type == "cuda" and not config.dataloader_num_workers
+    threads = max(1, len(os.sched_getaffinity(0)) // config.ranks_here) if in_threads else 0
+    examples = TrainingSet(splits.train, parts.tokenizer, encoders.moments, threads)
+    loader = DataLoader(
+        examples, config.train_batch_size, shuffle=True, collate_fn=examples.collate,
+        num_workers=config.dataloader_num_workers, drop_last=config.whole_steps,
+    )  # fmt: skip
     # The encoders move the batches to the device: accelerate would wait there for all pending work.
-    loader = accelerator.prepare_data_loader(_loader(config, splits, parts, encoders, device), device_placement=False)
+    loader = accelerator.prepare_data_loader(loader, device_placement=False)
     if ema is not None:
         ema.settle(device)
     return Training(
@@ -164,27 +138,8 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
     )  # fmt: skip
 
 
-def _loader(config: TrainConfig, splits: Splits, parts: Parts, encoders: Encoders, device: torch.device) -> DataLoader:
-    # On a CPU, threads that load would take cores from the step. Worker processes load without threads.
-    in_threads = device.type == "cuda" and not config.dataloader_num_workers
-    threads = max(1, len(os.sched_getaffinity(0)) // config.ranks_here) if in_threads else 0
-    examples = TrainingSet(splits.train, parts.tokenizer, encoders.moments, threads)
-    return DataLoader(
-        examples,
-        shuffle=True,
-        collate_fn=examples.collate,
-        batch_size=config.train_batch_size,
-        num_workers=config.dataloader_num_workers,
-        drop_last=config.whole_steps,
-    )
-
-
 def configure(parts: Parts, config: TrainConfig, device: torch.device) -> None:
-    """Make the parts compute as the settings say.
-
-    Raises:
-        ConfigError: if they cannot.
-    """
+    """Make the parts compute as the settings say. Raises ConfigError if they cannot."""
     scheduler, unet = parts.noise_scheduler, parts.unet
     if config.prediction_type is not None:
         scheduler.register_to_config(prediction_type=config.prediction_type)
@@ -223,22 +178,13 @@ def _compile(unet: UNet2DConditionModel, config: TrainConfig) -> None:
     # backward pass ends. Blocks are small enough already: a large one of SD v1-4 became four graphs. And torch 2.1
     # cannot cut a checkpointed module.
     torch._dynamo.config.optimize_ddp = config.compile_unet == "whole" and not config.gradient_checkpointing
-    if has_stances():
-        torch.compiler.set_stance("default")
+    set_stance(config, "default")
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
     for module in blocks if config.compile_unet == "blocks" else [unet]:
         module.compile(dynamic=False)
 
 
-def uncompiled(config: TrainConfig) -> AbstractContextManager[Any]:
-    """Within a `with`, the UNet runs uncompiled: for batch sizes that no step has."""
-    if config.compile_unet == "no" or not has_stances():
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
-
-
-def stop_compiling(config: TrainConfig) -> None:
-    """Call it after a full step. Batches of another size, at the end of an epoch, then run uncompiled: compiling for
-    each would take longer than they do."""
+def set_stance(config: TrainConfig, stance: str) -> None:
+    """When the UNet runs compiled, if it is to be compiled and torch can be told: see `torch.compiler.set_stance`."""
     if config.compile_unet != "no" and has_stances():
-        torch.compiler.set_stance("eager_on_recompile")
+        torch.compiler.set_stance(stance)

@@ -27,10 +27,7 @@ class StepStats:
         self.micro_batches = self.images = 0
 
     def add(self, losses: torch.Tensor, images: int) -> None:
-        """Args:
-        losses: of the micro-batches that ran as one batch, [micro-batches].
-        images: in all of them.
-        """
+        """Count micro-batches that ran as one batch: their losses, [micro-batches], and the images in all of them."""
         self.last_loss = losses[-1].detach()
         self.loss_sum += losses.detach().sum()
         self.images += images
