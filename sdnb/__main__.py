@@ -22,8 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     report.add_argument("page", nargs="?", help="the page to write; default: beside the notebook")
     report.set_defaults(run=_report)
 
-    what = "make a run folder of a run that sdnb did not make"
-    description = "Make a run folder of a run of diffusers' train_text_to_image.py."
+    what = "make a run folder from a log of train_text_to_image.py"
+    description = "Make a run folder from a log of diffusers' train_text_to_image.py."
     importing = commands.add_parser("import", help=what, description=description)
     importing.add_argument("log", type=Path, help="its console log, or its TensorBoard events (a file or the folder)")
     importing.add_argument("--output_dir", type=Path, help="the run folder; default: a new one under runs/")

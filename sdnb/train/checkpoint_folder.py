@@ -34,7 +34,7 @@ class FoundCheckpoints:
 
 
 def find_checkpoints(config: TrainConfig, examples: ImageCaptions) -> FoundCheckpoints:
-    """The checkpoints that `resume_from_checkpoint` names. None if it is not set, or if it is `latest` and there is no
+    """The checkpoints that `resume_from_checkpoint` names. Empty if it is not set, or if it is `latest` and there is no
     checkpoint yet. Raises RunError if a named checkpoint is missing or incomplete, if none of several is complete, or
     if settings that affect the result have changed."""
     wanted = config.resume_from_checkpoint
