@@ -5,10 +5,9 @@
 
 import os
 import warnings
-from importlib.metadata import version
 from typing import Any
 
-__version__ = version("sdnb")
+__version__ = "0.2.0"
 
 # A notebook is a document, so the libraries' remarks while loading stay out of it. The user's own choice goes first.
 for _library in ("TRANSFORMERS", "DIFFUSERS", "DATASETS"):

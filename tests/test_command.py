@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,8 +15,10 @@ from processes import ROOT, free_port, none_left, processes_of, two_ranks, wait_
 
 from sdnb.errors import ConfigError
 from sdnb.launch import command_line
+from sdnb.report.run import Run
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
+from sdnb.settings.flags import command_line as flags_of
 
 # The reference command of the published result; the model, the data, the resolution and the steps are smaller here.
 REFERENCE = (
@@ -125,3 +128,20 @@ def test_a_killed_launcher_leaves_no_rank(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert none_left(folder, within=15)
+
+
+def test_the_command_that_repeats_a_run_on_two_ranks_gives_the_same_losses(settings, tmp_path):
+    steps = settings.pop("steps")
+    flags = flags_of({**settings, "max_train_steps": steps})
+    with two_ranks(flags, tmp_path / "printed") as ranks:
+        assert [rank.wait(200) for rank in ranks] == [0, 0], (tmp_path / "printed").read_text()[-3000:]
+    run = Run(settings["output_dir"])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    again = subprocess.run(
+        run.reproduce()[-1], shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=250,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr[-3000:]
+    repeated = Run(tmp_path / "again")
+    assert repeated.summary["world_size"] == 2
+    assert repeated.steps.loss.tolist() == run.steps.loss.tolist()

@@ -169,3 +169,10 @@ def test_a_given_setting_replaces_the_notebooks_default_for_the_same_choice(inje
     cell = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in injected.items())
     made = from_notebook(notebook(TAGGED, cell, **{"steps": 101, **MODEL_AND_DATA, **injected}))
     assert {name: getattr(made, name) for name in expected} == expected
+
+
+def test_a_config_yaml_of_version_0_1_is_a_parameter_file(caplog):
+    cell = "# Parameters\nsteps = 7\nchannels_last = False\nonednn_linear = True"
+    made = from_notebook(notebook(TAGGED, cell, **MODEL_AND_DATA, steps=7, channels_last=False, onednn_linear=True))
+    assert made.max_train_steps == 7
+    assert "these settings are gone and have no effect: channels_last, onednn_linear" in caplog.text

@@ -1,3 +1,4 @@
+import copy
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import psutil
 import pytest
 import torch
 from processes import ROOT
+from transformers import CLIPTextConfig
 
 from sdnb.cache import cache_root
 from sdnb.compat import has_fused_adam
@@ -266,3 +268,17 @@ def test_a_model_that_cannot_be_predicted_is_trained_all_the_same(monkeypatch, c
     settled, predicted = memory.settle(config(gradient_accumulation_steps=4), machine(100, 100))
     assert settled.fold_micro_batches == 1 and predicted is None
     assert "cannot be predicted: ZeroDivisionError" in caplog.text
+
+
+def test_a_dry_run_leaves_the_architectures_as_they_are(tmp_path, monkeypatch):
+    """Some versions of transformers change the dictionary that they make a configuration of."""
+    from_dict = CLIPTextConfig.from_dict
+
+    def changing(dictionary, **options):
+        dictionary["attn_implementation"] = None
+        return from_dict({name: value for name, value in dictionary.items() if name != "attn_implementation"})
+
+    monkeypatch.setattr(CLIPTextConfig, "from_dict", changing)
+    before = copy.deepcopy(embedded.ARCHITECTURES)
+    predict(config(cache_dir=str(tmp_path), resolution=32))
+    assert before == embedded.ARCHITECTURES

@@ -5,7 +5,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdnb.cache import computed_once
+from sdnb.machine.environment import version_of
 from sdnb.models import embedded
 from sdnb.models.pipeline import model_folder
 from sdnb.settings.config import TrainConfig
@@ -67,7 +67,7 @@ def _trace(where: str, how: tuple[int, str, bool, bool], cache_dir: str | None) 
         architecture = {part: embedded.ARCHITECTURES[where][part] for part in parts}
     else:
         architecture = {part: json.loads((Path(where) / part / "config.json").read_text()) for part in parts}
-    versions = [version("sdnb"), torch.__version__, diffusers.__version__, transformers.__version__]
+    versions = [version_of("sdnb"), torch.__version__, diffusers.__version__, transformers.__version__]
     cached = computed_once("memory", [architecture, how, versions], lambda: _dry_run(architecture, *how), cache_dir)
     arrays = {name: np.array(cached.pop(name)).T for name in ("encoders", "unet")}
     return Trace(**cached, **arrays)
@@ -86,7 +86,7 @@ def _dry_run(
     with FakeTensorMode():
         unet = UNet2DConditionModel.from_config(architecture["unet"]).train()
         vae = AutoencoderKL.from_config(architecture["vae"])
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(architecture["text_encoder"]))
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(architecture["text_encoder"])))
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         frozen = [*vae.parameters(), *text_encoder.parameters()]

@@ -49,8 +49,8 @@ def _synchronize(device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Make this process keep the host memory that it frees, if the C library is glibc (mallopt(3)). By default glibc
     returns large blocks to the system at once, and each page of the next block costs a page fault and zeroing. glibc's
-    own variables, such as MALLOC_MMAP_THRESHOLD_, take precedence."""
-    if any(name.startswith("MALLOC_") for name in os.environ):
+    own variables for this take precedence."""
+    if {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

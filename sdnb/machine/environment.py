@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,7 +51,7 @@ def devices() -> Devices:
     total_gib, free_gib = round(memory.total / 2**30, 1), round(memory.available / 2**30, 1)
     # torch computes in bfloat16 with oneDNN if the CPU has the instructions, such as AVX-512, else with slow loops.
     bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return Devices("cpu", (_cpu_name(),), (total_gib,), (free_gib,), bf16)
+    return Devices("cpu", (cpu_name(),), (total_gib,), (free_gib,), bf16)
 
 
 def _free_gib(devices: list[Any]) -> tuple[float, ...]:
@@ -84,7 +85,7 @@ def capture() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: version_of(name) for name in PACKAGES},
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the widest vector instructions that torch uses
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -97,8 +98,11 @@ def capture() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+def cpu_name() -> str:
+    """The processor's model; its architecture if the system does not tell."""
+    lines = []
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 

@@ -6,11 +6,11 @@ linear layers, forward and backward, took half to two thirds of the time, and ti
 On an Intel Xeon with AVX-512 MKL is faster (249 GFLOP/s against 208), so there the layers stay as they are.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sdnb.machine.environment import cpu_name
 
 
 def pays(device: torch.device, dtype: torch.dtype) -> bool:
@@ -19,7 +19,7 @@ def pays(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _mkl_is_slower() -> bool:
-    intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    intel = "Intel" in cpu_name()
     libraries = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return libraries and not intel and torch.backends.cpu.get_cpu_capability() == "AVX512"
 

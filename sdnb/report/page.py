@@ -8,7 +8,6 @@ import getpass
 import hashlib
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import nbformat
 from nbconvert import HTMLExporter
 
 from sdnb.errors import RunError
+from sdnb.machine.environment import version_of
 from sdnb.metrics.results import PAGE_MIME, RESULTS_MIME
 
 HEADLINE = ("images/s per", "nominal IPS", "seconds per step", "final loss", "target", "total time")
@@ -84,8 +84,8 @@ def write_page(
     here = Path(__file__).parent
     script = (here / "template" / "sort.js").read_text()
     resources = dict(
-        about=about, title=about.get("title") or _title(notebook, source), headline=headline, version=version("sdnb"),
-        source=source.name, script=script,
+        about=about, title=about.get("title") or _title(notebook, source), headline=headline, source=source.name,
+        version=version_of("sdnb"), script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     notebook.cells = _arranged(notebook.cells)

@@ -82,13 +82,19 @@ class Run(RunFolder):
     def reproduce(self) -> list[str]:
         """The commands that repeat the run, in a clone of the project. None for a run that sdnb did not make."""
         environment = self.environment
-        if "imported" in environment:
-            return []
+        if "imported" in environment or (
+            "reproduce" not in environment and {"part_of", "pretraining"} & {*environment}
+        ):
+            return []  # the latter two were pretraining runs of version 0.1
         commit, config = environment.get("git_commit"), self.config
         launcher = "python"
         if (config.num_processes or 1) > 1:
-            device = "--cpu" if environment.get("devices", {}).get("type", "cpu") == "cpu" else "--multi_gpu"
-            launcher = f"accelerate launch --num_processes {config.num_processes} {device}"
+            # Without the variable, accelerate looks for GPUs; with its flag --cpu, it starts one rank.
+            on_cpu = "ACCELERATE_USE_CPU=true " if environment.get("devices", {}).get("type", "cpu") == "cpu" else ""
+            options = (
+                f"--num_processes {config.num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
+            )
+            launcher = f"{on_cpu}accelerate launch --multi_gpu {options}"
         settings = config.model_dump(mode="json", exclude=_NOT_REPEATED | {"num_processes"})
         command = f"{launcher} -m sdnb.train {shlex.join([*command_line(settings), '--output_dir=again'])}"
         return [

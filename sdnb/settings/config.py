@@ -31,6 +31,9 @@ class TrainConfig(
             steps = settings.pop("steps")
             if settings.setdefault("max_train_steps", steps) != steps:
                 raise ConfigError("steps and max_train_steps are the same setting: give one of them")
+        if gone := fields.RETIRED & settings.keys():
+            logger.warning("these settings are gone and have no effect: %s", ", ".join(sorted(gone)))
+        settings = {name: value for name, value in settings.items() if name not in gone}
         for name, value in settings.items():
             if value in ("", "null"):
                 raise ConfigError(f"{name} = {value!r}: write None for no value (in a YAML file: null, without quotes)")

@@ -197,5 +197,5 @@ GROUPS: tuple[type[Settings], ...] = (
 )
 # fmt: on
 
-# Settings of earlier versions. A config.yaml that has one can still be read: none of them changed a result.
+# Settings of version 0.1 that are gone: they changed no result, so a run folder that has them can still be read.
 RETIRED = frozenset({"onednn_linear", "keep_freed_memory", "channels_last", "cuda_graphs"})

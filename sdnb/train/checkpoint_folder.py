@@ -86,8 +86,10 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-        files = [(name, sizes.get(folder / name, 0), size) for name, size in manifest["files"].items()]
+        files = [
+            (name, (folder / name).stat().st_size if (folder / name).is_file() else 0, size)
+            for name, size in manifest["files"].items()
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder}: unreadable, its {MANIFEST} is damaged: {error}") from None
     if wrong := [f"{name} has {found} of {size} bytes" for name, found, size in files if found != size]:

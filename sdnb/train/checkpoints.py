@@ -39,9 +39,6 @@ class Checkpoints:
         self.training, self.accelerator, self.folder = training, training.accelerator, training.folder
         self.accelerator.register_save_state_pre_hook(self._save_models)
         self.accelerator.register_load_state_pre_hook(self._load_models)
-        if self.accelerator.is_main_process:
-            for incomplete in self.folder.glob(".checkpoint-*"):  # a killed run was writing or removing it
-                shutil.rmtree(incomplete, ignore_errors=True)
 
     def save(self, step: int) -> None:
         """Make `checkpoint-<step>`, then remove the oldest beyond `checkpoints_total_limit`. All ranks call it. Raises
@@ -137,6 +134,12 @@ def resume(training: Training, found: FoundCheckpoints) -> int:
     if problems:
         raise RunError("\n".join(["no checkpoint can be used", *problems]))
     return 0
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove checkpoints in a run folder that a killed run was writing or removing."""
+    for leftover in folder.glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _load(training: Training, checkpoint: Checkpoint) -> str | None:

@@ -19,7 +19,7 @@ from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.train.callbacks import Callbacks
 from sdnb.train.checkpoint_folder import find_checkpoints
-from sdnb.train.checkpoints import resume
+from sdnb.train.checkpoints import remove_leftovers, resume
 from sdnb.train.objective import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
 from sdnb.train.setup import Training, build, set_stance, start
 
@@ -137,6 +137,7 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
     callbacks = Callbacks(training)
     training.step = resume(training, found)
     if accelerator.is_main_process:
+        remove_leftovers(training.folder)
         # An interrupted run may have recorded later steps, which will be recorded again.
         run_folder.go_back(training.folder, training.step)
         run_folder.add_to_environment(training.folder, threads=waits.now())
