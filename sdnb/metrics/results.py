@@ -160,7 +160,7 @@ def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], st
         rate += f"; {tflops / reachable:.0%} of the {reachable:.3g} TFLOP/s that a plain matrix product reaches here"
     peak = config.device_peak_tflops or peak_tflops(devices["names"][0], config.mixed_precision or "no")
     if peak is None:
-        yield Result("MFU", "unknown peak of this device: set device_peak_tflops", rate)
+        yield Result("MFU", "unknown peak: set device_peak_tflops", rate)
     else:
         yield Result("MFU", f"{100 * tflops / peak:.1f} %", f"of {peak:g} TFLOP/s peak: {rate}", tflops / peak)
 
