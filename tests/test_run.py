@@ -51,7 +51,7 @@ def test_prompts_and_names_are_data_on_the_card(tmp_path):
 
 
 def test_the_command_makes_the_same_run(run):
-    """tests/test_command.py runs such a command."""
+    """tests/test_command_line.py runs such a command."""
     launcher, _, flags = run.reproduce()[-1].partition(" -m sdnb.train ")
     assert launcher.startswith("ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 8 ")
     assert parse(shlex.split(flags)).updated(num_processes=8).trajectory() == run.config.trajectory()

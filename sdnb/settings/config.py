@@ -57,7 +57,7 @@ class TrainConfig(
             raise ValueError("dream_training is not defined for prediction_type = v_prediction: use only one of them")
         rank, machines = self.machine_rank, self.num_machines
         if rank >= machines:
-            allowed = "0" if machines == 1 else f"0 to {machines - 1}"
+            allowed = {1: "0", 2: "0 or 1"}.get(machines, f"0 to {machines - 1}")
             raise ValueError(
                 f"machine_rank = {rank} is out of range: with num_machines = {machines} it must be {allowed}"
             )
