@@ -235,6 +235,4 @@ def _resumed(resumed: list[dict[str, Any]], host: str | None) -> Iterator[Result
     if resumed:
         elsewhere = ", on another machine" if any(one["host"] != host for one in resumed) else ""
         after = ", ".join(str(one["after_step"]) for one in resumed)
-        yield Result(
-            "resumed", f"after step {after}", f"the steps before were measured in an earlier session{elsewhere}"
-        )
+        yield Result("resumed", f"after step {after}", f"the steps before that were measured earlier{elsewhere}")
