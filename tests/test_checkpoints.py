@@ -196,7 +196,28 @@ def garbled(folder):
     (folder / "checkpoint.json").write_text('{"step": 2, ')
 
 
-@pytest.mark.parametrize("damage", [cut_short, overwritten, lost, garbled])
+def flipped_bit(*name):
+    """One bit in the middle of a file, as a bad disk leaves it: the file still loads."""
+
+    def flip(folder):
+        path = folder.joinpath(*name)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    flip.__name__ = f"a bit in {'/'.join(name)}"
+    return flip
+
+
+FLIPPED = [
+    flipped_bit("unet", "diffusion_pytorch_model.safetensors"),
+    flipped_bit("unet_ema", "diffusion_pytorch_model.safetensors"),
+    flipped_bit("optimizer.bin"),
+    flipped_bit("place_0.pt"),
+]
+
+
+@pytest.mark.parametrize("damage", [cut_short, overwritten, lost, garbled, *FLIPPED])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, damage):
     folder, settings = copy
     damage(folder / "checkpoint-2")
@@ -206,11 +227,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copy, damage):
     assert list(run.steps.step) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("damage", [cut_short, overwritten])
+@pytest.mark.parametrize("damage", [cut_short, overwritten, *FLIPPED[:2]])
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(copy, damage):
     folder, settings = copy
     damage(folder / "checkpoint-2")
-    with pytest.raises(RunError, match=r"checkpoint-2: (incomplete: optimizer.bin has 1000 of|unreadable)"):
+    with pytest.raises(RunError, match=r"checkpoint-2: (incomplete: optimizer.bin has 1000|unreadable|damaged, the)"):
         train({**settings, "resume_from_checkpoint": "checkpoint-2"})
 
 
@@ -270,9 +291,11 @@ def test_what_does_not_change_the_training_may_change(copy, tmp_path):
 
 
 def test_averages_in_another_memory_order_give_the_same_training(copy, tmp_path):
-    """As earlier versions saved them."""
+    """As version 0.1 could save them, without digests."""
     folder, settings = copy
     shutil.copytree(folder, tmp_path / "other")
+    for manifest in (tmp_path / "other").glob("checkpoint-*/checkpoint.json"):
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "digests": {}}))
     for file in (tmp_path / "other").glob("checkpoint-*/optimizer.bin"):
         saved, size = torch.load(file, weights_only=True), file.stat().st_size
         for state in saved["state"].values():
@@ -425,3 +448,13 @@ def test_a_complete_run_has_nothing_left_to_train(copy):
     before = records(run_folder.RunFolder(folder))
     run = train({**settings, "steps": 2})
     assert records(run) == before and run.summary["world_size"] == 1
+
+
+def test_a_checkpoint_without_digests_is_resumed(copy):
+    """As version 0.1 saved it."""
+    folder, settings = copy
+    for manifest in folder.glob("checkpoint-*/checkpoint.json"):
+        content = json.loads(manifest.read_text())
+        assert set(content.pop("digests")) == set(content["files"])
+        manifest.write_text(json.dumps(content))
+    assert "resuming after step 2" in train(settings).log

@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import re
 
 import pytest
@@ -121,6 +123,25 @@ def test_the_lock_is_one_trainings(tmp_path):
     with run_folder.lock(tmp_path), pytest.raises(RunError, match="another run is using"):
         run_folder.lock(tmp_path)
     run_folder.lock(tmp_path).close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, code):
+    def no_locks(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    with run_folder.lock(tmp_path), run_folder.lock(tmp_path):
+        assert f"{tmp_path} cannot be locked ({os.strerror(code)})" in caplog.text
+
+
+def test_another_error_of_a_lock_is_named(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", broken)
+    with pytest.raises(RunError, match="cannot be locked: Input/output error"):
+        run_folder.lock(tmp_path)
 
 
 def test_held_out_losses_of_version_0_1_and_of_a_resume_since(tmp_path):

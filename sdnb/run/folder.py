@@ -1,7 +1,9 @@
 """The run folder: its files, written during a run and readable at any time, also after a crash."""
 
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import time
@@ -17,6 +19,8 @@ from sdnb.errors import RunError
 from sdnb.machine.environment import PROJECT
 from sdnb.settings.config import TrainConfig
 
+logger = logging.getLogger("sdnb")
+
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 MODEL = "model.json"
@@ -26,6 +30,7 @@ LOG = "train.log"
 SUMMARY = "summary.json"
 FAILURE = "failure.json"
 LOCK = ".lock"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock, some NFS
 FAILURE_CLAIM = ".failure.json.claim"
 SAMPLES = "samples"
 SAMPLES_LIST = f"{SAMPLES}/samples.jsonl"
@@ -55,13 +60,18 @@ def begin(config: TrainConfig, environment: dict[str, Any]) -> Path:
 
 def lock(folder: Path) -> TextIO:
     """Reserve a run folder for one run. The lock ends when the returned file is closed, or its process ends. Raises
-    RunError if another run has it."""
+    RunError if another run has it. Some network file systems have no locks: then it only logs a warning."""
     file = (folder / LOCK).open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise RunError(f"{folder}: another run is using this folder; wait for it, or end it") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            file.close()
+            raise RunError(f"{folder}: cannot be locked: {error.strerror}") from None
+        logger.warning("%s cannot be locked (%s): make sure that only one run uses it", folder, error.strerror)
     return file
 
 

@@ -8,6 +8,7 @@ a run resumes bit for bit.
 import logging
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ from diffusers import UNet2DConditionModel
 from sdnb.errors import RunError
 from sdnb.run import folder as run_folder
 from sdnb.settings.fields import DataSettings
-from sdnb.train.checkpoint_folder import MANIFEST, Checkpoint, FoundCheckpoints, differences, identity, numbered
+from sdnb.train.checkpoint_folder import (
+    MANIFEST,
+    Checkpoint,
+    FoundCheckpoints,
+    changed_files,
+    differences,
+    digest_of,
+    identity,
+    numbered,
+)  # fmt: skip
 from sdnb.train.setup import Training
 
 logger = logging.getLogger("sdnb")
@@ -68,6 +78,7 @@ class Checkpoints:
             "device": self.accelerator.device.type,
             "settings": identity(self.training.config, self.training.splits.train),
             "files": {str(path.relative_to(aside)): path.stat().st_size for path in files},
+            "digests": {str(path.relative_to(aside)): digest_of(path) for path in files},
         }
         run_folder.write(aside / MANIFEST, manifest)
         for path in (*aside.rglob("*"), aside, *run_folder.records(self.folder)):
@@ -143,16 +154,21 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _load(training: Training, checkpoint: Checkpoint) -> str | None:
-    """The problem with the checkpoint, on this rank or another; None if it is loaded."""
+    """The problem with the checkpoint, on this rank or another; None if it is loaded. One rank checks the content of
+    the files meanwhile."""
     accelerator, scaler, problem = training.accelerator, training.accelerator.scaler, None
     if not (checkpoint.folder / SCALER_NAME).exists():  # made in another precision: accelerate would look for it
         accelerator.scaler = None
-    try:
-        accelerator.load_state(str(checkpoint.folder))
-        _compute_as_now(training.optimizer)
-        _restore_position(training, checkpoint)
-    except Exception as error:  # torch, safetensors, pickle and json each raise their own for a damaged file
-        problem = f"{checkpoint.folder}: unreadable: {type(error).__name__}: {error}"
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(changed_files, checkpoint) if accelerator.is_main_process else None
+        try:
+            accelerator.load_state(str(checkpoint.folder))
+            _compute_as_now(training.optimizer)
+            _restore_position(training, checkpoint)
+            if checked is not None and (changed := checked.result()):
+                problem = f"{checkpoint.folder}: damaged, the content of {', '.join(changed)} has changed"
+        except Exception as error:  # torch, safetensors, pickle and json each raise their own for a damaged file
+            problem = f"{checkpoint.folder}: unreadable: {type(error).__name__}: {error}"
     accelerator.scaler = scaler
     failed = torch.tensor(problem is not None, device=accelerator.device, dtype=torch.int32)
     if int(accelerator.reduce(failed, reduction="sum")):
