@@ -122,3 +122,13 @@ def test_a_token_in_a_notebook_is_refused():
     with pytest.raises(ConfigError, match="HF_TOKEN") as error:
         from_notebook(namespace)
     assert "hf_secret" not in str(error.value)
+
+
+def test_an_abbreviation_is_an_error_with_a_hint_but_for_two_that_are_in_use():
+    with pytest.raises(ConfigError, match="unrecognized arguments: --step 5; did you mean --steps"):
+        parse(["--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji", "--step", "5"])
+    with pytest.raises(ConfigError, match="did you mean --gradient_accumulation_steps"):
+        parse(["--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji", "--gradient_acc=5"])
+    made = parse(["--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji", "--resume=latest",
+                  "--validation_prompt", "a sun"])  # fmt: skip
+    assert made.resume_from_checkpoint == "latest" and made.validation_prompts == ("a sun",)

@@ -180,3 +180,10 @@ def test_slow_steps_and_why():
 
 def test_without_much_to_compare_no_step_is_slow():
     assert measure(FakeRun(records([4] * 4, 0.5))).slow_steps.empty
+
+
+def test_a_resumed_run_that_does_not_say_where_it_was():
+    """As of a checkpoint of the reference, whose folder has no environment.json."""
+    run = FakeRun(published_run())
+    run.environment |= {"host": "b", "resumed": [{"after_step": 50}]}
+    assert measure(run)["resumed"].text == "after step 50"

@@ -40,6 +40,16 @@ def test_a_run_is_never_written_over(folder):
         run_folder.create(config(output_dir=str(folder)))
 
 
+def test_a_start_that_failed_before_its_first_step_can_be_corrected(folder):
+    run_folder.fail(folder, 0, "ModelError", "no such model")
+    again = run_folder.begin(config(output_dir=str(folder)), environment={"host": "a"})
+    assert again == folder and run_folder.RunFolder(folder).failure == {}
+    run_folder.fail(folder, 0, "RunError", "the disk is full")
+    run_folder.append(folder / run_folder.STEPS, {"step": 1})
+    with pytest.raises(RunError, match="there is a run in it already"):
+        run_folder.create(config(output_dir=str(folder)))
+
+
 def test_a_folder_with_other_things_in_it_may_be_used(tmp_path):
     (tmp_path / "train.ipynb").touch()
     assert run_folder.create(config(output_dir=str(tmp_path))) == tmp_path

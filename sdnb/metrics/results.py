@@ -233,6 +233,6 @@ def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[
 
 def _resumed(resumed: list[dict[str, Any]], host: str | None) -> Iterator[Result]:
     if resumed:
-        elsewhere = ", on another machine" if any(one["host"] != host for one in resumed) else ""
+        elsewhere = ", on another machine" if any(one.get("host", host) != host for one in resumed) else ""
         after = ", ".join(str(one["after_step"]) for one in resumed)
         yield Result("resumed", f"after step {after}", f"the steps before that were measured earlier{elsewhere}")

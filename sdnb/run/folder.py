@@ -101,8 +101,10 @@ def create(config: TrainConfig) -> Path:
         (folder / LOG).touch()
     except OSError as error:
         raise RunError(f"output_dir {config.output_dir}: cannot be written: {error}") from None
-    # config.yaml alone is no run: another machine of this run may have written it, see `join`.
-    if config.resume_from_checkpoint is None and any((folder / name).exists() for name in (STEPS, ENVIRONMENT)):
+    # config.yaml alone is no run: another machine of this run may have written it, see `join`. Neither is a start that
+    # failed before its first step.
+    started = (folder / ENVIRONMENT).exists() and not (folder / FAILURE).exists()
+    if config.resume_from_checkpoint is None and (started or last_step(folder)):
         raise RunError(
             f"output_dir {config.output_dir}: there is a run in it already. Give another output_dir, "
             "or set resume_from_checkpoint = latest to resume that run."

@@ -11,6 +11,9 @@ from sdnb.errors import ConfigError
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import GROUPS
 
+# Abbreviations that users of the reference write.
+_SHORT = {"resume_from_checkpoint": ["--resume"], "validation_prompts": ["--validation_prompt"]}
+
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
     """Settings from a command line, such as that of diffusers' `train_text_to_image.py`. `--help` prints and exits.
@@ -22,13 +25,14 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         description="Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py. The run "
         "folder, output_dir, gets the measurements and the trained pipeline.",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,  # a misspelt flag must not become another one
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=120),
     )
     parser.add_argument("--steps", type=_int, metavar="INT", help="short for --max_train_steps")
     for group in GROUPS:
         shown = parser.add_argument_group(group.__name__.removesuffix("Settings").lower())
         for name, field in group.model_fields.items():
-            shown.add_argument(f"--{name}", **_options(field))
+            shown.add_argument(f"--{name}", *_SHORT.get(name, ()), **_options(field))
     return TrainConfig(**vars(parser.parse_args(arguments)))
 
 
@@ -80,6 +84,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         unknown = message.rpartition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
-        near = difflib.get_close_matches(unknown, flags, n=1) if "unrecognized" in message else []
+        near = [flag for flag in flags if flag.startswith(unknown)] or difflib.get_close_matches(unknown, flags, n=1)
+        near = near if "unrecognized" in message else []
         hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
         raise ConfigError(f"{message}; {hint}")
