@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,75 @@ def test_an_incomplete_folder_says_what_is_missing(copied):
         load_parts(config(str(copied)))
 
 
+def change(folder, file, **values):
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **values}))
+
+
+SAFETY = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "feature_extractor": [None, None]}
+
+
+@pytest.mark.parametrize(
+    "file, values, said",
+    [
+        ("model_index.json", dict(_class_name="StableDiffusionXLPipeline"), "is a StableDiffusionXLPipeline; only"),
+        ("model_index.json", dict(_class_name="FluxPipeline"), "is a FluxPipeline; only"),
+        ("model_index.json", dict(_class_name=["my_pipeline", "MyPipeline"]), "my_pipeline.*only"),
+        ("model_index.json", dict(text_encoder=["transformers", "XLMRobertaModel"]), "text_encoder is a XLMRobertaM"),
+        ("model_index.json", SAFETY, "no safety_checker/, which its model_index.json names"),
+        ("unet/config.json", dict(in_channels=9), "9 input channels, but the VAE's latents have 4.*inpainting"),
+        ("unet/config.json", dict(addition_embed_type="text_time"), "needs inputs.*addition_embed_type = text_time"),
+        ("unet/config.json", dict(num_class_embeds=1000), "needs inputs.*num_class_embeds = 1000"),
+        ("unet/config.json", dict(cross_attention_dim=999), "takes captions 999 wide, but its text_encoder gives"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(copied, file, values, said, monkeypatch):
+    change(copied, file, **values)
+    monkeypatch.setattr(models, "_load", lambda *_, **__: pytest.fail("it loads something"))
+    with pytest.raises(ModelError, match=said) as raised:
+        load_parts(config(str(copied)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_weights_of_a_variant_only(copied, part):
+    (weights,) = (copied / part).glob("*.safetensors")
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    with pytest.raises(ModelError, match=f"its {part} has only weights of a variant: set variant = fp16"):
+        load_parts(config(str(copied)))
+
+
+def test_sharded_weights_are_of_no_variant(copied):
+    folder = copied / "text_encoder"
+    CLIPTextModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="300KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    load_parts(config(str(copied)))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "v1-5-pruned.ckpt"])
+def test_a_single_file_says_how_to_make_it_a_folder(tmp_path, name):
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(ModelError, match=f"is a single file; .*from_single_file.*{name}.*save_pretrained"):
+        load_parts(config(str(tmp_path / name)))
+
+
+def downloaded(folder, hub):
+    """The hub's cache, as the download of some/model leaves it. Returns the folder in it."""
+    snapshot = hub / "models--some--model" / "snapshots" / "0123abc"
+    shutil.copytree(folder, snapshot)
+    (hub / "models--some--model" / "refs").mkdir()
+    (hub / "models--some--model" / "refs" / "main").write_text("0123abc")
+    return snapshot
+
+
+def test_a_downloaded_model_that_cannot_be_trained(copied, tmp_path):
+    change(copied, "model_index.json", _class_name="StableDiffusionXLPipeline")
+    downloaded(copied, tmp_path / "hub")
+    with pytest.raises(ModelError, match="some/model: is a StableDiffusionXLPipeline"):
+        model_folder(config("some/model", cache_dir=str(tmp_path / "hub")))
+
+
 def test_a_folder_without_vocabulary(copied):
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (copied / "tokenizer" / name).unlink(missing_ok=True)  # transformers' major versions read different ones
@@ -125,11 +195,8 @@ def test_damaged_weights(copied):
 
 
 def test_a_hub_model_that_was_downloaded_before(copied, tmp_path):
-    """The hub's cache, as a download leaves it, without a network."""
-    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / "0123abc"
-    shutil.copytree(copied, snapshot)
-    (tmp_path / "hub" / "models--some--model" / "refs").mkdir()
-    (tmp_path / "hub" / "models--some--model" / "refs" / "main").write_text("0123abc")
+    """Without a network."""
+    snapshot = downloaded(copied, tmp_path / "hub")
     hub = config("some/model", cache_dir=str(tmp_path / "hub"))
     assert model_folder(hub) == str(snapshot)
     parts = load_parts(hub)

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdnb.errors import ModelError
 from sdnb.models import embedded
+from sdnb.models.trainable import require_folder, require_trainable, require_trainable_class
 from sdnb.settings.config import TrainConfig
 
 # The log and the notebook have one progress bar only: that of the steps.
@@ -43,19 +44,14 @@ def has_random_weights(config: TrainConfig) -> bool:
 
 def model_folder(config: TrainConfig) -> str:
     """The folder to load from. An embedded model is built, and a model of the hub is downloaded, once. Raises
-    ModelError if the folder lacks a part, or the name is neither a folder nor a model of the hub."""
+    ModelError if the model cannot be trained here, or the name is neither a folder nor a model of the hub."""
     name = config.pretrained_model_name_or_path
     if name in embedded.ARCHITECTURES:
         return str(embedded.folder(name, config.cache_dir))
+    require_folder(name)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        needed = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-        if missing := [part for part in needed if not (folder / part).is_dir()]:
-            there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            raise ModelError(
-                f"model {name}: the folder has no {', '.join(f'{part}/' for part in missing)}; it contains: {there}. "
-                "It must be a pipeline as StableDiffusionPipeline.save_pretrained writes it."
-            )
+        require_trainable(name, folder, config.variant)
         return str(folder)
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         near = difflib.get_close_matches(name, embedded.ARCHITECTURES, n=1)
@@ -63,7 +59,10 @@ def model_folder(config: TrainConfig) -> str:
         raise ModelError(f"model {name}: there is no such folder, and it is not a hub id (owner/name); {hint}")
     with _loading("pipeline", config):
         hub = dict(revision=config.revision, cache_dir=config.cache_dir)
-        return StableDiffusionPipeline.download(name, **hub, **_weights(config))
+        require_trainable_class(name, StableDiffusionPipeline.load_config(name, **hub))  # before all is downloaded
+        downloaded = StableDiffusionPipeline.download(name, **hub, **_weights(config))
+    require_trainable(name, Path(downloaded), config.variant)
+    return downloaded
 
 
 def load_parts(config: TrainConfig) -> Parts:
