@@ -165,7 +165,8 @@ def test_a_ranks_exception_comes_with_its_traceback(settings, tmp_path):
 
     model = Path(shutil.copytree(model_folder(TrainConfig(**settings)), tmp_path / "model"))
     unet = json.loads((model / "unet" / "config.json").read_text())
-    (model / "unet" / "config.json").write_text(json.dumps({**unet, "cross_attention_dim": 96}))
+    wider = [96] * len(unet["down_block_types"])  # a single number would be compared before the launch
+    (model / "unet" / "config.json").write_text(json.dumps({**unet, "cross_attention_dim": wider}))
     made = models.UNet2DConditionModel.from_config(json.loads((model / "unet" / "config.json").read_text()))
     made.save_pretrained(model / "unet")
     with pytest.raises(RunError) as error:
@@ -187,6 +188,9 @@ def test_a_killed_rank_ends_the_run_and_keeps_what_was_measured(settings, ranks)
     with pytest.raises(RunError, match="killed by SIGKILL") as error:
         start(settings, num_processes=ranks, steps=2000, show=at_step(3, kill_the_last_rank))
     assert time.time() - began < 90
+    assert "What would help: fold_micro_batches = 1; gradient_checkpointing = True; train_batch_size = 1 with" in str(
+        error.value
+    )
     assert "steps) and the log are in" in str(error.value)
     assert len(run_folder.RunFolder(folder).steps) >= 3
     assert none_left(folder)

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sdnb.errors import ConfigError, SdnbError
+from sdnb.launch.failure import details_of
 from sdnb.launch.watchdog import end_with_parent
 from sdnb.machine import environment
 from sdnb.machine.threads import share
@@ -30,7 +30,9 @@ def main() -> None:
     """Run one rank, and end the process. It parses the flags first, because loading torch takes seconds."""
     gc.disable()  # until everything is loaded: collecting takes a fifth of that time
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    folder = splits = None
+    folder = splits = config = None
+    if rank:
+        logging.getLogger("sdnb").setLevel(logging.ERROR)  # until the ranks have a log: rank 0 says it
     if world > 1:
         end_with_parent()  # when accelerate launch is killed, its ranks would stay
         cores, ranks_here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -53,9 +55,8 @@ def main() -> None:
         measured = f"; the measurements are in {folder}" if folder else ""
         _end(f"interrupted{measured}" if rank == 0 else "", 130)
     except Exception as error:
-        known = isinstance(error, SdnbError)
-        details = str(error) if known else traceback.format_exc()
-        if not known or (folder is None and rank):
+        details = details_of(error, config)
+        if not isinstance(error, SdnbError) or (folder is None and rank):
             # A rank that lost its peer fails, too, and wrong settings fail on every rank: the launcher ends this one
             # before it reports that.
             time.sleep(2)

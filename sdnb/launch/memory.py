@@ -10,11 +10,12 @@ import torch
 from sdnb.compat import has_fused_adam
 from sdnb.errors import ConfigError, SdnbError
 from sdnb.launch.dry_run import trace_of
-from sdnb.machine.environment import Devices
+from sdnb.machine.environment import Devices, devices
 from sdnb.settings.config import TrainConfig
 
 logger = logging.getLogger("sdnb")
 
+_MEASURED_ON = ("cpu",)  # the kinds of device whose predictions benchmarks/growth.py compared with real runs
 # What a process takes besides tensors. On a CPU, measured: 0.50 to 0.61 GiB are resident after all imports, with the
 # embedded data (torch 2.13 and 2.1). On a GPU, an estimate: context, kernels, NCCL's buffers.
 _PROCESS_GIB = {"cpu": 0.58, "cuda": 0.8}
@@ -50,23 +51,23 @@ class Prediction:
         return f"{self.total_gib:.2f} GiB: {parts}"
 
 
-def settle(config: TrainConfig, devices: Devices) -> tuple[TrainConfig, Prediction | None]:
+def settle(config: TrainConfig, on: Devices) -> tuple[TrainConfig, Prediction | None]:
     """A copy in which `fold_micro_batches` is set: as many as fit in most of a rank's memory. It counts all memory and
     not only what is free, so that a machine always folds the same number; fewer only if that much is not free. Also
     returns the predicted peak; None if the architecture cannot be predicted. Raises ConfigError if the peak is above
     the free memory, and ModelError if the model is missing."""
     steps = config.gradient_accumulation_steps
     asked = min(config.fold_micro_batches, steps) if config.fold_micro_batches else None
-    all_gib, free_gib = (per_rank(config, devices.type, gib) for gib in (devices.memory_gib, devices.free_gib))
+    all_gib, free_gib = (per_rank(config, on.type, gib) for gib in (on.memory_gib, on.free_gib))
     try:
-        folded = asked or folded_that_fits(config, devices.type, min(_FOR_FOLDING * all_gib, free_gib))
-        predicted = predict(config, devices.type, folded)
+        folded = asked or folded_that_fits(config, on.type, min(_FOR_FOLDING * all_gib, free_gib))
+        predicted = predict(config, on.type, folded)
     except SdnbError:
         raise
     except Exception as error:  # of any type: a model's code may not support fake tensors
         logger.warning("the peak memory cannot be predicted: %s: %s", type(error).__name__, error)
         return config.updated(fold_micro_batches=asked or 1), None
-    require_fit(config, devices.type, free_gib, folded)
+    require_fit(config, on.type, free_gib, folded)
     return config.updated(fold_micro_batches=folded), predicted
 
 
@@ -122,7 +123,9 @@ def folded_that_fits(config: TrainConfig, device_type: str, memory_gib: float) -
 
 
 def require_fit(config: TrainConfig, device_type: str, free_gib: float, folded: int = 1) -> None:
-    """Raise ConfigError if the predicted peak is above `free_gib`, with the settings that would lower it."""
+    """Raise ConfigError if the predicted peak is above `free_gib`, with the settings that would lower it. On a kind of
+    device on which the constants above were not measured, it is a warning, unless `memory_gib` is set: to refuse a run
+    that would fit is worse than to run out of memory."""
 
     def total_gib(changes: dict[str, Any]) -> float:
         return predict(config.updated(**changes), device_type, changes.get("fold_micro_batches", folded)).total_gib
@@ -137,17 +140,32 @@ def require_fit(config: TrainConfig, device_type: str, free_gib: float, folded: 
     for candidates in _remedies(config, device_type, folded):
         changes = next((one for one in candidates if total_gib(one) <= free_gib), candidates[-1])
         if total_gib(changes) < total_gib({}) - 0.05:
-            settings = " with ".join(f"{name} = {value}" for name, value in changes.items())
-            advice.append(f"{settings}: {verdict(changes)}")
+            advice.append(f"{_as_text(changes)}: {verdict(changes)}")
             together |= changes
     if len(advice) > 1:
         advice.append(f"all of these: {verdict(together)}")
-    raise ConfigError(
+    problem = (
         f"predicted peak {total_gib({}):.1f} GiB per rank, and {free_gib:.1f} GiB are "
         f"{'free' if config.memory_gib is None else 'what memory_gib allows'}. "
         f"What would help: {'; '.join(advice) or 'a smaller model, or a smaller resolution'}. "
-        f"The prediction is {predict(config, device_type, folded)}. If you know better, set memory_gib"
+        f"The prediction is {predict(config, device_type, folded)}"
     )
+    if device_type in _MEASURED_ON or config.memory_gib is not None:
+        raise ConfigError(f"{problem}. If you know better, set memory_gib")
+    logger.warning("%s. It was not measured on this kind of device, so the run starts", problem)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out."""
+    of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no type of its own
+    return of_cpu or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+
+
+def advice_after_running_out(config: TrainConfig) -> str:
+    """The settings that would help a run whose memory ran out. It predicts nothing: other ranks may end this one
+    meanwhile."""
+    remedies = _remedies(config, devices().type, config.fold_micro_batches or 1)
+    return f"What would help: {'; '.join(_as_text(smallest) for smallest, *_ in remedies) or 'a smaller resolution'}"
 
 
 def _remedies(config: TrainConfig, device_type: str, folded: int) -> Iterator[list[dict[str, Any]]]:
@@ -165,3 +183,7 @@ def _remedies(config: TrainConfig, device_type: str, folded: int) -> Iterator[li
         yield [{"mixed_precision": "fp16" if device_type == "cuda" else "bf16"}]
     if device_type == "cuda":
         yield from ([{name: True}] for name in ("fused_optimizer", "use_8bit_adam", "offload_ema"))
+
+
+def _as_text(changes: dict[str, Any]) -> str:
+    return " with ".join(f"{name} = {value}" for name, value in changes.items())

@@ -15,6 +15,7 @@ from typing import Any
 
 from sdnb.errors import RunError
 from sdnb.figures.live import Live, progress
+from sdnb.launch.failure import advice_when_killed, how_it_was_killed
 from sdnb.launch.plan import Plan
 from sdnb.machine.threads import share
 from sdnb.report.run import Run
@@ -127,6 +128,7 @@ def _explain(process: subprocess.Popen[bytes], run: Run) -> str:
     saved = f"The measurements so far ({len(run.steps)} steps) and the log are in {run.folder}"
     if failure := run.failure:
         return f"rank {failure['rank']} failed: {failure['what']}\n{failure['details'].rstrip()}\n{saved}"
-    how = f"was killed by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else "failed"
+    killed = max(0, -process.returncode)
+    how = how_it_was_killed(killed) if killed else "failed"
     log_end = "\n".join(run.log.rstrip().splitlines()[-20:])
-    return f"the training {how}; its log ends with\n{log_end}\n{saved}"
+    return f"the training {how}; its log ends with\n{log_end}\n{advice_when_killed(killed, run.config)}{saved}"

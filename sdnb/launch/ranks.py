@@ -20,7 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
-from sdnb.errors import SdnbError
+from sdnb.launch.failure import advice_when_killed, details_of, how_it_was_killed
 from sdnb.launch.watchdog import end_when, end_with_parent
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
@@ -58,9 +58,7 @@ def main() -> None:
     except Exception as error:
         rank, exit_code = first_failure(error)
         if exit_code < 0:  # a rank that was killed could not write its own
-            killed = "SIGKILL, sent by a user, or by the system because memory ran out"
-            how = killed if exit_code == -signal.SIGKILL else signal.Signals(-exit_code).name
-            run_folder.fail(folder, rank, f"it was killed by {how}", "")
+            run_folder.fail(folder, rank, f"it {how_it_was_killed(-exit_code)}", advice_when_killed(-exit_code, config))
         sys.exit(1)
     if is_the_rank:
         sys.stdout.flush()
@@ -79,11 +77,11 @@ def _rank(config: TrainConfig) -> None:
         train(config)
     except Exception as error:
         rank = int(os.environ.get("RANK", 0))
-        lines = str(error) if isinstance(error, SdnbError) else traceback.format_exc()
+        details = details_of(error, config)
         print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         if config.ranks > 1:
             time.sleep(1)  # a rank that lost its peer fails, too: the launcher ends it before it reports that
-        run_folder.fail(run_folder.path_of(config), rank, type(error).__name__, lines)
+        run_folder.fail(run_folder.path_of(config), rank, type(error).__name__, details)
         sys.stderr.flush()
         os._exit(1)  # at once: interpreter shutdown would wait for ranks that wait for this one
 

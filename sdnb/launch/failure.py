@@ -1,0 +1,33 @@
+"""Why a rank failed, in words for the user."""
+
+import signal
+import traceback
+
+from sdnb.errors import SdnbError
+from sdnb.settings.config import TrainConfig
+
+
+def details_of(error: Exception, config: TrainConfig | None) -> str:
+    """The message of an error that the user can mend, else the traceback. If memory ran out, it names the settings that
+    help. Call it where the exception is handled."""
+    if isinstance(error, SdnbError):
+        return str(error)
+    from sdnb.launch import memory  # it loads torch, which a misspelt flag need not wait for
+
+    if config is None or not memory.ran_out(error):
+        return traceback.format_exc()
+    first_line = str(error).partition("\n")[0] or type(error).__name__
+    return f"memory ran out: {first_line}\n{memory.advice_after_running_out(config)}"
+
+
+def how_it_was_killed(number: int) -> str:
+    """For a process that a signal ended."""
+    by = "SIGKILL, sent by a user, or by the system because memory ran out" if number == signal.SIGKILL else ""
+    return f"was killed by {by or signal.Signals(number).name}"
+
+
+def advice_when_killed(number: int, config: TrainConfig) -> str:
+    """A line about memory if the system may have ended the process for lack of it, else nothing."""
+    from sdnb.launch import memory
+
+    return f"If it was memory: {memory.advice_after_running_out(config)}\n" if number == signal.SIGKILL else ""
