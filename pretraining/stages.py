@@ -26,6 +26,7 @@ from sdnb.machine.environment import PROJECT
 from sdnb.models.embedded import portable
 from sdnb.models.pipeline import assemble, load_parts, model_folder
 from sdnb.report.run import Run
+from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.train.evaluation import HeldOutLoss, draw_samples, psnr
@@ -83,7 +84,7 @@ def train_vae(
         losses, back = (torch.cat(part) for part in zip(*parts))
         spread = losses.std().item() / len(losses) ** 0.5
         record = dict(step=step, loss=losses.mean().item(), standard_error=spread, images=len(losses))
-        run_folder.append(training.folder / run_folder.VALIDATION, {**record, "psnr": psnr(held_out, back)})
+        files.append(training.folder / run_folder.VALIDATION, {**record, "psnr": psnr(held_out, back)})
 
     def save() -> None:
         latents = draw_latents(_all_moments(vae, pixels), 1.0)
@@ -169,7 +170,7 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
     def measure(step: int) -> None:
         # Create a new one each time, because the text encoder changes.
         held_out_loss = HeldOutLoss(training.splits.held_out, parts, config.train_batch_size, device)
-        run_folder.append(training.folder / run_folder.VALIDATION, dict(step=step, **held_out_loss(unet)))
+        files.append(training.folder / run_folder.VALIDATION, dict(step=step, **held_out_loss(unet)))
         if config.validation_prompts:
             draw_samples(
                 pipeline, training.accelerator, training.folder, step, config.validation_prompts, config.resolution,

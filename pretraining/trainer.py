@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +29,7 @@ from sdnb.metrics.step_clock import StepClock
 from sdnb.models.flops import parameter_counts
 from sdnb.models.pipeline import load_parts
 from sdnb.report.run import Run
+from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
@@ -103,8 +104,7 @@ class Training:
         ema = EMAModel(parameters, decay=EMA_DECAY)
         stateful = [*modules, optimizer, schedule, ema]
         set_seed(config.seed)
-        self._open()
-        with run_folder.lock(self.folder):
+        with self._open():
             step = self._resume(stateful)
 
             @contextmanager
@@ -154,8 +154,13 @@ class Training:
             with torch.no_grad():
                 save()
             peak_gib = peak_bytes(self.device)[0] / 2**30
-            summary = dict(world_size=1, ranks=[dict(rank=0, peak_memory_gib=peak_gib)], ended=time.time())
-            run_folder.write(self.folder / run_folder.SUMMARY, summary)
+            summary = dict(
+                world_size=1,
+                ranks=[dict(rank=0, peak_memory_gib=peak_gib)],
+                ended=time.time(),
+                total_seconds=run_folder.seconds_since_start(self.folder),
+            )
+            files.write(self.folder / run_folder.SUMMARY, summary)
             for state in self.folder.glob(f"*{STATE}"):
                 state.unlink()
             return run
@@ -171,19 +176,20 @@ class Training:
                       loss=loss, train_loss=loss, step_loss=loss, grad_norm=grad_norm, lr=lr)  # fmt: skip
         record["seconds"], record["phase_seconds"] = clock.read()
         record["peak_memory_gib"] = round(peak_bytes(self.device)[0] / 2**30, 3)
-        run_folder.append(self.folder / run_folder.STEPS, record)
+        files.append(self.folder / run_folder.STEPS, record)
         return record
 
-    def _open(self) -> None:
-        """Create the run folder, or continue the run in it."""
+    def _open(self) -> TextIO:
+        """Create the run folder, or continue the run in it. Returns its lock."""
         there = (self.folder / run_folder.ENVIRONMENT).exists()
         if there:
             self._check_same()
         config = self.config.updated(resume_from_checkpoint="latest") if there else self.config
-        run_folder.begin(config, self.environment)
+        _, held = run_folder.begin(config, self.environment)
         counts = parameter_counts(self.parts)
         described = dict(random_weights=False, parameters=counts, held_out_loss_of="the EMA weights")
-        run_folder.write(self.folder / run_folder.MODEL, described)
+        files.write(self.folder / run_folder.MODEL, described)
+        return held
 
     def _resume(self, stateful: Sequence[Any]) -> int:
         """Load the saved state and delete the records after it. Returns the step of the state."""

@@ -7,6 +7,7 @@ import pandas as pd
 from PIL import Image
 
 from sdnb.metrics.step_clock import PHASES
+from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
@@ -57,23 +58,23 @@ def make_run(folder, seconds=0.5, torch="2.13.0", noise=0.1, prompts=("sun",), s
     draw = random.Random(folder.name)
     folder.mkdir(parents=True)
     made = config(**settings)
-    made.save(folder / run_folder.CONFIG)
-    run_folder.write(
+    (folder / run_folder.CONFIG).write_text(made.to_yaml())
+    files.write(
         folder / run_folder.ENVIRONMENT,
         dict(devices=dict(type="cpu", names=["a CPU"]), packages=dict(torch=torch), python="3.11", started=0.0),
     )
-    run_folder.write(folder / run_folder.MODEL, {"random_weights": False})
+    files.write(folder / run_folder.MODEL, {"random_weights": False})
     for step in range(1, 41):
         record = dict(
             step=step, epoch=0, micro_batches=4, images=made.global_batch, loss=1 / step, train_loss=1 / step,
             step_loss=0.1, lr=1e-5, seconds=seconds * (1 + noise * draw.uniform(-1, 1)),
             phase_seconds=dict.fromkeys(PHASES, seconds / 7),
         )  # fmt: skip
-        run_folder.append(folder / run_folder.STEPS, record)
+        files.append(folder / run_folder.STEPS, record)
     (folder / run_folder.SAMPLES).mkdir()
     for prompt in prompts:
         Image.new("RGB", (8, 8), "red").save(folder / run_folder.SAMPLES / f"{prompt}.png")
-        run_folder.append(
+        files.append(
             folder / run_folder.SAMPLES_LIST,
             dict(step=40, prompt=prompt, file=f"{prompt}.png", seed=seed, num_inference_steps=2, guidance_scale=1.0),
         )

@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from sdnb.errors import ConfigError
+from sdnb.launch import sweep
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.notebook import from_notebook
 
@@ -69,17 +70,23 @@ def test_what_yaml_makes_of_numbers_and_no(tmp_path):
     assert made.max_train_steps == 5
 
 
-@pytest.mark.parametrize("content", ["- a list", "a: [", "3"])
+@pytest.mark.parametrize(
+    "content",
+    ["- a list", "a: [", "3", "resolution: 64\nname: M\xfcller", "seed: " + 5000 * "[", "1: 2", "null: 3", "? [a]\n: b",
+     "seed: 2026-13-45", "no_such_setting: 1", "resolution: many"],
+)  # fmt: skip
 def test_a_settings_file_that_is_none(tmp_path, content):
     file = tmp_path / "settings.yaml"
-    file.write_text(content)
-    with pytest.raises(ConfigError, match=r"settings\.yaml"):
+    file.write_bytes(content.encode("latin1"))
+    with pytest.raises(ConfigError, match=r"settings\.yaml: "):
         TrainConfig.from_yaml(file)
+    with pytest.raises(ConfigError, match=r"settings\.yaml"):
+        sweep.load(file)
 
 
 def test_what_is_saved_makes_the_same_again(tmp_path):
     made = config(steps=3, validation_prompts=["ä", "no"], snr_gamma=5.0, mixed_precision="no")
-    made.save(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(made.to_yaml())
     assert TrainConfig.from_yaml(tmp_path / "config.yaml") == made
     assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == set(TrainConfig.model_fields) - {"hub_token"}
 

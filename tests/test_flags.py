@@ -107,7 +107,7 @@ def test_a_wrong_command_line_is_named(flags, said):
 
 def test_a_token_is_shown_nowhere(tmp_path):
     made = parse([*MODEL_AND_DATA, "--hub_token=hf_secret"])
-    made.save(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(made.to_yaml())
     shown = [repr(made), str(made), str(made.model_dump()), made.model_dump_json(), str(made.trajectory())]
     assert not any("hf_secret" in text for text in [*shown, (tmp_path / "config.yaml").read_text()])
     assert made.updated(seed=1).hub_token.get_secret_value() == "hf_secret", "and is there to be used"

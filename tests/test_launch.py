@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +27,7 @@ from sdnb.launch.ranks import free_port
 from sdnb.models import pipeline as models
 from sdnb.models.pipeline import model_folder
 from sdnb.report.run import Run
+from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
@@ -131,10 +134,10 @@ def test_a_run_after_a_run_and_two_at_once(settings, tmp_path):
 def test_following_a_run_that_is_resumed(settings, tmp_path):
     """What was recorded beyond the checkpoint is recorded again, and what the attempt before logged is not shown."""
     config = TrainConfig(**{**settings, "num_processes": 1, "mixed_precision": "no"})
-    folder = run_folder.begin(config, {"host": "a"})
+    folder, _held = run_folder.begin(config, {"host": "a"})
     records = [dict(step=step, loss=0.5, images=4, seconds=1.0) for step in range(1, 13)]
     for record in records[:10]:
-        run_folder.append(folder / run_folder.STEPS, record)
+        files.append(folder / run_folder.STEPS, record)
     followed, seen = [], []
 
     def show(line, log, so_far, ended):
@@ -142,10 +145,10 @@ def test_following_a_run_that_is_resumed(settings, tmp_path):
         if not ended:
             run_folder.go_back(folder, 6)
             for record in records[6:]:
-                run_folder.append(folder / run_folder.STEPS, record)
+                files.append(folder / run_folder.STEPS, record)
 
     process = SimpleNamespace(poll=iter([None, 0]).__next__)
-    notebook._follow(process, Run(folder), run_folder.Tail(folder / run_folder.LOG), 12, followed, show)
+    notebook._follow(process, Run(folder), files.Tail(folder / run_folder.LOG), 12, followed, show)
     assert seen == [list(range(1, 11)), list(range(1, 13))]
 
 
@@ -161,8 +164,6 @@ def test_a_rank_that_cannot_go_on_says_why(settings, image_folder):
 
 def test_a_ranks_exception_comes_with_its_traceback(settings, tmp_path):
     """A text encoder that does not fit the UNet: torch's own error, deep inside a rank."""
-    import shutil
-
     model = Path(shutil.copytree(model_folder(TrainConfig(**settings)), tmp_path / "model"))
     unet = json.loads((model / "unet" / "config.json").read_text())
     wider = [96] * len(unet["down_block_types"])  # a single number would be compared before the launch
@@ -297,3 +298,58 @@ def test_settings_are_data_in_the_plans_html(settings, image_folder):
     folder = image_folder(2, name="<script>alert(1)</script>".replace("/", ""))
     plan = prepare(TrainConfig(**{**settings, "dataset_name": None, "train_data_dir": str(folder)}))
     assert "<script>" not in plan._repr_html_()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MB."""
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(mounted)], capture_output=True)
+    if made.returncode:
+        pytest.skip("only root can mount a file system")
+    yield mounted
+    subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+def fill(disk, free_bytes):
+    there = shutil.disk_usage(disk).free
+    (disk / "filler").write_bytes(b"0" * (there - free_bytes))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_is_full_and_stays_full(settings, small_disk, ranks):
+    fill(small_disk, 40 * 1024)
+    folder = small_disk / "run"
+    with pytest.raises(RunError) as error:
+        start(settings, output_dir=str(folder), num_processes=ranks, steps=2000)
+    said = str(error.value)
+    assert said.startswith(f"{folder}: cannot be written: No space left on device. Its ranks have ended\n")
+    assert "Traceback" not in said and none_left(folder)
+    measured = len(run_folder.RunFolder(folder).steps)
+    assert measured > 10 and f"({measured} steps)" in said
+    assert not [path for path in folder.iterdir() if re.match(r"\..*\.[0-9a-f]{8}$", path.name)], "files written aside"
+
+
+def test_a_disk_that_is_full_from_the_start(settings, small_disk):
+    plan = prepare(TrainConfig(**{**settings, "output_dir": str(small_disk / "run")}))
+    fill(small_disk, 0)
+    with pytest.raises(RunError, match=r"config\.yaml: cannot be written: No space left on device"):
+        launch(plan, **QUIET)
+    (small_disk / "filler").unlink()
+    run_folder.begin(plan.config, plan.environment)  # nothing that is left there blocks it
+
+
+def test_nobody_else_can_use_the_folder_of_a_run(settings):
+    refused = []
+
+    def start_again():
+        again = TrainConfig(**{**settings, "resume_from_checkpoint": "latest", "learning_rate": 0.5})
+        with pytest.raises(RunError, match="another run is using this folder"):
+            run_folder.begin(again, {})
+        refused.append(run_folder.RunFolder(settings["output_dir"]).config.learning_rate)
+
+    start(settings, num_processes=2, steps=30, show=at_step(1, start_again))
+    assert refused == [settings["learning_rate"]], "it changed nothing"
+    _, held = run_folder.begin(TrainConfig(**settings, resume_from_checkpoint="latest"), {})
+    held.close()

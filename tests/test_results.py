@@ -137,6 +137,15 @@ def test_a_run_that_was_cut_short_still_has_results():
     assert measured["nominal IPS"].value is None
 
 
+def test_the_total_time_is_that_of_a_clock_that_nobody_sets():
+    run = FakeRun(published_run(), summary=dict(ranks=[{"peak_memory_gib": 1.0}], ended=-86_398.0))
+    run.environment["started"] = 0.0
+    total = measure(run)["total time"]
+    assert total.text == "198 s in steps" and "the clock was set" in total.how, "a run of version 0.1"
+    run.summary["total_seconds"] = 230.0
+    assert measure(run)["total time"].value == 230
+
+
 def test_a_target_that_is_met():
     assert measure(FakeRun(records([4] * 20, 1, loss=0.04)))["target"].text.startswith("met")
 

@@ -10,7 +10,9 @@ import sdnb
 from sdnb.errors import RunError
 from sdnb.metrics.results import PAGE_MIME
 from sdnb.metrics.step_clock import PHASES
+from sdnb.run import files
 from sdnb.run import folder as run_folder
+from sdnb.run.comparison import compare
 from sdnb.settings.flags import parse
 
 
@@ -87,6 +89,46 @@ def test_all_runs_in_a_table(tmp_path):
     assert sdnb.runs(tmp_path / "nothing").empty
 
 
+def damaged(folder):
+    """Two good runs, and one of each kind of damage. Returns the file that is damaged, by the run's name."""
+    damages = {
+        "newer": ("config.yaml", "pretrained_model_name_or_path: tiny\ndataset_name: openmoji\nsetting_of_2030: 1\n"),
+        "no yaml": ("config.yaml", "a: ["),
+        "no environment": ("environment.json", ""),
+        "no summary": ("summary.json", ""),
+        "torn": ("metrics.jsonl", '{"step": 1, "loss": 1, "lo{"step": 2}\n{"step": 3}\n'),
+    }
+    for name in ("a", "b", *damages):
+        make_run(folder / name)
+    for name, (file, content) in damages.items():
+        (folder / name / file).write_text(content)
+    return {name: file for name, (file, _) in damages.items()}
+
+
+def test_a_bad_run_is_named_in_the_table_and_hides_no_other(tmp_path, recwarn):
+    files_of = damaged(tmp_path)
+    table = sdnb.runs(tmp_path)
+    assert set(table.index) == {"a", "b", *files_of} and table.loc[["a", "b"], "problem"].isna().all()
+    for name, file in files_of.items():
+        assert str(tmp_path / name / file) in table.loc[name, "problem"]
+    shown = table.index[table["images/s per device"] > 0]
+    assert set(shown) == {"a", "b", "no environment", "no summary"}
+    assert not recwarn.list, "the table says it"
+
+
+def test_a_bad_run_is_named_in_a_comparison_and_hides_no_other(tmp_path):
+    files_of = damaged(tmp_path)
+    compared = compare(tmp_path)
+    assert set(compared.runs) == {"a", "b", "no environment", "no summary"}
+    said = "\n".join(compared.statements)
+    for name, file in files_of.items():
+        left_out = "" if name in compared.runs else "Left out: "
+        assert f"{left_out}{tmp_path / name / file}: " in said
+        if left_out:
+            with pytest.raises(RunError, match=file):
+                compare([tmp_path / "a", tmp_path / name])
+
+
 def test_they_are_there_to_be_completed():
     assert {"Run", "runs"} <= set(dir(sdnb))
     assert all(
@@ -99,7 +141,7 @@ def test_they_are_there_to_be_completed():
 def test_its_page_says_how_its_threads_waited(run):
     def said(begun, **ended):
         run_folder.add_to_environment(run.folder, threads=begun)
-        run_folder.write(
+        files.write(
             run.folder / run_folder.SUMMARY, {"threads": ended, "ranks": [{"peak_memory_gib": 1.0}], "ended": 9.0}
         )
         return run._repr_mimebundle_()[PAGE_MIME]["machine"]["threads"]

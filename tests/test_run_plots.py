@@ -10,6 +10,7 @@ from PIL import Image
 
 from sdnb.figures import run_plots
 from sdnb.metrics.results import measure
+from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
@@ -70,8 +71,9 @@ def test_images_with_captions_that_look_like_formulas():
 
 
 def test_samples_stand_under_their_prompt(tmp_path):
-    TrainConfig(pretrained_model_name_or_path="tiny", dataset_name="openmoji").save(tmp_path / run_folder.CONFIG)
-    run_folder.write(tmp_path / run_folder.MODEL, {"random_weights": True})
+    made = TrainConfig(pretrained_model_name_or_path="tiny", dataset_name="openmoji")
+    (tmp_path / run_folder.CONFIG).write_text(made.to_yaml())
+    files.write(tmp_path / run_folder.MODEL, {"random_weights": True})
     run = run_folder.RunFolder(tmp_path)
     assert run_plots.samples(run) is None
     (tmp_path / "samples").mkdir()
@@ -79,7 +81,7 @@ def test_samples_stand_under_their_prompt(tmp_path):
         for index, prompt in enumerate(("a", "b")):
             Image.new("RGB", (8, 8)).save(tmp_path / "samples" / f"{step}-{index}.png")
             record = dict(file=f"{step}-{index}.png", step=step, prompt=prompt, seed=3, num_inference_steps=20)
-            run_folder.append(tmp_path / "samples" / "samples.jsonl", {**record, "guidance_scale": 7.5})
+            files.append(tmp_path / "samples" / "samples.jsonl", {**record, "guidance_scale": 7.5})
     figure = run_plots.samples(run)
     assert [axes.get_title() for axes in figure.axes[:2]] == ["a", "b"]
     assert [axes.get_ylabel() for axes in figure.axes[::2]] == ["before", "after step 5"]

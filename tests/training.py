@@ -44,6 +44,7 @@ def train(settings, **changes):
     """A training to its end; returns its run."""
     AcceleratorState._reset_state(reset_partial_state=True)
     plan = prepare(TrainConfig(**{**settings, **changes}))
-    folder = run_folder.begin(plan.config, plan.environment)
-    training.train(plan.config.updated(output_dir=str(folder)), splits=plan.examples)
+    folder, held = run_folder.begin(plan.config, plan.environment)
+    with held:
+        training.train(plan.config.updated(output_dir=str(folder)), splits=plan.examples)
     return run_folder.RunFolder(folder)

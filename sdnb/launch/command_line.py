@@ -7,13 +7,13 @@ import logging
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sdnb.errors import ConfigError, SdnbError
+from sdnb.errors import ConfigError, RunError, SdnbError
 from sdnb.launch.failure import details_of
 from sdnb.launch.watchdog import end_with_parent
 from sdnb.machine import environment
@@ -46,9 +46,10 @@ def main() -> None:
             splits = load_data(config)
             config.epoch(len(splits.train))  # there may be too few examples
             find_checkpoints(config, splits.train)  # raises before anything in the folder changes
-            run_folder.begin(config, environment.capture())
-        folder = run_folder.path_of(config)
-        folder.mkdir(parents=True, exist_ok=True)
+            folder, _held = run_folder.begin(config, environment.capture())  # until this process ends
+        else:
+            folder = run_folder.path_of(config)
+            folder.mkdir(parents=True, exist_ok=True)
         _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
         _end("", 0)
     except KeyboardInterrupt:
@@ -60,7 +61,9 @@ def main() -> None:
             # A rank that lost its peer fails, too, and wrong settings fail on every rank: the launcher ends this one
             # before it reports that.
             time.sleep(2)
-        first = run_folder.fail(folder, rank, type(error).__name__, details) if folder else rank == 0
+        first = rank == 0
+        with suppress(RunError):  # the disk may be full; the error is shown all the same
+            first = run_folder.fail(folder, rank, type(error).__name__, details) if folder else first
         _end(f"error: {details}" if first else "", 1)
 
 

@@ -2,8 +2,10 @@
 
 import signal
 import traceback
+from pathlib import Path
 
-from sdnb.errors import SdnbError
+from sdnb.errors import RunError, SdnbError
+from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
 
@@ -18,6 +20,16 @@ def details_of(error: Exception, config: TrainConfig | None) -> str:
         return traceback.format_exc()
     first_line = str(error).partition("\n")[0] or type(error).__name__
     return f"memory ran out: {first_line}\n{memory.advice_after_running_out(config)}"
+
+
+def write_down(folder: Path, rank: int, what: str, details: str) -> int:
+    """Write a rank's failure into the run folder. Returns the exit status of its process: 1, or the system's number of
+    the error if nothing can be written there, as on a full disk."""
+    try:
+        run_folder.fail(folder, rank, what, details)
+    except RunError as error:
+        return getattr(error.__cause__, "errno", None) or 1
+    return 1
 
 
 def how_it_was_killed(number: int) -> str:

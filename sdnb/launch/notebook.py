@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sdnb.errors import RunError
 from sdnb.figures.live import Live, progress
@@ -19,6 +19,7 @@ from sdnb.launch.failure import advice_when_killed, how_it_was_killed
 from sdnb.launch.plan import Plan
 from sdnb.machine.threads import share
 from sdnb.report.run import Run
+from sdnb.run import files
 from sdnb.run import folder as run_folder
 
 POLL_SECONDS = 0.5
@@ -38,15 +39,20 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
             a second. Default: `Live`, which shows them under the cell.
     """
     config = plan.config
-    folder = run_folder.begin(config, plan.environment) if config.machine_rank == 0 else run_folder.join(config)
+    held = None
+    if config.machine_rank == 0:
+        folder, held = run_folder.begin(config, plan.environment)
+    else:
+        folder = run_folder.join(config)
     run, steps = Run(folder), config.total_steps(len(plan.examples.train))
     records: list[dict[str, Any]] = []
     show = show or Live(steps)
-    log = run_folder.Tail(folder / run_folder.LOG)
+    log = files.Tail(folder / run_folder.LOG)
     log.new()  # skips earlier attempts
     ends_with_us, held_here = os.pipe()
     try:
-        process = _start(plan, folder, ends_with_us)
+        with held or contextlib.nullcontext():  # the process inherits it
+            process = _start(plan, folder, ends_with_us, held)
         try:
             _follow(process, run, log, steps, records, show)
         except KeyboardInterrupt:
@@ -61,13 +67,14 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
     return run
 
 
-def _start(plan: Plan, folder: Path, ends_with_us: int) -> subprocess.Popen[bytes]:
+def _start(plan: Plan, folder: Path, ends_with_us: int, held: TextIO | None) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "sdnb.launch.ranks", str(folder), str(ends_with_us)]
     token = {"HF_TOKEN": plan.config.hub_token.get_secret_value()} if plan.config.hub_token else {}
     environment = {**_process_environment(plan), **os.environ, **token}
     with (folder / run_folder.LOG).open("ab") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=(ends_with_us,),
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
+            pass_fds=(ends_with_us, held.fileno()) if held else (ends_with_us,),
             start_new_session=True,  # its own process group, so that all of it can be ended
         )  # fmt: skip
     os.close(ends_with_us)
@@ -91,10 +98,10 @@ def _process_environment(plan: Plan) -> dict[str, str]:
 
 
 def _follow(
-    process: subprocess.Popen[bytes], run: Run, log: run_folder.Tail, steps: int, records: list[dict[str, Any]],
+    process: subprocess.Popen[bytes], run: Run, log: files.Tail, steps: int, records: list[dict[str, Any]],
     show: Show,
 ) -> None:  # fmt: skip
-    recorded = run_folder.Tail(run.folder / run_folder.STEPS)
+    recorded = files.Tail(run.folder / run_folder.STEPS)
     lines: deque[str] = deque(maxlen=LOG_LINES)
     warnings: list[str] = []
     while True:
@@ -128,6 +135,9 @@ def _explain(process: subprocess.Popen[bytes], run: Run) -> str:
     saved = f"The measurements so far ({len(run.steps)} steps) and the log are in {run.folder}"
     if failure := run.failure:
         return f"rank {failure['rank']} failed: {failure['what']}\n{failure['details'].rstrip()}\n{saved}"
+    if process.returncode > 1:  # see `write_down`
+        why = os.strerror(process.returncode)
+        return f"{run.folder}: cannot be written: {why}. Its ranks have ended\n{saved}"
     killed = max(0, -process.returncode)
     how = how_it_was_killed(killed) if killed else "failed"
     log_end = "\n".join(run.log.rstrip().splitlines()[-20:])

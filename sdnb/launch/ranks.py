@@ -20,7 +20,7 @@ import time
 import traceback
 from pathlib import Path
 
-from sdnb.launch.failure import advice_when_killed, details_of, how_it_was_killed
+from sdnb.launch.failure import advice_when_killed, details_of, how_it_was_killed, write_down
 from sdnb.launch.watchdog import end_when, end_with_parent
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
@@ -58,8 +58,9 @@ def main() -> None:
     except Exception as error:
         rank, exit_code = first_failure(error)
         if exit_code < 0:  # a rank that was killed could not write its own
-            run_folder.fail(folder, rank, f"it {how_it_was_killed(-exit_code)}", advice_when_killed(-exit_code, config))
-        sys.exit(1)
+            how, advice = how_it_was_killed(-exit_code), advice_when_killed(-exit_code, config)
+            exit_code = write_down(folder, rank, f"it {how}", advice)
+        sys.exit(exit_code)
     if is_the_rank:
         sys.stdout.flush()
         os._exit(0)  # at once, like forked ranks: interpreter shutdown would destroy the process group
@@ -78,12 +79,12 @@ def _rank(config: TrainConfig) -> None:
     except Exception as error:
         rank = int(os.environ.get("RANK", 0))
         details = details_of(error, config)
-        print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the log may be on a full disk
+            print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         if config.ranks > 1:
             time.sleep(1)  # a rank that lost its peer fails, too: the launcher ends it before it reports that
-        run_folder.fail(run_folder.path_of(config), rank, type(error).__name__, details)
-        sys.stderr.flush()
-        os._exit(1)  # at once: interpreter shutdown would wait for ranks that wait for this one
+        # At once: interpreter shutdown would wait for ranks that wait for this one.
+        os._exit(write_down(run_folder.path_of(config), rank, type(error).__name__, details))
 
 
 def free_port() -> int:

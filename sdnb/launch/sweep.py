@@ -30,7 +30,7 @@ from sdnb.errors import ConfigError, RunError
 from sdnb.machine.environment import PROJECT
 from sdnb.report.page import write_page
 from sdnb.run.folder import SUMMARY
-from sdnb.settings.config import TrainConfig
+from sdnb.settings.config import TrainConfig, read_yaml
 
 NOTEBOOK = PROJECT / "notebooks" / "train.ipynb"
 COMPARISON = PROJECT / "notebooks" / "compare.ipynb"
@@ -49,12 +49,8 @@ class Sweep:
 
 def load(path: str | Path) -> Sweep:
     """Raises ConfigError if the file has no grid, or its settings are wrong."""
-    source = Path(path)
-    try:
-        read = yaml.safe_load(source.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    grid = read.pop("grid", None) if isinstance(read, dict) else None
+    source, read = Path(path), read_yaml(path)
+    grid = read.pop("grid", None)
     if not (isinstance(grid, dict) and grid and all(isinstance(one, list) and one for one in grid.values())):
         raise ConfigError(f"{path}: has no grid: settings under `grid:`, each with a list of values, such as [1, 2, 4]")
     if both := set(grid) & set(read):

@@ -62,8 +62,9 @@ def measure(run: Any) -> Measurements:
     config, environment, model, summary = run.config, run.environment, run.model, run.summary
     resumed = environment.get("resumed", [])
     steps = mark(run.steps, config, [one["after_step"] for one in resumed])
-    on_gpu = environment["devices"]["type"] != "cpu"
-    noun = "GPU" if on_gpu else "CPU rank"
+    devices = environment.get("devices", {})  # unknown if environment.json is damaged
+    on_gpu = devices.get("type", "cpu") != "cpu"
+    noun = "GPU" if on_gpu else "CPU rank" if devices else "rank"
     steady = steps[steps.steady & steps.seconds.notna()]
     together = images_per_second(steady.images, steady.seconds)
     each = Estimate(*(part / config.ranks for part in (together.value, together.low, together.high)))
@@ -77,7 +78,7 @@ def measure(run: Any) -> Measurements:
     results = (
         *throughput,
         Result("short steps", f"{short} of {len(steps)}", how, short),
-        *_mfu(model, config, environment["devices"], steady),
+        *_mfu(model, config, devices.get("names"), steady),
         *_encodings(steady),
         *_energy(steady, config),
         *([] if log else [_memory(summary, on_gpu)]),
@@ -144,7 +145,7 @@ def _throughput(
         yield Result("seconds per step", f"median {median:.3f}, 95 % under {p95:.3f}", how, median)
 
 
-def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], steady: pd.DataFrame) -> Iterator[Result]:
+def _mfu(model: dict[str, Any], config: TrainConfig, names: list[str] | None, steady: pd.DataFrame) -> Iterator[Result]:
     if not (flop := model.get("flop_per_image")):
         return
     done = {
@@ -158,7 +159,7 @@ def _mfu(model: dict[str, Any], config: TrainConfig, devices: dict[str, Any], st
     rate = f"{tflops:.3g} TFLOP/s ({total / steady.images.sum() / 1e12:.4g} TFLOP per image: {parts})"
     if reachable := model.get("reachable_tflops"):
         rate += f"; {tflops / reachable:.0%} of the {reachable:.3g} TFLOP/s that a plain matrix product reaches here"
-    peak = config.device_peak_tflops or peak_tflops(devices["names"][0], config.mixed_precision or "no")
+    peak = config.device_peak_tflops or peak_tflops((names or [""])[0], config.mixed_precision or "no")
     if peak is None:
         yield Result("MFU", "unknown peak: set device_peak_tflops", rate)
     else:
@@ -221,10 +222,13 @@ def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[
     training = steps.seconds.sum()
     if not summary:
         return Result("total time", f"{training:.0f} s in steps", "the run is incomplete", training)
+    if (total := summary.get("total_seconds")) is None:  # version 0.1 had only the wall clock
+        total = summary["ended"] - environment.get("started", math.nan)
+        if not total >= training:
+            return Result("total time", f"{training:.0f} s in steps", "the clock was set meanwhile", training)
     if "imported" in environment:
-        total, how = summary["total_seconds"], "by the log, from the first step to its end"
+        how = "by the log, from the first step to its end"
     else:
-        total = summary["ended"] - environment["started"]
         how = f"from launch to the saved pipeline; {training:.0f} s of it in steps"
         if environment.get("resumed"):
             how = f"from the last resume to the saved pipeline; all steps together took {training:.0f} s"

@@ -5,6 +5,7 @@ import html
 import io
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sdnb.figures.chart import Chart
 from sdnb.machine.environment import PROJECT
 from sdnb.metrics.results import PAGE_MIME, Measurements, measure
 from sdnb.metrics.step_clock import PHASES
-from sdnb.run.folder import CONFIG, SAMPLES, RunFolder, data_name
+from sdnb.run.folder import CONFIG, SAMPLES, RunFolder, data_name, problems_of
 from sdnb.settings.flags import command_line
 
 _ON_CARDS = ("images/s per", "nominal IPS", "final loss", "held-out loss", "peak memory")
@@ -171,23 +172,33 @@ def _threads(begun: dict[str, Any] | None, ended: dict[str, Any]) -> str:
 
 def runs(folder: str | Path | None = None) -> pd.DataFrame:
     """The runs in a folder and its subfolders, newest first: model, data, and main results. Default: the project's
-    `runs/`."""
-    root = Path(folder).expanduser() if folder else PROJECT / "runs"
-    found = [Run(path.parent) for path in root.glob(f"**/{CONFIG}")]
-    rows = {}
-    for run in sorted(found, key=lambda run: run.environment.get("started") or 0, reverse=True):
-        config, steps = run.config, len(run.steps)
-        row = {
-            "started": run._started(),
-            "model": Path(config.pretrained_model_name_or_path).name,
-            "data": data_name(config),
-            "resolution": config.resolution,
-            "global batch": config.global_batch if config.num_processes else None,
-            "steps": steps,
-            "complete": bool(run.summary),
-        }
-        if steps:
-            results = run.results
-            row |= {"images/s per device": results.throughput.value, "final loss": results["final loss"].value}
-        rows[str(run.folder.relative_to(root.absolute()))] = row
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+    `runs/`. If a file of a run cannot be read, its row names the file, in the column `problem`."""
+    root = Path(folder).expanduser().absolute() if folder else PROJECT / "runs"
+    rows = []
+    for path in root.glob(f"**/{CONFIG}"):
+        run = Run(path.parent)
+        row, problem = problems_of(partial(_row, run))
+        environment, _ = problems_of(partial(getattr, run, "environment"))
+        name = str(run.folder.relative_to(root))
+        rows.append(
+            (environment.get("started") or 0, {"run": name, **(row or {}), **({"problem": problem} if problem else {})})
+        )
+    newest_first = [row for _, row in sorted(rows, key=lambda one: one[0], reverse=True)]
+    return pd.DataFrame(newest_first, columns=None if newest_first else ["run"]).set_index("run")
+
+
+def _row(run: Run) -> dict[str, Any]:
+    config, steps = run.config, len(run.steps)
+    row = {
+        "started": run._started(),
+        "model": Path(config.pretrained_model_name_or_path).name,
+        "data": data_name(config),
+        "resolution": config.resolution,
+        "global batch": config.global_batch if config.num_processes else None,
+        "steps": steps,
+        "complete": bool(run.summary),
+    }
+    if steps:
+        results = run.results
+        row |= {"images/s per device": results.throughput.value, "final loss": results["final loss"].value}
+    return row

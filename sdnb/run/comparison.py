@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from sdnb.errors import RunError
 from sdnb.machine.environment import PROJECT
 from sdnb.metrics.results import PAGE_MIME, Measurements, measure
 from sdnb.metrics.throughput import Estimate, ratio_of
-from sdnb.run.folder import CONFIG, RunFolder
+from sdnb.run.folder import CONFIG, RunFolder, problems_of
 from sdnb.run.importing import PUBLISHED, UNKNOWN
 
 BASELINE = "published"
@@ -34,6 +35,7 @@ class Comparison:
 
     runs: dict[str, RunFolder]
     measured: dict[str, Measurements]
+    problems: tuple[str, ...] = ()  # runs that were left out, and files that cannot be read
 
     @property
     def settings(self) -> pd.DataFrame:
@@ -89,7 +91,7 @@ class Comparison:
         differs = [name for name in _WORK if name in self.settings.index]
         if differs:
             statements.append(f"The runs do not do the same work per image: {' and '.join(differs)} differ.")
-        return statements
+        return [*statements, *self.problems]
 
     def __repr__(self) -> str:
         return "\n".join([self.results.to_string(), "", *self.statements])
@@ -120,43 +122,61 @@ class Comparison:
 def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison:
     """Compare the runs in a list of run folders with the first of them, or the runs in one folder, by default the
     project's `runs/`. `published` stands for the published measurement that comes with the package. Raises RunError if
-    a run is missing or has no steps, or there are fewer than two."""
-    found = _find(PROJECT / "runs" if runs is None else runs)
+    a run in the list is missing, has no steps or cannot be read, or there are fewer than two. In a folder, such a run
+    is left out; if it cannot be read, `problems` says so."""
+    folders, listed = _find(PROJECT / "runs" if runs is None else runs)
+    found: dict[Path, tuple[RunFolder, Measurements]] = {}
+    problems = []
+    for folder in folders:
+        one, problem = problems_of(partial(_measured, folder, listed))
+        if one is not None:
+            found[folder] = one
+        elif problem and listed:
+            raise RunError(problem)
+        if problem:
+            problems.append(problem if one else f"Left out: {problem}")
     if len(found) < 2:
-        there = f"only {found[0]}" if found else "none"
-        raise RunError(f"a comparison needs two runs, and there is {there}: give runs, a list of run folders")
-    opened = [RunFolder(folder) for folder in found]
-    for run in opened:
-        if not len(run.steps):
-            raise RunError(f"{run.folder}: has no steps to compare; remove it from the list")
-    labelled = dict(zip(_labels([run.folder for run in opened]), opened))
-    return Comparison(labelled, {label: measure(run) for label, run in labelled.items()})
+        there = f"only {next(iter(found))}" if found else "none"
+        needed = f"a comparison needs two runs, and there is {there}: give runs, a list of run folders"
+        raise RunError("\n".join([needed, *problems]))
+    labelled = dict(zip(_labels(list(found)), found.values()))
+    opened = {label: run for label, (run, _) in labelled.items()}
+    return Comparison(opened, {label: measured for label, (_, measured) in labelled.items()}, tuple(problems))
 
 
-def _find(given: Sequence[str | Path] | str | Path) -> list[Path]:
+def _measured(folder: Path, listed: bool) -> tuple[RunFolder, Measurements] | None:
+    run = RunFolder(folder)
+    if len(run.steps):
+        return run, measure(run)
+    if listed:
+        raise RunError(f"{run.folder}: has no steps to compare; remove it from the list")
+    return None
+
+
+def _find(given: Sequence[str | Path] | str | Path) -> tuple[list[Path], bool]:
+    """The run folders, and whether they were listed one by one."""
     if isinstance(given, str) and given.lstrip().startswith("["):  # as papermill's -p gives a list
         try:
             given = json.loads(given)
         except json.JSONDecodeError as error:
             raise RunError(f'runs = {given}: is not a JSON list, such as ["one", "other"]: {error}') from None
     if given == BASELINE:
-        return [PUBLISHED]
+        return [PUBLISHED], True
     if isinstance(given, (str, Path)):
         folder = Path(given).expanduser()
         if not folder.is_dir():
             raise RunError(f"runs = {given}: there is no such folder (the current folder is {Path.cwd()})")
         if (folder / CONFIG).exists():
-            return [folder]
-        return sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if len(RunFolder(path.parent).steps))
-    return [PUBLISHED if one == BASELINE else Path(one).expanduser() for one in given]
+            return [folder], True
+        return sorted(path.parent for path in folder.glob(f"*/{CONFIG}")), False
+    listed = [PUBLISHED if one == BASELINE else Path(one).expanduser().resolve() for one in given]
+    if twice := sorted({str(folder) for folder in listed if listed.count(folder) > 1}):
+        raise RunError(f"the same run is given twice: {', '.join(twice)}")
+    return listed, True
 
 
 def _labels(paths: list[Path]) -> list[str]:
     """The shortest ends of the paths that are different."""
-    paths = [path.resolve() for path in paths]
-    if len(set(paths)) < len(paths):
-        twice = sorted({str(path) for path in paths if paths.count(path) > 1})
-        raise RunError(f"the same run is given twice: {', '.join(twice)}")
     parts = 1
     while len({path.parts[-parts:] for path in paths}) < len(paths):
         parts += 1

@@ -5,21 +5,23 @@ import fcntl
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import pandas as pd
 
-from sdnb.errors import RunError
+from sdnb.errors import RunError, SdnbError
 from sdnb.machine.environment import PROJECT
+from sdnb.run.files import DamagedFile, intact_lines, read, read_lines, write, write_text, writing
 from sdnb.settings.config import TrainConfig
 
 logger = logging.getLogger("sdnb")
+T = TypeVar("T")
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -42,34 +44,35 @@ def path_of(config: TrainConfig) -> Path:
     return Path(config.output_dir).expanduser().absolute()
 
 
-def begin(config: TrainConfig, environment: dict[str, Any]) -> Path:
+def begin(config: TrainConfig, environment: dict[str, Any]) -> tuple[Path, TextIO]:
     """Make the run folder, and write what is known before the training, with the environment of `environment.capture`.
-    Raises RunError if the folder has a run that is not to be resumed, or cannot be made."""
-    folder = create(config)
-    lock(folder).close()
-    before = _read(folder / ENVIRONMENT)
+    Also returns its lock, which the caller holds until the training ends: a second start cannot come between. Raises
+    RunError if the folder has a run that is not to be resumed, or is used by another run, or cannot be made."""
+    folder, held = create(config)
+    before = read(folder / ENVIRONMENT)
     resumed = before.get("resumed", [])
-    if before:
+    if before or last_step(folder):
         resumed.append({"started": before.get("started"), "host": before.get("host"), "after_step": last_step(folder)})
     _save_settings(config, folder)
-    write(folder / ENVIRONMENT, {**environment, "started": time.time(), "resumed": resumed})
+    # The monotonic clock is the machine's: it is the same in every process, and nobody can set it back.
+    began = {"started": time.time(), "started_monotonic": time.monotonic(), "resumed": resumed}
+    write(folder / ENVIRONMENT, {**environment, **began})
     for name in (SUMMARY, FAILURE, FAILURE_CLAIM):  # of the run that is resumed
         (folder / name).unlink(missing_ok=True)
-    return folder
+    return folder, held
 
 
 def lock(folder: Path) -> TextIO:
-    """Reserve a run folder for one run. The lock ends when the returned file is closed, or its process ends. Raises
-    RunError if another run has it. Some network file systems have no locks: then it only logs a warning."""
-    file = (folder / LOCK).open("a")
+    """Reserve a run folder for one run. The lock ends when the returned file is closed in every process that inherited
+    it. Raises RunError if another run has it. Some network file systems have no locks: then it only logs a warning."""
     try:
+        file = (folder / LOCK).open("a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise RunError(f"{folder}: another run is using this folder; wait for it, or end it") from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
-            file.close()
             raise RunError(f"{folder}: cannot be locked: {error.strerror}") from None
         logger.warning("%s cannot be locked (%s): make sure that only one run uses it", folder, error.strerror)
     return file
@@ -77,8 +80,7 @@ def lock(folder: Path) -> TextIO:
 
 def join(config: TrainConfig) -> Path:
     """The run folder, on a machine other than machine 0, which writes it. If the folder is not shared, a local one."""
-    folder = path_of(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _made(config)
     if not (folder / CONFIG).exists():
         _save_settings(config, folder)
     return folder
@@ -87,29 +89,37 @@ def join(config: TrainConfig) -> Path:
 def _save_settings(config: TrainConfig, folder: Path) -> None:
     """Without the run's location and what it resumed from, so that the file can start another run elsewhere."""
     here = ("output_dir", "resume_from_checkpoint", "main_process_ip")
-    config.updated(**dict.fromkeys(here), num_machines=1, machine_rank=0).save(folder / CONFIG)
+    settings = config.updated(**dict.fromkeys(here), num_machines=1, machine_rank=0)
+    write_text(folder / CONFIG, settings.to_yaml())
 
 
-def create(config: TrainConfig) -> Path:
-    """Make the run folder that the settings name, or a new one under `runs/` in the project's root. Raises RunError if
-    the folder has a run that is not to be resumed, or cannot be made."""
+def create(config: TrainConfig) -> tuple[Path, TextIO]:
+    """Make the run folder that the settings name, or a new one under `runs/` in the project's root, and lock it. Raises
+    RunError if the folder has a run that is not to be resumed, or is used by another run, or cannot be made."""
+    folder = _made(config)
+    held = lock(folder)
+    # config.yaml alone is no run: another machine of this run may have written it, see `join`. Neither is a start that
+    # failed before its first step.
+    started = (folder / ENVIRONMENT).exists() and not (folder / FAILURE).exists()
+    if config.resume_from_checkpoint is None and (started or last_step(folder)):
+        held.close()
+        raise RunError(
+            f"output_dir {config.output_dir}: there is a run in it already. Give another output_dir, "
+            "or set resume_from_checkpoint = latest to resume that run."
+        )
+    return folder, held
+
+
+def _made(config: TrainConfig) -> Path:
     try:
         if config.output_dir is None:
             return _new_folder(config)
         folder = path_of(config)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOG).touch()
-    except OSError as error:
+        return folder
+    except (OSError, ValueError, RuntimeError) as error:  # not only the system's: a path with a NUL, `~nobody`
         raise RunError(f"output_dir {config.output_dir}: cannot be written: {error}") from None
-    # config.yaml alone is no run: another machine of this run may have written it, see `join`. Neither is a start that
-    # failed before its first step.
-    started = (folder / ENVIRONMENT).exists() and not (folder / FAILURE).exists()
-    if config.resume_from_checkpoint is None and (started or last_step(folder)):
-        raise RunError(
-            f"output_dir {config.output_dir}: there is a run in it already. Give another output_dir, "
-            "or set resume_from_checkpoint = latest to resume that run."
-        )
-    return folder
 
 
 def _new_folder(config: TrainConfig) -> Path:
@@ -128,14 +138,6 @@ def data_name(config: TrainConfig) -> str:
     return Path(config.dataset_name or config.train_data_dir or "").name
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add one line to a JSON-lines file and flush it. A number that JSON cannot express becomes null."""
-    line = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()}  # fmt: skip
-    with _writing(path), path.open("a") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-
-
 def records(folder: Path) -> list[Path]:
     """The JSON-lines files of a run folder that exist. Each of their lines has a step."""
     return [folder / name for name in (STEPS, VALIDATION, SAMPLES_LIST) if (folder / name).exists()]
@@ -143,64 +145,57 @@ def records(folder: Path) -> list[Path]:
 
 def last_step(folder: Path) -> int:
     """The step of the last record; 0 if there is none."""
-    return max((json.loads(line)["step"] for line in _valid_lines(folder / STEPS)), default=0)
+    return max((json.loads(line)["step"] for line in intact_lines(folder / STEPS)), default=0)
 
 
 def go_back(folder: Path, step: int) -> None:
     """Remove the records after a step, so that a resumed run can record these steps again. For step 0 remove all, as
     the measurements before the first step are also repeated."""
-    environment = _read(folder / ENVIRONMENT)
+    environment = read(folder / ENVIRONMENT)
     *earlier, last = environment.get("resumed") or [{}]
     kept = [one for one in earlier if one["after_step"] < step]
     write(folder / ENVIRONMENT, {**environment, "resumed": [*kept, {**last, "after_step": step}] if step else []})
     for path in records(folder):
-        lines = [line for line in _valid_lines(path) if step and json.loads(line)["step"] <= step]
-        _write_whole(path, "".join(f"{line}\n" for line in lines))
+        lines = [line for line in intact_lines(path) if step and json.loads(line)["step"] <= step]
+        write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def seconds_since_start(folder: Path) -> float | None:
+    """By the monotonic clock, since `begin`; None if that is not known."""
+    began = read(folder / ENVIRONMENT).get("started_monotonic")
+    return None if began is None else time.monotonic() - began
 
 
 def add_to_environment(folder: Path, **facts: Any) -> None:
     """Add facts about the machine that are known only when the training starts."""
-    write(folder / ENVIRONMENT, {**_read(folder / ENVIRONMENT), **facts})
-
-
-def _valid_lines(path: Path) -> Iterator[str]:
-    """The lines before the first one that a loss of power has damaged."""
-    for line in Tail(path).new():
-        try:
-            json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            return
-        yield line
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, completely or not at all."""
-    _write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write(folder / ENVIRONMENT, {**read(folder / ENVIRONMENT), **facts})
 
 
 def fail(folder: Path, rank: int, what: str, details: str) -> bool:
-    """Write the first failure; failures of other ranks are its consequences. Returns whether this one is the first."""
+    """Write the first failure; failures of other ranks are its consequences. Returns whether this one is the first.
+    Raises RunError if it cannot be written."""
     try:
-        (folder / FAILURE_CLAIM).touch(exist_ok=False)
-    except FileExistsError:
-        return False
+        with writing(folder / FAILURE):
+            (folder / FAILURE_CLAIM).touch(exist_ok=False)
+    except RunError as error:
+        if isinstance(error.__cause__, FileExistsError):
+            return False
+        raise
     write(folder / FAILURE, {"rank": rank, "what": what, "details": details})
     return True
 
 
-def _write_whole(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with _writing(path):
-        aside.write_text(text)
-        aside.replace(path)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+def problems_of(look: Callable[[], T]) -> tuple[T | None, str]:
+    """What `look` returns, None if it raises SdnbError, and that error with the warnings about damaged files."""
+    seen, error = None, ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            seen = look()
+        except SdnbError as raised:
+            error = str(raised)
+    about_files = [str(one.message) for one in caught if issubclass(one.category, DamagedFile)]
+    return seen, "; ".join(dict.fromkeys([*about_files, *([error] if error else [])]))
 
 
 class RunFolder:
@@ -222,12 +217,12 @@ class RunFolder:
 
     @property
     def environment(self) -> dict[str, Any]:
-        return _read(self.folder / ENVIRONMENT)
+        return read(self.folder / ENVIRONMENT)
 
     @property
     def model(self) -> dict[str, Any]:
         """Parameters, FLOP per image, and whether the weights were random: see `describe_model`."""
-        return _read(self.folder / MODEL)
+        return read(self.folder / MODEL)
 
     @property
     def steps(self) -> pd.DataFrame:
@@ -254,56 +249,14 @@ class RunFolder:
     @property
     def summary(self) -> dict[str, Any]:
         """What is known at the end: world size, memory, times. Empty if the run is incomplete."""
-        return _read(self.folder / SUMMARY)
+        return read(self.folder / SUMMARY)
 
     @property
     def failure(self) -> dict[str, Any]:
         """The rank that failed, and its error. Empty if none did."""
-        return _read(self.folder / FAILURE)
+        return read(self.folder / FAILURE)
 
     @property
     def log(self) -> str:
         path = self.folder / LOG
         return path.read_text(errors="replace") if path.exists() else ""
-
-
-class Tail:
-    """Reads new lines of a growing file. An unfinished line waits for the next call. If the file was cut or replaced,
-    it is read again from its start."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.inode = self.offset = 0
-
-    def new(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            now = os.fstat(file.fileno())
-            if now.st_ino != self.inode or now.st_size < self.offset:
-                self.inode, self.offset = now.st_ino, 0
-            file.seek(self.offset)
-            finished = file.read().rpartition(b"\n")[0]
-        if not finished:
-            return []
-        self.offset += len(finished) + 1
-        return finished.decode(errors="replace").split("\n")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path}: is not JSON: {error}") from None
-
-
-def read_lines(path: Path) -> pd.DataFrame:
-    """A JSON-lines file as a table. An unfinished last line is ignored: it is being written, or a crash cut it."""
-    try:
-        lines = [json.loads(line) for line in Tail(path).new()]
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path}: a line is not JSON: {error}") from None
-    # null is how `append` writes a number that is not finite
-    return pd.DataFrame([{key: math.nan if value is None else value for key, value in one.items()} for one in lines])

@@ -11,12 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sdnb.errors import RunError
 from sdnb.metrics.throughput import SMOOTHING, seconds_per_micro_batch
+from sdnb.run import files
 from sdnb.run import folder as run_folder
-from sdnb.settings.config import TrainConfig
+from sdnb.settings.config import TrainConfig, read_yaml
 
 UNKNOWN = "unknown"
 # The published measurement of Stable Diffusion v1-4 on eight GPUs, as a run folder.
@@ -166,7 +165,7 @@ def _read_events(source: Path, settings: dict[str, Any]) -> Log:
         raise RunError(f"{source}: has no TensorBoard events with a train_loss")
     given: dict[str, Any] = {}
     for path in sorted((source if source.is_dir() else source.parent).rglob("hparams.yml")):
-        for name, value in (yaml.safe_load(path.read_text()) or {}).items():
+        for name, value in read_yaml(path).items():
             if name in TrainConfig.model_fields and name not in _NOT_IMPORTED and value is not None:
                 given[name] = value
     given |= settings
@@ -193,20 +192,21 @@ def write(log: Log, folder: str | Path | None, name: str) -> run_folder.RunFolde
     """Make a run folder, by default a new one under `runs/`. `name`: of the log, for environment.json. Raises RunError
     if the folder has a run already, or cannot be written."""
     config = _config(log.settings).updated(output_dir=str(folder) if folder else None)
-    target = run_folder.create(config)
-    config.updated(output_dir=None).save(target / run_folder.CONFIG)
-    imported = {"from": name, "known_settings": sorted(log.settings), "examples": log.examples}
-    if at := max((step for step in log.seconds_shown if step < log.settings["max_train_steps"]), default=0):
-        shown, sizes = log.seconds_shown[at], [record["micro_batches"] for record in log.records[:at]]
-        imported |= {"at_step": at, "shown_seconds_per_step": shown, "micro_batches_at_step": sizes[-1],
-                     "seconds_per_micro_batch": seconds_per_micro_batch(shown, sizes)}  # fmt: skip
-    devices = dict(type=log.device_type, names=[], memory_gib=[], free_gib=[], bf16=False)
-    about: dict[str, Any] = dict(devices=devices, packages={}, started=log.began, resumed=[], imported=imported)
-    run_folder.write(target / run_folder.ENVIRONMENT, about)
-    for record in log.records:
-        run_folder.append(target / run_folder.STEPS, record)
-    summary: dict[str, Any] = dict(world_size=config.ranks, total_seconds=log.total_seconds, ranks=[])
-    run_folder.write(target / run_folder.SUMMARY, summary)
+    target, held = run_folder.create(config)
+    with held:
+        files.write_text(target / run_folder.CONFIG, config.updated(output_dir=None).to_yaml())
+        imported = {"from": name, "known_settings": sorted(log.settings), "examples": log.examples}
+        if at := max((step for step in log.seconds_shown if step < log.settings["max_train_steps"]), default=0):
+            shown, sizes = log.seconds_shown[at], [record["micro_batches"] for record in log.records[:at]]
+            imported |= {"at_step": at, "shown_seconds_per_step": shown, "micro_batches_at_step": sizes[-1],
+                         "seconds_per_micro_batch": seconds_per_micro_batch(shown, sizes)}  # fmt: skip
+        devices = dict(type=log.device_type, names=[], memory_gib=[], free_gib=[], bf16=False)
+        about: dict[str, Any] = dict(devices=devices, packages={}, started=log.began, resumed=[], imported=imported)
+        files.write(target / run_folder.ENVIRONMENT, about)
+        for record in log.records:
+            files.append(target / run_folder.STEPS, record)
+        summary: dict[str, Any] = dict(world_size=config.ranks, total_seconds=log.total_seconds, ranks=[])
+        files.write(target / run_folder.SUMMARY, summary)
     return run_folder.RunFolder(target)
 
 

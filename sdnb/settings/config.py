@@ -75,21 +75,17 @@ class TrainConfig(
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> TrainConfig:
-        """Settings from a YAML file of names and values; `overrides` take precedence. Raises ConfigError also if the
-        file cannot be read, or is not a mapping."""
+        """Settings from a YAML file of names and values; `overrides` take precedence. Raises ConfigError, which names
+        the file, as `read_yaml` does, or if a setting is wrong."""
+        current = {name: value for name, value in read_yaml(path).items() if name not in fields.RETIRED}
         try:
-            settings = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{path}: holds {type(settings).__name__}, not names and values of settings")
-        current = {name: value for name, value in settings.items() if name not in fields.RETIRED}
-        return cls(**{**current, **overrides})
+            return cls(**{**current, **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
-    def save(self, path: str | Path) -> None:
-        """Write the settings as YAML, without the token. `from_yaml` reads them back."""
-        settings = self.model_dump(mode="json", exclude={"hub_token"})
-        Path(path).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    def to_yaml(self) -> str:
+        """The settings as YAML, without the token. `from_yaml` reads them back from a file."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude={"hub_token"}), sort_keys=False, allow_unicode=True)
 
     def updated(self, **changes: Any) -> TrainConfig:
         """A copy with some settings changed, validated again."""
@@ -176,6 +172,20 @@ class TrainConfig(
             if settings[name] is not None and Path(settings[name]).expanduser().is_dir():
                 settings[name] = str(Path(settings[name]).expanduser().resolve())
         return settings
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The names and values in a YAML file. Raises ConfigError if it cannot be read, or holds something else."""
+    try:
+        content = yaml.safe_load(Path(path).read_bytes()) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or not a date
+        why = "its values are nested too deep" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{path}: cannot be read as YAML: {why}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds {type(content).__name__}, not names and values of settings")
+    if other := [name for name in content if not isinstance(name, str)]:
+        raise ConfigError(f"{path}: {other[0]!r} is not the name of a setting")
+    return content
 
 
 def _explain(error: ValidationError) -> str:

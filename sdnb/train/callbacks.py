@@ -12,8 +12,8 @@ import torch
 from sdnb.errors import RunError
 from sdnb.machine.device import peak_bytes, release_freed_memory
 from sdnb.models.pipeline import assemble
+from sdnb.run import files, hub
 from sdnb.run import folder as run_folder
-from sdnb.run import hub
 from sdnb.train.checkpoints import Checkpoints
 from sdnb.train.evaluation import HeldOutLoss, draw_samples
 from sdnb.train.setup import Training
@@ -57,7 +57,7 @@ class Callbacks:
         step = record["step"]
         if self.accelerator.is_main_process:
             peak_gib = peak_bytes(self.accelerator.device)[0] / 2**30
-            run_folder.append(self.folder / run_folder.STEPS, {**record, "peak_memory_gib": round(peak_gib, 3)})
+            files.append(self.folder / run_folder.STEPS, {**record, "peak_memory_gib": round(peak_gib, 3)})
             if not math.isfinite(record["loss"]) and not self.diverged:
                 self.diverged = True
                 logger.warning("step %d: the loss is not finite; the steps after it are useless", step)
@@ -92,9 +92,9 @@ class Callbacks:
             summary = dict(
                 world_size=accelerator.num_processes, distributed_type=accelerator.distributed_type.value, ranks=ranks,
                 threads=threads, training_seconds=trained - self.began, saving_seconds=time.perf_counter() - trained,
-                ended=time.time(),
+                ended=time.time(), total_seconds=run_folder.seconds_since_start(self.folder),
             )  # fmt: skip
-            run_folder.write(self.folder / run_folder.SUMMARY, summary)
+            files.write(self.folder / run_folder.SUMMARY, summary)
         self._draw()
         if accelerator.is_main_process and self.repository:
             logger.info("uploading to %s", self.repository)
@@ -141,7 +141,7 @@ class Callbacks:
         if self.held_out_loss is not None:
             with self.accelerator.autocast():
                 measured = self.held_out_loss(self.accelerator.unwrap_model(self.training.unet))
-            run_folder.append(self.folder / run_folder.VALIDATION, dict(step=self.training.step, **measured))
+            files.append(self.folder / run_folder.VALIDATION, dict(step=self.training.step, **measured))
 
     def _describe_ranks(self) -> list[dict[str, Any]]:
         """Each rank's peak memory, and a checksum of its weights (sum and sum of squares): all ranks must agree."""

@@ -19,6 +19,7 @@ from diffusers import UNet2DConditionModel
 
 from sdnb.errors import RunError
 from sdnb.run import folder as run_folder
+from sdnb.run.files import write
 from sdnb.settings.fields import DataSettings
 from sdnb.train.checkpoint_folder import (
     MANIFEST,
@@ -80,7 +81,7 @@ class Checkpoints:
             "files": {str(path.relative_to(aside)): path.stat().st_size for path in files},
             "digests": {str(path.relative_to(aside)): digest_of(path) for path in files},
         }
-        run_folder.write(aside / MANIFEST, manifest)
+        write(aside / MANIFEST, manifest)
         for path in (*aside.rglob("*"), aside, *run_folder.records(self.folder)):
             _fsync(path)
         abandoned = final.with_name(f".{final.name}.given-up")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdnb.data.image_captions import ImageCaptions, first_caption, tokenize
 from sdnb.models.pipeline import Parts
+from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.train.objective import loss_per_image, target_of
 
@@ -87,7 +88,7 @@ def draw_samples(
         records.append(dict(file=name, step=step, prompt=prompt, seed=seed, **how))
         images.append(image)
     for record in records:  # after all are drawn: a run that is killed before draws them again
-        run_folder.append(folder / run_folder.SAMPLES_LIST, record)
+        files.append(folder / run_folder.SAMPLES_LIST, record)
     for tracker in accelerator.trackers:
         _track(tracker, images, prompts, step)
 

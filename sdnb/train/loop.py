@@ -15,6 +15,7 @@ from sdnb.machine.device import keep_freed_memory, measured_matmul_tflops, relea
 from sdnb.machine.threads import Waits
 from sdnb.models.encoders import WEIGHT_DTYPES
 from sdnb.models.flops import describe_model
+from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.train.callbacks import Callbacks
@@ -41,28 +42,27 @@ def train(config: TrainConfig, show: Show = lambda record, total: None, splits: 
     gc.freeze()  # the collector ignores what is loaded by now
     gc.enable()
     accelerator = start(config)
-    with run_folder.lock(run_folder.path_of(config)) if accelerator.is_main_process else nullcontext():
-        waits = Waits(accelerator.device.type)
-        training = build(config, accelerator, splits)
-        callbacks = _begin(training, waits)
-        paused = True
-        while training.step < training.total_steps:
-            if paused:  # no step counts the time and the energy of a pause
-                training.clock.restart()
-                training.stats.restart()
-            else:
-                training.clock.end_phase("other")
-            epoch = training.batches.epoch
-            record = train_step(training)
-            if record["images"] == config.global_batch:
-                # Batches of another size, at the end of an epoch, run uncompiled: compiling for each would take longer.
-                set_stance(config, "eager_on_recompile")
-            show(record, training.total_steps)
-            last = training.step == training.total_steps
-            paused = callbacks.after_step(record, last)
-            if training.batches.epoch > epoch or last:
-                paused |= callbacks.after_epoch(epoch)
-        callbacks.after_training(waits.stop())
+    waits = Waits(accelerator.device.type)
+    training = build(config, accelerator, splits)
+    callbacks = _begin(training, waits)
+    paused = True
+    while training.step < training.total_steps:
+        if paused:  # no step counts the time and the energy of a pause
+            training.clock.restart()
+            training.stats.restart()
+        else:
+            training.clock.end_phase("other")
+        epoch = training.batches.epoch
+        record = train_step(training)
+        if record["images"] == config.global_batch:
+            # Batches of another size, at the end of an epoch, run uncompiled: compiling for each would take longer.
+            set_stance(config, "eager_on_recompile")
+        show(record, training.total_steps)
+        last = training.step == training.total_steps
+        paused = callbacks.after_step(record, last)
+        if training.batches.epoch > epoch or last:
+            paused |= callbacks.after_epoch(epoch)
+    callbacks.after_training(waits.stop())
 
 
 def train_step(training: Training) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
     if accelerator.is_main_process:
         reached = measured_matmul_tflops(accelerator.device, WEIGHT_DTYPES[config.mixed_precision or "no"])
         described = {**describe_model(config, training.parts), "reachable_tflops": reached}
-        run_folder.write(training.folder / run_folder.MODEL, described)
+        files.write(training.folder / run_folder.MODEL, described)
     callbacks = Callbacks(training)
     training.step = resume(training, found)
     if accelerator.is_main_process:

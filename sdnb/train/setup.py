@@ -68,6 +68,7 @@ def start(config: TrainConfig) -> Accelerator:
     line = f"%(asctime)s rank {accelerator.process_index} %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
     logger.handlers = [handler]  # replaces that of an earlier run in the same process
+    logging.raiseExceptions = False  # on a full disk, tracebacks of the log would bury the error
     logger.setLevel(logging.INFO)
     # Two ranks that did not find each other both believe that they are alone, so they must count each other.
     joined = int(accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum"))
