@@ -10,13 +10,17 @@ VOCABULARY, MERGES = "vocab.json", "merges.txt"
 
 def first_failure(error: Exception) -> tuple[int, int]:
     """The rank that failed first, and its exit code (minus the number of a signal), from an exception of accelerate's
-    notebook_launcher: of torch's elastic agent, or before accelerate 1.0 of `start_processes`. Raises any other."""
+    notebook_launcher: of torch's elastic agent, which may have got the signal itself, or before accelerate 1.0 of
+    `start_processes`. Raises any other."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.multiprocessing import ProcessExitedException
 
     if isinstance(error, ChildFailedError):
         rank, failure = error.get_first_failure()
         return rank, failure.exitcode
+    if isinstance(error, SignalException):
+        return 0, -error.sigval
     if isinstance(error, ProcessExitedException):
         return error.error_index, error.exit_code
     raise error

@@ -25,5 +25,13 @@ class CacheError(SdnbError):
     """A cache folder that cannot be written."""
 
 
+class Stopped(SdnbError):
+    """A training that a signal has stopped in good order. `status` is the exit status for it: 128 + the signal."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class RunError(SdnbError):
     """A run that cannot start or that failed, or a run folder that cannot be read."""

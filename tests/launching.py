@@ -1,11 +1,33 @@
 """Launches a training, and follows it to its end: `python -m launching SETTINGS`, as JSON."""
 
 import json
+import re
 import sys
 
 from sdnb.launch.notebook import launch
 from sdnb.launch.plan import prepare
 from sdnb.settings.config import TrainConfig
 
+QUIET = {"show": lambda *_: None}
+
+
+def start(settings, **changes):
+    show = changes.pop("show", QUIET["show"])
+    return launch(prepare(TrainConfig(**{**settings, **changes})), show=show)
+
+
+def at_step(step, act):
+    """A `show` that acts once, when the progress line has reached a step; it may pass over any one of them."""
+    done = []
+
+    def show(line, *_):
+        reached = re.search(r"step (\d+)/", line)
+        if reached and int(reached[1]) >= step and not done:
+            done.append(line)
+            act()
+
+    return show
+
+
 if __name__ == "__main__":
-    launch(prepare(TrainConfig(**json.loads(sys.argv[1]))), show=lambda *_: None)
+    start(json.loads(sys.argv[1]))

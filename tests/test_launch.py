@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import QUIET, at_step, start
 from processes import Forked, none_left, processes_of, wait_for
 
 from sdnb.errors import ConfigError, DataError, ModelError, RunError
@@ -30,15 +31,9 @@ from sdnb.report.run import Run
 from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
-
-QUIET = {"show": lambda *_: None}
+from sdnb.train.stopping import StopRequest
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
-
-
-def start(settings, **changes):
-    show = changes.pop("show", QUIET["show"])
-    return launch(prepare(TrainConfig(**{**settings, **changes})), show=show)
 
 
 def together(plans):
@@ -56,19 +51,6 @@ def together(plans):
                 for process in processes:
                     process.kill()
             raise
-
-
-def at_step(step, act):
-    """A `show` that acts once, when the progress line has reached a step; it may pass over any one of them."""
-    done = []
-
-    def show(line, *_):
-        reached = re.search(r"step (\d+)/", line)
-        if reached and int(reached[1]) >= step and not done:
-            done.append(line)
-            act()
-
-    return show
 
 
 def test_two_ranks_train_as_one(settings, image_folder):
@@ -148,7 +130,7 @@ def test_following_a_run_that_is_resumed(settings, tmp_path):
                 files.append(folder / run_folder.STEPS, record)
 
     process = SimpleNamespace(poll=iter([None, 0]).__next__)
-    notebook._follow(process, Run(folder), files.Tail(folder / run_folder.LOG), 12, followed, show)
+    notebook._follow(process, Run(folder), files.Tail(folder / run_folder.LOG), 12, followed, show, StopRequest())
     assert seen == [list(range(1, 11)), list(range(1, 13))]
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from sdnb.errors import ConfigError, RunError, SdnbError
+from sdnb.errors import ConfigError, RunError, SdnbError, Stopped
 from sdnb.launch.failure import details_of
-from sdnb.launch.watchdog import end_with_parent
 from sdnb.machine import environment
 from sdnb.machine.threads import share
+from sdnb.machine.watchdog import end_with_parent
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.flags import parse
@@ -52,6 +52,8 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         _train_in_terminal(config.updated(output_dir=str(folder)), rank, splits)
         _end("", 0)
+    except Stopped as error:
+        _end("", error.status)  # the log has said it
     except KeyboardInterrupt:
         measured = f"; the measurements are in {folder}" if folder else ""
         _end(f"interrupted{measured}" if rank == 0 else "", 130)

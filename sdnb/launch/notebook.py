@@ -21,9 +21,9 @@ from sdnb.machine.threads import share
 from sdnb.report.run import Run
 from sdnb.run import files
 from sdnb.run import folder as run_folder
+from sdnb.train.stopping import SIGNALS, StopRequest, stopped
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 3.0
 LOG_LINES = 6
 
 Show = Callable[[str, str, Sequence[dict[str, Any]], bool], None]
@@ -31,8 +31,9 @@ Show = Callable[[str, str, Sequence[dict[str, Any]], bool], None]
 
 def launch(plan: Plan, show: Show | None = None) -> Run:
     """Run the training in a new process, with a rank on every device, and follow it to its end. An interrupt of this
-    call ends every rank within seconds. So does the end of this process, whatever the reason. Raises RunError if a rank
-    fails, with that rank's traceback. The run folder keeps what was measured.
+    call ends every rank at once. SIGTERM and SIGHUP, and the end of this process, stop them in good order, see
+    `StopRequest`. Raises RunError if a rank fails, with that rank's traceback, and Stopped. The run folder keeps what
+    was measured.
 
     Args:
         show: gets the progress line, the end of the log, the records so far, and whether the training has ended, twice
@@ -54,7 +55,8 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
         with held or contextlib.nullcontext():  # the process inherits it
             process = _start(plan, folder, ends_with_us, held)
         try:
-            _follow(process, run, log, steps, records, show)
+            with StopRequest() as stop:
+                _follow(process, run, log, steps, records, show, stop)
         except KeyboardInterrupt:
             show(f"interrupted after {len(run.steps)} steps; the measurements are in {folder}", "", records, True)
             raise
@@ -62,6 +64,9 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
             _end(process)
     finally:
         os.close(held_here)  # this also ends the process, if a second interrupt came
+    number = -process.returncode if process.returncode < 0 else process.returncode - 128
+    if number in SIGNALS:
+        raise stopped(number, folder, run_folder.last_step(folder))
     if process.returncode:
         raise RunError(_explain(process, run))
     return run
@@ -99,12 +104,17 @@ def _process_environment(plan: Plan) -> dict[str, str]:
 
 def _follow(
     process: subprocess.Popen[bytes], run: Run, log: files.Tail, steps: int, records: list[dict[str, Any]],
-    show: Show,
+    show: Show, stop: StopRequest,
 ) -> None:  # fmt: skip
     recorded = files.Tail(run.folder / run_folder.STEPS)
     lines: deque[str] = deque(maxlen=LOG_LINES)
     warnings: list[str] = []
+    told = False
     while True:
+        if stop.signal and not told:
+            told = True
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, stop.signal)
         ended = process.poll() is not None
         for record in map(json.loads, recorded.new()):
             while records and records[-1]["step"] >= record["step"]:  # recorded again after a resume
@@ -122,13 +132,9 @@ def _follow(
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the process and all its ranks."""
-    for kill in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, kill)
-        except ProcessLookupError:
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _explain(process: subprocess.Popen[bytes], run: Run) -> str:

@@ -2,8 +2,8 @@
 its standard input. It calls accelerate's notebook_launcher, which forks. A kernel that has computed before, or that
 holds an Accelerator, would hang or fail there, so this is a process of its own.
 
-When the other end of the pipe closes, whoever launched the run is gone, and every rank ends. On SIGUSR1 each process
-writes its stack trace into the log.
+When the other end of the pipe closes, whoever launched the run is gone: every rank stops after its step, and what is
+left after half a minute is killed. On SIGUSR1 each process writes its stack trace into the log.
 """
 
 import contextlib
@@ -20,10 +20,12 @@ import time
 import traceback
 from pathlib import Path
 
+from sdnb.errors import Stopped
 from sdnb.launch.failure import advice_when_killed, details_of, how_it_was_killed, write_down
-from sdnb.launch.watchdog import end_when, end_with_parent
+from sdnb.machine.watchdog import end_when, end_with_parent
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
+from sdnb.train.stopping import LAUNCHER_GONE, SIGNALS
 
 
 def main() -> None:
@@ -31,8 +33,10 @@ def main() -> None:
     config = TrainConfig(**json.load(sys.stdin))
     gc.disable()  # until everything is loaded, see `train`
     faulthandler.register(signal.SIGUSR1)
+    if config.ranks_here > 1:  # for the ranks, which share its group; the launcher waits for them
+        signal.signal(LAUNCHER_GONE, lambda *_: None)
     # Nobody writes into the pipe: a read returns when its other end closes.
-    end_when(lambda: os.read(pipe, 1) == b"", everyone=True)
+    end_when(lambda: os.read(pipe, 1) == b"", first=LAUNCHER_GONE)
 
     from accelerate import notebook_launcher
 
@@ -57,7 +61,9 @@ def main() -> None:
             )  # fmt: skip
     except Exception as error:
         rank, exit_code = first_failure(error)
-        if exit_code < 0:  # a rank that was killed could not write its own
+        if -exit_code in (*SIGNALS, LAUNCHER_GONE):
+            exit_code = 128 - exit_code
+        elif exit_code < 0:  # a rank that was killed could not write its own
             how, advice = how_it_was_killed(-exit_code), advice_when_killed(-exit_code, config)
             exit_code = write_down(folder, rank, f"it {how}", advice)
         sys.exit(exit_code)
@@ -68,14 +74,16 @@ def main() -> None:
 
 def _rank(config: TrainConfig) -> None:
     sys.stdout = sys.__stdout__
-    # The inherited handler of torch's elastic agent would keep a waiting rank from ending.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if config.ranks_here > 1:
+        for number in (*SIGNALS, LAUNCHER_GONE):  # not as torch's launcher handles them, from which it was forked
+            signal.signal(number, signal.SIG_DFL)
         end_with_parent()
     try:
         from sdnb.train.loop import train
 
         train(config)
+    except Stopped as error:
+        os._exit(error.status)
     except Exception as error:
         rank = int(os.environ.get("RANK", 0))
         details = details_of(error, config)

@@ -17,6 +17,7 @@ from sdnb.run import folder as run_folder
 from sdnb.train.checkpoints import Checkpoints
 from sdnb.train.evaluation import HeldOutLoss, draw_samples
 from sdnb.train.setup import Training
+from sdnb.train.stopping import stopped
 
 logger = logging.getLogger("sdnb")
 
@@ -53,7 +54,8 @@ class Callbacks:
             torch.cuda.reset_peak_memory_stats()
 
     def after_step(self, record: dict[str, Any], last: bool) -> bool:
-        """Write the record; measure, and save a checkpoint, when it is time. Returns whether the training paused."""
+        """Write the record; measure, and save a checkpoint, when it is time. Returns whether the training paused.
+        Raises Stopped, with a checkpoint, if a signal asks the training to stop before its last step."""
         step = record["step"]
         if self.accelerator.is_main_process:
             peak_gib = peak_bytes(self.accelerator.device)[0] / 2**30
@@ -66,9 +68,15 @@ class Callbacks:
         if measure:
             self._measure_held_out()
             self.accelerator.wait_for_everyone()
-        save = step % self.config.checkpointing_steps == 0
+        number = 0 if last else self.training.stats.signal
+        save = step % self.config.checkpointing_steps == 0 or number
         if save:
             self.checkpoints.save(step)
+        if number:
+            self._finish_trackers()
+            error = stopped(number, self.folder, step)
+            logger.warning("%s", error)
+            raise error
         return bool(measure or save)
 
     def after_epoch(self, epoch: int) -> bool:
@@ -100,9 +108,12 @@ class Callbacks:
             logger.info("uploading to %s", self.repository)
             hub.publish(run_folder.RunFolder(self.folder), self.config, self.repository)
         accelerator.wait_for_everyone()
+        self._finish_trackers()
+
+    def _finish_trackers(self) -> None:
         # Not `end_training`, which also gives up the process group. DDP's reducer would then hold it last, and destroy
         # it while holding the GIL, for which a thread of gloo that holds the group's lock may be waiting.
-        for tracker in accelerator.trackers:
+        for tracker in self.accelerator.trackers:
             tracker.finish()
 
     def _save_pipeline(self) -> None:

@@ -32,7 +32,7 @@ NoisyBatch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def train(config: TrainConfig, show: Show = lambda record, total: None, splits: Splits | None = None) -> None:
     """Train on this rank, from the first step or a checkpoint to the saved pipeline. Raises SdnbError if the ranks did
-    not join, or the model, the data or a checkpoint cannot be used.
+    not join, or the model, the data or a checkpoint cannot be used; Stopped if a signal ended it, see `StopRequest`.
 
     Args:
         config: resolved: its run folder exists, its precision and number of ranks are set.
@@ -46,23 +46,24 @@ def train(config: TrainConfig, show: Show = lambda record, total: None, splits: 
     training = build(config, accelerator, splits)
     callbacks = _begin(training, waits)
     paused = True
-    while training.step < training.total_steps:
-        if paused:  # no step counts the time and the energy of a pause
-            training.clock.restart()
-            training.stats.restart()
-        else:
-            training.clock.end_phase("other")
-        epoch = training.batches.epoch
-        record = train_step(training)
-        if record["images"] == config.global_batch:
-            # Batches of another size, at the end of an epoch, run uncompiled: compiling for each would take longer.
-            set_stance(config, "eager_on_recompile")
-        show(record, training.total_steps)
-        last = training.step == training.total_steps
-        paused = callbacks.after_step(record, last)
-        if training.batches.epoch > epoch or last:
-            paused |= callbacks.after_epoch(epoch)
-    callbacks.after_training(waits.stop())
+    with training.stop:
+        while training.step < training.total_steps:
+            if paused:  # no step counts the time and the energy of a pause
+                training.clock.restart()
+                training.stats.restart()
+            else:
+                training.clock.end_phase("other")
+            epoch = training.batches.epoch
+            record = train_step(training)
+            if record["images"] == config.global_batch:
+                # Batches of another size, at the end of an epoch, run uncompiled: compiling for each would take longer.
+                set_stance(config, "eager_on_recompile")
+            show(record, training.total_steps)
+            last = training.step == training.total_steps
+            paused = callbacks.after_step(record, last)
+            if training.batches.epoch > epoch or last:
+                paused |= callbacks.after_epoch(epoch)
+        callbacks.after_training(waits.stop())
 
 
 def train_step(training: Training) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from sdnb.models.pipeline import Parts, load_parts, start_of_ema
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.train.step_stats import StepStats
+from sdnb.train.stopping import StopRequest, end_with_rank
 
 logger = logging.getLogger("sdnb")
 
@@ -50,6 +51,7 @@ class Training:
     batches: MicroBatches
     clock: StepClock
     stats: StepStats
+    stop: StopRequest
     step: int = 0
 
     @property
@@ -125,17 +127,19 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
     examples = TrainingSet(splits.train, parts.tokenizer, encoders.moments, threads)
     loader = DataLoader(
         examples, config.train_batch_size, shuffle=True, collate_fn=examples.collate,
-        num_workers=config.dataloader_num_workers, drop_last=config.whole_steps,
+        num_workers=config.dataloader_num_workers, worker_init_fn=end_with_rank, drop_last=config.whole_steps,
     )  # fmt: skip
     # The encoders move the batches to the device: accelerate would wait there for all pending work.
     loader = accelerator.prepare_data_loader(loader, device_placement=False)
     if ema is not None:
         ema.settle(device)
+    stop = StopRequest(run_folder.path_of(config) / run_folder.FAILURE)
     return Training(
         config, accelerator, splits, parts, unet, optimizer, schedule, ema, encoders,
         batches=MicroBatches(loader, config.gradient_accumulation_steps, config.whole_steps),
         clock=StepClock(device),
-        stats=StepStats(accelerator, config.gradient_accumulation_steps, encoders),
+        stats=StepStats(accelerator, config.gradient_accumulation_steps, encoders, stop),
+        stop=stop,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What is measured in an optimizer step besides its time: images, losses, energy."""
 
 import math
+import signal
 from typing import Any
 
 import torch
@@ -8,13 +9,17 @@ from accelerate import Accelerator
 
 from sdnb.machine.device import EnergyMeter
 from sdnb.models.encoders import Encoders
+from sdnb.train.stopping import StopRequest
 
 
 class StepStats:
     """Adds up the micro-batches of a step on the device. `read` waits for the device, once a step."""
 
-    def __init__(self, accelerator: Accelerator, accumulation_steps: int, encoders: Encoders) -> None:
+    def __init__(
+        self, accelerator: Accelerator, accumulation_steps: int, encoders: Encoders, stop: StopRequest
+    ) -> None:
         self.accelerator, self.accumulation_steps, self.encoders = accelerator, accumulation_steps, encoders
+        self.stop, self.signal = stop, 0
         self.meter = EnergyMeter(accelerator.device)
         self._clear()
 
@@ -35,13 +40,15 @@ class StepStats:
 
     def read(self, grad_norm: torch.Tensor) -> dict[str, Any]:
         """The record of the step, of all ranks. `loss` is the mean over the micro-batches of this step; `train_loss`
-        divides by those of a full step, as the reference logs it."""
+        divides by those of a full step, as the reference logs it. `signal` becomes the number of the signal that asks
+        to stop, on all ranks in the same step."""
         ranks = self.accelerator.num_processes
-        counted = (self.images, *self.encoders.take_counts(), self.meter.joules())
+        counted = (self.images, *self.encoders.take_counts(), self.meter.joules(), self.stop.signal)
         sums = torch.stack([self.loss_sum, *(torch.full_like(self.loss_sum, number) for number in counted)])
-        loss_sum, images, encoded_images, encoded_captions, joules, step_loss, norm = torch.stack(
+        loss_sum, images, encoded_images, encoded_captions, joules, signals, step_loss, norm = torch.stack(
             [*self.accelerator.reduce(sums, reduction="sum"), self.last_loss, grad_norm.float()]
         ).tolist()
+        self.signal = self.stop.signal or (signal.SIGTERM if signals else 0)
         self.encoders.store_new()  # the device is idle now
         record = dict(
             micro_batches=self.micro_batches,

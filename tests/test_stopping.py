@@ -1,0 +1,142 @@
+"""SIGTERM and SIGHUP, as Slurm, Kubernetes and a terminal that closes send them, to real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launching import at_step, start
+from processes import ROOT, Forked, none_left, two_ranks, wait_for
+
+from sdnb.errors import Stopped
+from sdnb.run import folder as run_folder
+from sdnb.settings.flags import command_line as flags_of
+from sdnb.train.checkpoint_folder import numbered
+
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
+WAITING = """
+import signal, sys, threading
+from pathlib import Path
+from sdnb.train.stopping import StopRequest
+if "ignored" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with StopRequest(Path(sys.argv[1])) as stop:
+    print("ready", flush=True)
+    while not stop.signal or "once" not in sys.argv:
+        threading.Event().wait(0.05)
+    print(stop.signal, flush=True)
+"""
+
+
+def flags(settings, steps=2000):
+    return flags_of({**{name: value for name, value in settings.items() if name != "steps"}, "max_train_steps": steps})
+
+
+def checkpoint_of(folder):
+    """The step of its only checkpoint: the last one recorded, but not of the run."""
+    assert none_left(folder)
+    ((step, _),) = numbered(folder)
+    assert step == run_folder.last_step(folder)
+    assert 1 < step < 2000
+    assert not run_folder.RunFolder(folder).failure
+    return step
+
+
+def losses(folder, first):
+    steps = run_folder.RunFolder(folder).steps
+    return steps[steps.step >= first].loss.tolist()
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGHUP), (2, signal.SIGTERM)])
+def test_a_run_that_is_stopped_keeps_a_checkpoint_and_goes_on_to_the_bit(settings, tmp_path, ranks, number):
+    settings["num_processes"], folder = ranks, Path(settings["output_dir"])
+    with pytest.raises(
+        Stopped, match=rf"stopped after step \d+: by {number.name}. .*/checkpoint-\d+ is complete"
+    ) as error:
+        start(settings, steps=2000, show=at_step(2, lambda: os.kill(os.getpid(), number)))
+    step = checkpoint_of(folder)
+    assert error.value.status == 128 + number
+    assert f"stopped after step {step}: by {number.name}" in run_folder.RunFolder(folder).log
+    start(settings, steps=step + 2, resume_from_checkpoint="latest")
+    start(settings, steps=step + 2, output_dir=str(tmp_path / "uninterrupted"))
+    assert losses(folder, 1) == losses(tmp_path / "uninterrupted", 1)
+
+
+def test_a_group_of_processes_that_all_get_the_signal(settings, tmp_path):
+    """Slurm sends it to each process of a job, also to those that load images. `timeout` sends it twice."""
+    folder, printed = Path(settings["output_dir"]), tmp_path / "printed"
+    with printed.open("w") as file:
+        process = Forked(
+            [sys.executable, "-m", "sdnb.train", *flags({**settings, "dataloader_num_workers": 1})],
+            stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_for(lambda: process.poll() is not None or (folder / run_folder.STEPS).exists())
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(0.1)
+        assert process.wait(60) == 143, printed.read_text()
+    finally:
+        process.kill()
+    step = checkpoint_of(folder)
+    assert f"stopped after step {step}: by SIGTERM" in printed.read_text()
+
+
+def test_ranks_agree_on_the_step_when_one_of_them_gets_the_signal(settings, tmp_path):
+    folder = Path(settings["output_dir"])
+    with two_ranks(flags(settings), tmp_path / "printed") as ranks:
+        wait_for(lambda: ranks[0].poll() is not None or (folder / run_folder.STEPS).exists())
+        os.kill(ranks[1].pid, signal.SIGTERM)
+        assert [rank.wait(60) for rank in ranks] == [143, 143], (tmp_path / "printed").read_text()
+    assert (tmp_path / "printed").read_text().count(f"stopped after step {checkpoint_of(folder)}: by SIGTERM") == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_whose_launcher_has_gone_keeps_a_checkpoint(settings, ranks):
+    """This one is killed, without a chance to say anything."""
+    folder = Path(settings["output_dir"])
+    launcher = Forked(
+        [sys.executable, "-m", "launching", json.dumps({**settings, "num_processes": ranks, "steps": 2000})]
+    )
+    try:
+        wait_for(lambda: launcher.poll() is not None or (folder / run_folder.STEPS).exists())
+    finally:
+        launcher.kill()
+        launcher.wait()
+    checkpoint_of(folder)
+
+
+def waiting(*arguments):
+    process = subprocess.Popen([sys.executable, "-c", WAITING, *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_ends_the_process_at_once(tmp_path, second):
+    with waiting(str(tmp_path / "failure.json")) as process:
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+        process.send_signal(second)
+        assert process.wait(5) == 128 + second
+
+
+def test_what_stops_and_what_does_not(tmp_path):
+    failure = tmp_path / "failure.json"
+    with waiting(str(failure), "once", "ignored") as process:
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+        assert process.stdout.read() == "15\n"
+    failure.touch()
+    with waiting(str(failure)) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 1, "another rank has failed"
