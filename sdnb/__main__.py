@@ -1,6 +1,7 @@
 """The command `sdnb`, also `python -m sdnb`: work with runs outside a notebook."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -61,6 +62,10 @@ def _import(given: argparse.Namespace) -> None:
 def _sweep(given: argparse.Namespace) -> None:
     from sdnb.launch import sweep
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            # An exception, so that the notebook ends, too. Its training then keeps a checkpoint.
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     page, failed = sweep.run(sweep.load(given.grid), given.output_dir)
     print(f"report: {page}")
     if failed:

@@ -1,6 +1,9 @@
 import json
+import os
+import subprocess
 import threading
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -137,11 +140,104 @@ def test_linked_and_hidden_images(image_folder, tmp_path):
     assert len(load_folder(folder)) == 2
 
 
-def test_a_line_without_its_image_is_named(image_folder):
+def test_lines_without_their_images_are_named_before_the_start(image_folder):
     folder = image_folder(1)
-    write_metadata(folder, {"file_name": "000.png", "text": "a"}, {"file_name": "gone.png", "text": "b"})
-    with pytest.raises(DataError, match=r"gone\.png"):
-        load_folder(folder).image(1)
+    write_metadata(folder, {"file_name": "000.png", "text": "a"}, {"file_name": "gone.png", "text": "b"}, {"text": "c"})
+    with pytest.raises(
+        DataError, match=r"2 of 3 images are missing: .*/images/gone\.png, row 2 has no file_name\. The"
+    ):
+        load_folder(folder)
+    (folder / "000.png").rename(folder / "001.png")
+    write_metadata(folder, *({"file_name": f"{n:03}.png", "text": "a"} for n in range(2, 9)))
+    with pytest.raises(DataError, match=r"7 of 7 images are missing: .*/002\.png, .*/006\.png, …\. The folder"):
+        load_folder(folder)
+
+
+def test_names_that_count_from_the_folder_above(image_folder, tmp_path):
+    """Each image has a line, so it does not lack a caption."""
+    image_folder(1).rename(tmp_path / "train")
+    write_metadata(tmp_path / "train", {"file_name": "train/000.png", "text": "a"})
+    with pytest.raises(DataError, match=r"1 of 1 images are missing: .*/train/train/000\.png.*folder of a metadata"):
+        load_folder(tmp_path)
+
+
+def test_a_data_set_by_folder_without_its_image(image_folder):
+    folder = image_folder(2)
+    (folder / "001.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 2 images are missing: .*/001\.png"):
+        load_data(config(dataset_name=str(folder)))
+
+
+def test_images_in_other_columns_need_no_caption(image_folder):
+    folder = image_folder(4)
+    write_metadata(
+        folder, {"file_name": "000.png", "mask_file_name": "001.png", "text": "a", "views_file_names": ["002.png"]},
+        {"file_name": "002.png", "mask_file_name": "001.png", "text": "b", "views_file_names": ["000.png", "003.png"]},
+    )  # fmt: skip
+    assert len(load_folder(folder)) == 2
+    assert load_folder(folder, image_column="mask").name_of(1).endswith("001.png)")
+
+
+def test_what_is_no_image(image_folder):
+    folder = image_folder(2)
+    (folder / "001.png").unlink()
+    os.mkfifo(folder / "001.png")
+    with pytest.raises(DataError, match=r"001\.png is a FIFO, not an image"):
+        load_folder(folder)
+
+
+def test_links_that_lead_back(image_folder, caplog):
+    folder = image_folder(2)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "again").symlink_to(folder)
+    assert len(load_folder(folder)) == 2
+    assert "links to folders are not followed: sub/again" in caplog.text
+    (folder / "001.png").unlink()
+    (folder / "001.png").symlink_to("001.png")
+    with pytest.raises(DataError, match=r"1 of 2 images are missing: .*/001\.png"):
+        load_folder(folder)
+    with pytest.raises(DataError, match="there is no such folder"):
+        load_folder(folder / "001.png")
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no images, but \.parquet files.* set dataset_name = "):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_sub_folders_are_splits(image_folder, tmp_path, name, caplog):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count in (("train", 3), (name, 2)):
+        image_folder(count, name=split).rename(data / split)
+    splits = load_data(config(train_data_dir=str(data)))
+    assert (len(splits.train), len(splits.held_out)) == (3, 2)
+    assert not caplog.records
+    image_folder(1, name="more").rename(data / "more")
+    splits = load_data(config(train_data_dir=str(data)))
+    assert (len(splits.train), splits.held_out) == (6, None)
+    assert f"the images in {name}/ are trained on, too: more beside train/" in caplog.text
+
+
+def test_images_that_a_run_has_drawn_are_no_data(image_folder):
+    folder = image_folder(2)
+    for samples in (folder / "samples", folder / "runs" / "one" / "samples"):
+        samples.mkdir(parents=True)
+        (samples / "step_2_0.png").write_bytes((folder / "000.png").read_bytes())
+        (samples / "samples.jsonl").write_text('{"file": "step_2_0.png"}\n')
+    assert len(load_folder(folder)) == 2
+
+
+def test_postscript_is_refused_by_its_content(image_folder, monkeypatch):
+    """Pillow would start Ghostscript."""
+    folder = image_folder(1)
+    Image.new("RGB", (8, 8)).save(folder / "000.eps")
+    (folder / "000.eps").rename(folder / "000.png")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(DataError, match=r"000\.png.*EPS is a program"):
+        load_folder(folder).image(0)
 
 
 def test_an_empty_folder(image_folder):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,9 @@ class ImageCaptions:
         if not stored:
             raise DataError(f"{self.name_of(row)}: there is no image")
         try:
+            with Image.open(BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]) as opened:
+                if opened.format == "EPS":
+                    raise ValueError("EPS is a program, which Pillow would give to another program to run")
             image = datasets.Image().decode_example(stored)
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels have mode {image.mode}, deeper than 8 bits, and would turn white")

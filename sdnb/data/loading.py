@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from sdnb.data import openmoji
 from sdnb.data.image_captions import ImageCaptions, describe
+from sdnb.data.image_folder import HELD_OUT, check_captions, check_files, splits_of
 from sdnb.errors import DataError
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import EMBEDDED_DATA
@@ -33,7 +33,7 @@ def load_data(config: TrainConfig) -> Splits:
             raise DataError(f"max_train_samples = {config.max_train_samples}, but {describe(config)} has {len(train)}")
         # The same ones on every rank and after a resume, also without a seed.
         train = train.shuffle(seed=config.seed or 0).select(range(config.max_train_samples))
-    held_out_splits = (splits[name] for name in ("validation", "valid", "test") if name in splits)
+    held_out_splits = (splits[name] for name in HELD_OUT if name in splits)
     held_out = next((split for split in held_out_splits if len(split)), None)
     examples = ImageCaptions(train, config, "train")
     return Splits(examples, ImageCaptions(held_out, config, "held out") if held_out is not None else None)
@@ -44,7 +44,8 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise DataError(f"train_data_dir {folder}: there is no such folder (the current folder is {Path.cwd()})")
     source = {"path": name, "name": config.dataset_config_name, "data_dir": folder}
-    folders = {"train": Path(folder).expanduser()} if name is None else {}
+    images = splits_of(Path(folder).expanduser()) if name is None else {}
+    folders = {split: path for split, (path, _) in images.items()}
     if name in EMBEDDED_DATA:
         rendered = openmoji.folder(config.resolution, config.cache_dir, name)
         folders = {split: rendered / split for split in openmoji.SPLITS}
@@ -63,28 +64,11 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
         raise DataError(
             f"{describe(config)}: has no examples in a split named train; its splits are: {dict(splits.num_rows)}"
         )
-    if name is None and "image" in splits["train"].column_names:
-        _check_all_have_captions(splits["train"], config)
+    for split, rows in splits.items():
+        check_files(describe(config), rows, config.image_column)
+        if split in images:
+            check_captions(describe(config), *images[split], rows)
     return splits
-
-
-def _check_all_have_captions(rows: datasets.Dataset, config: TrainConfig) -> None:
-    # `datasets` silently skips images that metadata.jsonl does not name.
-    folder = Path(config.train_data_dir).expanduser()
-    paths = rows.cast_column("image", datasets.Image(decode=False))["image"]
-    loaded = {Path(stored["path"]).resolve() for stored in paths}
-    images = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in ImageFolder.EXTENSIONS
-        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-    ]
-    if without := [path for path in images if path.resolve() not in loaded]:
-        shown = ", ".join(str(path.relative_to(folder)) for path in without[:5])
-        raise DataError(
-            f"{describe(config)}: {len(without)} of {len(images)} images have no caption: {shown}"
-            f"{', …' if len(without) > 5 else ''}. Give each a line in the folder's metadata.jsonl, or remove it."
-        )
 
 
 def _advice(config: TrainConfig) -> str:

@@ -73,7 +73,7 @@ class DataSettings(Settings):
     dataset_name: str | None = setting(
         None, f"hub id or folder of a data set, or an embedded one: {', '.join(EMBEDDED_DATA)}")
     dataset_config_name: str | None = setting(None, "configuration of the data set")
-    train_data_dir: str | None = setting(None, "folder of images with a metadata.jsonl")
+    train_data_dir: str | None = setting(None, "folder of images with a metadata.jsonl; sub-folders train and validation are splits")
     image_column: str = setting("image", "column with the image")
     caption_column: str = setting("text", "column with the caption, or a list of captions")
     max_train_samples: Count | None = setting(None, "train on this many examples only")

@@ -157,9 +157,11 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
 
 def _log_start(training: Training) -> None:
     config, accelerator, examples = training.config, training.accelerator, len(training.splits.train)
+    held_out = len(training.splits.held_out) if training.splits.held_out is not None else 0
     steps, scheduled, ranks = training.total_steps, config.schedule_steps(examples), accelerator.num_processes
     logger.info(
-        "%d images, %d optimizer steps of %d%s, on %s%s", examples, steps, config.global_batch,
+        "%d images to train on, %d held out; %d optimizer steps of %d%s, on %s%s",
+        examples, held_out, steps, config.global_batch,
         f", {training.step} of them done" if training.step else "", accelerator.device,
         f", {ranks} ranks, {accelerator.distributed_type.value}" if ranks > 1 else "",
     )  # fmt: skip
