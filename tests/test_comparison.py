@@ -1,5 +1,6 @@
 """Runs side by side, of any origin: what differs, and whether it is more than chance."""
 
+import json
 import math
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from made_runs import make_run
 from processes import ROOT
 
-from sdnb.errors import RunError
+from sdnb.errors import ConfigError, RunError
 from sdnb.figures import comparison_plots
 from sdnb.metrics.results import PAGE_MIME
 from sdnb.metrics.throughput import Estimate, ratio_of
@@ -79,6 +80,11 @@ def test_the_figures(three):
     named = comparison_plots.losses(compared).axes[0].get_legend().get_texts()
     assert [text.get_text() for text in named] == ["a", "b", "c"]
     assert re.search(r"c 0\.(40|39)\d s", comparison_plots.step_times(compared).get_supxlabel())
+    as_text = comparison_plots.swept(compare(json.dumps([str(one) for one in three])), '["learning_rate"]')
+    assert as_text.get_supxlabel().startswith("The most is ")
+    assert "c trains the most" in comparison_plots.swept(compared, []).get_supxlabel()
+    with pytest.raises(ConfigError, match="swept = learningrate: there is no such setting"):
+        comparison_plots.swept(compared, "learningrate")
     images = comparison_plots.samples(compared)
     assert len(images.axes) == 3, "a row for each run, of the one prompt that all have"
     assert images.get_supxlabel() == "From the same seed."

@@ -1,8 +1,11 @@
+import os
+
 import pytest
 import yaml
 
 from sdnb.errors import ConfigError
 from sdnb.launch import sweep
+from sdnb.machine import environment
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.notebook import from_notebook
 
@@ -29,6 +32,10 @@ def test_it_cannot_be_changed():
         (dict(steps=2.5), "steps = 2.5"),
         (dict(train_batch_size=True), "train_batch_size = True"),
         (dict(resolution=100), "resolution = 100"),
+        (dict(resolution=2**14), "resolution = 16384: input should be less than or equal to 8192"),
+        (dict(train_batch_size=10**6), "train_batch_size = 1000000"),
+        (dict(gradient_accumulation_steps=10**6), "gradient_accumulation_steps = 1000000"),
+        (dict(steps=10**30), "steps = 1000000000000000000000000000000"),
         (dict(learning_rate="fast"), "learning_rate = 'fast'"),
         (dict(learning_rate=float("nan")), "learning_rate = nan"),
         (dict(adam_beta1=1), "adam_beta1 = 1"),
@@ -107,6 +114,29 @@ def test_what_the_machine_cannot_do():
         config(num_processes=2).resolved("cuda", 1)
 
 
+def test_more_loading_processes_than_the_cores_can_run():
+    many = 16 * len(os.sched_getaffinity(0))
+    environment.require(config(dataloader_num_workers=many))
+    with pytest.raises(ConfigError, match=rf"dataloader_num_workers = {many + 1}: .* at most 16 per core, so {many}"):
+        environment.require(config(dataloader_num_workers=many + 1))
+
+
+@pytest.mark.parametrize(
+    "given, prompts",
+    [
+        ('["a cat", "a dog"]', ("a cat", "a dog")),
+        ("['a cat', 'a dog']", ("a cat", "a dog")),
+        ("a cat", ("a cat",)),
+        ("[a cat]", ("[a cat]",)),
+        ('["a cat"] and a dog', ('["a cat"] and a dog',)),
+        ("[1, 2]", ("[1, 2]",)),
+        (["a cat"], ("a cat",)),
+    ],
+)
+def test_a_list_that_papermill_gives_as_text(given, prompts):
+    assert config(validation_prompts=given).validation_prompts == prompts
+
+
 def test_a_cpu_that_only_imitates_bfloat16_is_warned_of(caplog):
     for precision, bf16, warned in (("bf16", True, False), ("no", False, False), ("bf16", False, True)):
         assert config(mixed_precision=precision).resolved("cpu", 0, bf16).mixed_precision == precision
@@ -155,6 +185,12 @@ def test_an_unknown_parameter_of_papermills():
     namespace = notebook(TAGGED, "# Parameters\nstpes = 3\n", steps=101, stpes=3, **MODEL_AND_DATA)
     with pytest.raises(ConfigError, match="did you mean steps"):
         from_notebook(namespace)
+
+
+def test_what_papermill_adds_to_the_parameters():
+    added = dict(PAPERMILL_INPUT_PATH="a", PAPERMILL_OUTPUT_PATH="b")
+    cell = "# Parameters\nPAPERMILL_INPUT_PATH = 'a'\nPAPERMILL_OUTPUT_PATH = 'b'\n"
+    assert from_notebook(notebook(TAGGED, cell, steps=101, **MODEL_AND_DATA, **added)).max_train_steps == 101
 
 
 def test_a_mistake_that_was_mended_is_forgotten():

@@ -75,6 +75,8 @@ def test_drawing_beside_the_untrained_model(settings):
     assert (before != after).any() and "Seed 3, 2 steps" in chart.alt
     again = explore.draw(run.config, ["sun"], seed=3, num_inference_steps=2)
     assert (np.asarray(again.axes[0].get_images()[0].get_array()) == before).all()
+    for given, count in (("sun", 1), ('["sun", "sea"]', 2)):
+        assert len(explore.draw(run.config, given, num_inference_steps=2).axes) == count
     (run.folder / "model_index.json").unlink()
     with pytest.raises(RunError, match="has no trained pipeline"):
         explore.draw(run.config, ["sun"], Run(run.folder))
@@ -97,9 +99,10 @@ def test_which_run_is_meant(monkeypatch, tmp_path):
 
 
 def test_the_notebook(tmp_path, broken):
-    given = ["-p", "train_data_dir", str(broken), "-p", "trained", "None", "-y", "prompts: [sun]"]
+    given = ["-p", "train_data_dir", str(broken), "-p", "trained", "None", "-p", "prompts", "sun"]
     done = papermill(tmp_path / "out.ipynb", *given, notebook="notebooks/explore.ipynb")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "unknown parameter" not in done.stderr
     assert len(outputs(nbformat.read(tmp_path / "out.ipynb", 4), "image/svg+xml")) == 4
     page, _ = write_page(tmp_path / "out.ipynb")
     assert "003.png" in page.read_text()

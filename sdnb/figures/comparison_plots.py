@@ -8,12 +8,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
+from sdnb.errors import ConfigError
 from sdnb.figures.chart import INK, RUN_COLOURS, Chart, dots, grid_of, legend
 from sdnb.figures.run_plots import held_out
 from sdnb.metrics.results import Measurements
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS
 from sdnb.run.comparison import MANY, Comparison
 from sdnb.run.folder import SAMPLES
+from sdnb.settings.config import TrainConfig
+from sdnb.settings.fields import several
 
 
 def throughputs(comparison: Comparison) -> Chart:
@@ -35,9 +38,15 @@ def throughputs(comparison: Comparison) -> Chart:
     return chart
 
 
-def swept(comparison: Comparison, settings: Sequence[str]) -> Chart:
+def swept(comparison: Comparison, settings: Sequence[str] | str) -> Chart:
     """Images/s of all devices and peak memory over the first setting, with one line for each choice of the others. The
-    best is marked. If ranks were swept, the caption has their scaling efficiency."""
+    best is marked. If ranks were swept, the caption has their scaling efficiency. Without settings: `throughputs`.
+    Raises ConfigError if there is no such setting."""
+    settings = several(settings)
+    if unknown := [name for name in settings if name not in TrainConfig.model_fields]:
+        raise ConfigError(f"swept = {', '.join(unknown)}: there is no such setting")
+    if not settings:
+        return throughputs(comparison)
     setting, *others = settings
     points: dict[str, list[tuple[Any, Measurements]]] = {}
     for measured in comparison.measured.values():

@@ -22,6 +22,7 @@ _OPTIONAL = {
     "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
     "report_to = wandb": "wandb", "report_to = comet_ml": "comet_ml",
 }  # fmt: skip
+_WORKERS_PER_CORE = 16  # more could never pay: they load faster than any step trains
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -65,9 +66,16 @@ def _free_gib(devices: list[Any]) -> tuple[float, ...]:
 
 
 def require(config: TrainConfig) -> None:
-    """Raises ConfigError if a setting needs a package that is not installed, or the cache folder is a file."""
+    """Raises ConfigError if a setting needs a package that is not installed, the cache folder is a file, or the cores
+    are far too few for the loading processes."""
     if config.cache_dir is not None and Path(config.cache_dir).expanduser().is_file():
         raise ConfigError(f"cache_dir = {config.cache_dir}: that is a file, not a folder")
+    cores = len(os.sched_getaffinity(0))
+    if config.dataloader_num_workers > _WORKERS_PER_CORE * cores:
+        raise ConfigError(
+            f"dataloader_num_workers = {config.dataloader_num_workers}: this machine has {cores} cores for them; "
+            f"use at most {_WORKERS_PER_CORE} per core, so {_WORKERS_PER_CORE * cores}"
+        )
     for setting, module in _OPTIONAL.items():
         used = getattr(config, setting, False) or setting == f"report_to = {config.report_to}"
         if used and importlib.util.find_spec(module) is None:

@@ -21,6 +21,7 @@ from sdnb.models.pipeline import Parts, assemble, load_parts
 from sdnb.report.run import Run
 from sdnb.run.folder import SUMMARY
 from sdnb.settings.config import TrainConfig
+from sdnb.settings.fields import several
 from sdnb.train.evaluation import psnr
 
 LATEST = "latest"
@@ -135,11 +136,12 @@ def find_run(wanted: str | Path | None, config: TrainConfig) -> Run | None:
 
 
 def draw(
-    config: TrainConfig, prompts: Sequence[str], run: Run | None = None, seed: int = 0, guidance_scale: float = 7.5,
-    num_inference_steps: int = 30,
+    config: TrainConfig, prompts: Sequence[str] | str, run: Run | None = None, seed: int = 0,
+    guidance_scale: float = 7.5, num_inference_steps: int = 30,
 ) -> Chart:  # fmt: skip
     """What the model of the settings draws, and below it what a run of it draws from the same noise. Raises RunError if
     the run has no pipeline yet."""
+    prompts = several(prompts)
     pipelines = {"untrained": assemble(config, load_parts(config))}
     if run is not None:
         if not (run.folder / PIPELINE).exists():

@@ -19,6 +19,7 @@ from sdnb.metrics.results import PAGE_MIME, Measurements, measure
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.run.folder import CONFIG, RunFolder, problems_of
 from sdnb.run.importing import PUBLISHED, UNKNOWN
+from sdnb.settings.fields import several
 
 BASELINE = "published"
 # The location of a run does not affect its training.
@@ -155,11 +156,8 @@ def _measured(folder: Path, listed: bool) -> tuple[RunFolder, Measurements] | No
 
 def _find(given: Sequence[str | Path] | str | Path) -> tuple[list[Path], bool]:
     """The run folders, and whether they were listed one by one."""
-    if isinstance(given, str) and given.lstrip().startswith("["):  # as papermill's -p gives a list
-        try:
-            given = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise RunError(f'runs = {given}: is not a JSON list, such as ["one", "other"]: {error}') from None
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        given = several(given)
     if given == BASELINE:
         return [PUBLISHED], True
     if isinstance(given, (str, Path)):

@@ -1,6 +1,8 @@
 """All settings, in the groups that `--help` shows. Names, defaults and meaning are those of diffusers'
 `train_text_to_image.py`. A description says where a setting is not in that script."""
 
+import ast
+from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
@@ -30,14 +32,24 @@ def _tracker(value: Any) -> Any:
     return "comet_ml" if value == "comet" else value
 
 
-def _several(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+def several(value: Any) -> Any:
+    """The texts of a notebook's parameter: of a list, of a list as `papermill -p` gives it (the text '["a", "b"]'), or
+    of one text. Anything else as it is."""
+    if isinstance(value, str):
+        listed: Any = None
+        if value.lstrip().startswith("["):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # a text that begins with a bracket
+                listed = ast.literal_eval(value.strip())
+        texts = isinstance(listed, list) and all(isinstance(one, str) for one in listed)
+        return tuple(listed) if texts else (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 Flag = Annotated[bool, BeforeValidator(_flag_from_text)]
 Real = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(_several)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+BatchSize = Annotated[int, Field(ge=1, le=2**16)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(several)]
 
 
 def setting(default: Any, description: str, **limits: Any) -> Any:
@@ -73,11 +85,12 @@ class DataSettings(Settings):
     dataset_name: str | None = setting(
         None, f"hub id or folder of a data set, or an embedded one: {', '.join(EMBEDDED_DATA)}")
     dataset_config_name: str | None = setting(None, "configuration of the data set")
-    train_data_dir: str | None = setting(None, "folder of images with a metadata.jsonl; sub-folders train and validation are splits")
+    train_data_dir: str | None = setting(
+        None, "folder of images with a metadata.jsonl; sub-folders train and validation are splits")
     image_column: str = setting("image", "column with the image")
     caption_column: str = setting("text", "column with the caption, or a list of captions")
     max_train_samples: Count | None = setting(None, "train on this many examples only")
-    resolution: int = setting(512, "side of the training images, in pixels", ge=16, multiple_of=8)
+    resolution: int = setting(512, "side of the training images, in pixels", ge=16, le=8192, multiple_of=8)
     image_interpolation_mode: Literal[
         "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
     ] = setting("bilinear", "how images are resized")
@@ -90,8 +103,8 @@ class TrainingSettings(Settings):
     affects_result = True
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = setting(None, "seed of all random numbers")
-    train_batch_size: Count = setting(16, "images in a micro-batch, per rank")
-    gradient_accumulation_steps: Count = setting(1, "micro-batches in an optimizer step")
+    train_batch_size: BatchSize = setting(16, "images in a micro-batch, per rank")
+    gradient_accumulation_steps: BatchSize = setting(1, "micro-batches in an optimizer step")
     max_train_steps: Count | None = setting(None, "optimizer steps; overrides num_train_epochs")
     num_train_epochs: Count = setting(100, "passes over the data")
     learning_rate: Real = setting(1e-4, "learning rate after the warm-up", ge=0)

@@ -10,6 +10,9 @@ from sdnb.settings.config import TrainConfig
 # The first line of a parameter cell: of the notebook's own, and of the one that papermill injects after it.
 PARAMETERS_COMMENT = "# Parameters"
 
+# Papermill adds these with --inject-paths.
+_PAPERMILLS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}
+
 # Settings that exclude each other: when papermill gives one, the notebook's defaults for the others do not count.
 ONE_CHOICE = ({"steps", "max_train_steps", "num_train_epochs"}, {"dataset_name", "train_data_dir"})
 
@@ -30,12 +33,13 @@ def from_notebook(namespace: Mapping[str, Any], besides: Container[str] = ()) ->
             "environment, or run `hf auth login` once. Remove the token from this notebook, and from the output file "
             "of papermill. If either was shared, revoke the token."
         )
-    for names in _parameter_cells(namespace.get("In", ())):
+    for assigned in _parameter_cells(namespace.get("In", ())):
+        names = {name for name in assigned - _PAPERMILLS if name not in besides}
         for choice in ONE_CHOICE:
             if choice & names:
                 for name in choice - names:
                     settings.pop(name, None)
-        settings.update({name: namespace[name] for name in names if name in namespace and name not in besides})
+        settings.update({name: namespace[name] for name in names if name in namespace})
     return TrainConfig(**settings)
 
 
