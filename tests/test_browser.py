@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from executed import papermill
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from processes import ROOT, end_with_parent, free_port, none_left, wait_for
 from training import small_data, small_model
 
@@ -170,30 +171,110 @@ def test_it_prints(pages, browser):
             (Path(os.environ["SDNB_SCREENSHOTS"]) / "out.pdf").write_bytes(pdf)
 
 
-def test_a_page_runs_no_script_but_its_own(pages, browser, tmp_path):
-    """Where a notebook's own output is a script, or asks the network for something, the page's policy forbids it."""
+# What a notebook's outputs and texts might do to a reader; SPY is an address that nobody may ask for.
+VECTORS = """\
+<meta http-equiv="refresh" content="0;url=SPY">
+<META HTTP-EQUIV=refresh CONTENT="0.1; URL='SPY'">
+<svg><foreignObject><meta http-equiv="refresh" content="0;url=SPY"></foreignObject></svg>
+<script>document.title = 'taken over'; fetch('SPY')</script>
+<script src="SPY"></script>
+<img src="SPY">
+<img src=x onerror="document.title = 'taken over'">
+<img srcset="SPY 1x, SPY 2x">
+<picture><source srcset="SPY"><img></picture>
+<link rel="stylesheet" href="SPY">
+<link rel="prefetch" href="SPY"><link rel="dns-prefetch" href="SPY"><link rel="preconnect" href="SPY">
+<style>@import url(SPY);</style>
+<style>body { background: url(SPY); } main { display: none; }</style>
+<div style="background-image: url(SPY)">a</div>
+<div style="background: u\\72l(SPY)">a</div>
+<div style="list-style: url('SPY') inside">a</div>
+<div style="position: fixed; inset: 0; background: red; z-index: 9">forged</div>
+<iframe src="SPY"></iframe>
+<iframe srcdoc="<script>parent.document.title = 'taken over'</script>"></iframe>
+<iframe src="javascript:parent.document.title='taken over'"></iframe>
+<object data="SPY"></object>
+<embed src="SPY">
+<video src="SPY" autoplay></video>
+<audio src="SPY" autoplay></audio>
+<video poster="SPY"></video>
+<track src="SPY"><source src="SPY">
+<form action="SPY"><input name="a" autofocus onfocus="document.title = 'taken over'"></form>
+<input type="image" src="SPY">
+<body onload="document.title = 'taken over'" background="SPY">
+<base href="SPY/">
+<table background="SPY"><tr><td background="SPY">a</td></tr></table>
+<svg onload="document.title = 'taken over'"></svg>
+<svg><script>document.title = 'taken over'</script></svg>
+<svg><image href="SPY" width="9" height="9"></image></svg>
+<svg><use href="SPY#a"></use></svg>
+<svg><a><animate attributeName="href" values="javascript:alert(1)"></animate></a></svg>
+<svg><rect fill="url(SPY#a)" width="9" height="9"></rect></svg>
+<svg><style>@import 'SPY';</style></svg>
+<math><mtext><img src="SPY"></mtext></math>
+<a href="javascript:document.title='taken over'" id="click">click</a>
+<details open ontoggle="document.title = 'taken over'"><summary>a</summary></details>
+<marquee onstart="document.title = 'taken over'">a</marquee>
+<template><img src="SPY"></template><noscript><img src="SPY"></noscript>
+<!--[if true]><img src="SPY"><![endif]--><!-- --!><img src="SPY">
+<p title="</title><script>document.title = 'taken over'</script>">a</p>
+<a ping="SPY" href="#x">a</a><blockquote cite="SPY">a</blockquote>
+""".splitlines()
+
+
+HARMLESS = """[...document.querySelectorAll('main *')].every(one =>
+    getComputedStyle(one).position != 'fixed' && ![...one.attributes].some(named => named.name.startsWith('on')))"""
+
+
+def test_nothing_that_a_notebook_holds_runs_or_loads(browser, tmp_path):
+    """Without the page's policy, too: what is shown has nothing in it that a policy must stop."""
     asked = []
 
     class Spy(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
+            self.send_response(204)
+            self.end_headers()
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Spy) as server:
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Spy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        notebook = nbformat.read(pages["out"].with_name("out.ipynb"), 4)
-        image = f"<img src='http://127.0.0.1:{server.server_port}/spy.png'>"
-        script = "<script>document.title = 'taken over'</script>"
-        notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", {"text/html": script + image})]
-        del notebook.cells[-1].metadata["tags"]
-        nbformat.write(notebook, tmp_path / "out.ipynb")
-        page, _ = write_page(tmp_path / "out.ipynb", tmp_path / "page.html")
-        assert "/spy.png" in page.read_text()
-        tab = browser.new_page()
-        tab.goto(page.as_uri(), wait_until="networkidle")
-        assert "taken over" not in tab.title()
-        tab.close()
-        server.shutdown()
+        try:
+            spy = f"http://127.0.0.1:{server.server_port}"
+            vectors = [vector.replace("SPY", f"{spy}/{number}") for number, vector in enumerate(VECTORS)]
+            page = write_page(hostile_notebook(tmp_path / "out.ipynb", vectors))[0]
+            html = page.read_text()
+            open_page = page.with_name("open.html")
+            open_page.write_text(re.sub("<meta [^>]*Content-Security-Policy[^>]*>", "", html))
+            assert len(open_page.read_text()) < len(html)
+            for path in (page, open_page):
+                tab = browser.new_page()
+                tab.on("request", lambda request: asked.append(request.url) if request.url.startswith(spy) else None)
+                tab.goto(path.resolve().as_uri(), wait_until="load")
+                for link in tab.locator("#click").all():
+                    link.click()
+                tab.wait_for_timeout(1500)
+                assert tab.url.partition("#")[0] == path.resolve().as_uri()
+                assert "taken over" not in tab.title()
+                assert tab.locator("main").is_visible()
+                assert tab.evaluate(HARMLESS)
+                assert tab.locator("meta[http-equiv=refresh i], iframe, object, embed, form, base, link").count() == 0
+                assert tab.locator("script").count() == 1
+                tab.close()
+        finally:
+            server.shutdown()
     assert asked == []
+
+
+def hostile_notebook(path, vectors):
+    """Each vector as an output of three types, and as a text."""
+    kinds = ("text/html", "image/svg+xml", "text/markdown")
+    outputs = [new_output("display_data", {kind: vector}) for vector in vectors for kind in kinds]
+    texts = [new_markdown_cell(vector) for vector in vectors]
+    nbformat.write(new_notebook(cells=[*texts, new_code_cell("1", outputs=outputs)]), path)
+    return path
 
 
 @pytest.fixture

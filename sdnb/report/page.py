@@ -4,9 +4,9 @@ settings, the machine and the commands, from the output of type `PAGE_MIME`. The
 its content security policy forbids it."""
 
 import base64
-import getpass
 import hashlib
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,35 +17,10 @@ from nbconvert import HTMLExporter
 from sdnb.errors import RunError
 from sdnb.machine.environment import version_of
 from sdnb.metrics.results import PAGE_MIME, RESULTS_MIME
+from sdnb.report.redaction import Redaction
+from sdnb.report.sanitizer import clean
 
 HEADLINE = ("images/s per", "nominal IPS", "seconds per step", "final loss", "target", "total time")
-
-# Tokens of the hub and other services, and values assigned to names of tokens and passwords.
-_SECRETS = re.compile(
-    r"""(?i)\b(?:hf_|sk-|gh[pousr]_)\w{8,}|((?:_token|api_key|password)["']?\s*[=:]\s*)(\\?["'])(?:(?!\2).)+\2"""
-)
-_HOME = re.escape(str(Path.home()).rstrip("/") or "/root")  # the home is / in some containers
-_HOMES = re.compile(rf"(?:/home/[\w.-]+|/Users/[\w.-]+|/root|{_HOME})(?![\w-])")
-
-
-def redacted(text: str) -> str:
-    """A text without tokens. Home folders become ~, and the user's name becomes … in other paths."""
-    text = _SECRETS.sub(lambda found: f"{found[1]}{found[2]}…{found[2]}" if found[1] else "…", text)
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # some containers have a user without a name
-        user = Path.home().name or "root"
-    return re.sub(rf"(?<=/){re.escape(user)}(?![\w-])", "…", _HOMES.sub("~", text))
-
-
-def _redacted(node: Any) -> Any:
-    if isinstance(node, str):
-        return redacted(node)
-    if isinstance(node, list):
-        return [_redacted(one) for one in node]
-    if isinstance(node, dict):  # images are base64, which may look like a token
-        return type(node)({key: one if key.startswith("image/") else _redacted(one) for key, one in node.items()})
-    return node
 
 
 def shown(notebook: nbformat.NotebookNode, mime: str) -> Any:
@@ -66,16 +41,16 @@ def write_page(
     one. `besides` replaces parts of what the notebook says about its page, such as `title` and `reproduce`. Returns the
     page's path, and the headline results. Raises RunError if the file is missing, is no notebook, or has not been
     executed."""
-    source = Path(notebook_path)
+    source, redaction = Path(notebook_path), Redaction()
     try:
-        notebook = _redacted(nbformat.reads(source.read_text(), as_version=4))
+        notebook = redaction.node(nbformat.reads(source.read_text(), as_version=4))
     except OSError as error:
         raise RunError(f"{source}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # nbformat raises many types
         raise RunError(f"{source}: is not a notebook: {str(error).partition(chr(10))[0]}") from None
     if not any(cell.get("outputs") for cell in notebook.cells):
         raise RunError(f"{source}: has no outputs: execute it first, for example with papermill")
-    about = {**(shown(notebook, PAGE_MIME) or {}), **_redacted(besides or {})}
+    about = {**(shown(notebook, PAGE_MIME) or {}), **redaction.node(besides or {})}
     name = re.sub(r"[^\w.,=+-]+", "-", about.get("name") or "").strip("-.") or source.stem
     target = Path(page_path) if page_path else source.with_name(f"{name}.html")
     if target.resolve() == source.resolve():
@@ -83,21 +58,38 @@ def write_page(
     headline = about.get("headline") or [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
     here = Path(__file__).parent
     script = (here / "template" / "sort.js").read_text()
+    title, problem = about.get("title") or _title(notebook, source), problem_of(notebook)
     resources = dict(
-        about=about, title=about.get("title") or _title(notebook, source), headline=headline, source=source.name,
-        version=version_of("sdnb"), script=script,
+        about=about, title=f"{problem}: {title}" if problem else title, headline=headline, source=source.name,
+        version=version_of("sdnb"), redacted=str(redaction), script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     notebook.cells = _arranged(notebook.cells)
+    notebook.metadata.pop("widgets", None)  # they need scripts, and Colab saves them without what nbconvert expects
     # nbconvert's own templates load scripts from the network.
-    no_prompts = dict(exclude_input_prompt=True, exclude_output_prompt=True)
-    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(here)], **no_prompts)
-    page, _ = exporter.from_notebook_node(notebook, resources=resources)
+    options = dict(exclude_input_prompt=True, exclude_output_prompt=True, sanitize_html=True)
+    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(here)], **options)
+    exporter.register_filter("clean_html", clean)
+    try:
+        page, _ = exporter.from_notebook_node(notebook, resources=resources)
+    except Exception as error:  # an output that is not what its type says
+        raise RunError(f"{source}: an output cannot be shown: {error}") from error
     try:
         target.write_text(page)
     except OSError as error:
         raise RunError(f"{target}: cannot be written: {error.strerror or error}") from None
     return target, headline
+
+
+def problem_of(notebook: nbformat.NotebookNode) -> str:
+    """Whether an executed notebook has `failed`, or was `not completed`; empty if it was."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    expected = [cell for cell in code if "raises-exception" in _tags(cell)]
+    errors = [one for cell in code if cell not in expected for one in cell.outputs if one.output_type == "error"]
+    if errors or notebook.metadata.get("papermill", {}).get("exception"):
+        return "failed"
+    left = [cell for cell in code if cell.metadata.get("papermill", {}).get("status") in ("pending", "running")]
+    return "not completed" if left else ""
 
 
 def _title(notebook: nbformat.NotebookNode, source: Path) -> str:
@@ -142,8 +134,11 @@ def _tags(cell: nbformat.NotebookNode) -> Sequence[str]:
 
 
 def write_and_print(notebook: str, page: str | None = None) -> None:
-    """Write the page, and print the headline results and the page's path."""
+    """Write the page, and print the headline results and the page's path. Ends with exit status 1 if the notebook
+    failed or was not completed."""
     written, headline = write_page(notebook, page)
     for row in headline:
         print(f"{row['name']:<24}{row['text']}")
     print(f"report: {written.resolve()}")
+    if problem := problem_of(nbformat.read(notebook, as_version=4)):
+        sys.exit(f"error: {notebook}: {problem}, as the page's title says")
