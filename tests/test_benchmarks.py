@@ -1,6 +1,7 @@
 """Whether the benchmarks run, with few steps. Their results are not checked."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +54,14 @@ def test_contention(benchmark, monkeypatch):
     assert runs[0]["threads"]["waiting"] == "as set by GOMP_SPINCOUNT=300000"
     assert runs[1]["threads"]["waiting"] in ("spinning", "asleep") and 0 <= runs[1]["asleep_share"] <= 1
     assert f"×{runs[1]['images_per_second'] / runs[0]['images_per_second']:.2f}" in table
+
+
+def test_faults(benchmark):
+    count = "2" if shutil.which("cc") else "0"
+    runs, table = benchmark("faults", "--kills", "2", "--errors", count, "--ranks", "1", "--launches", "0")
+    assert runs["kills"][0]["kills"] == 2 and runs["kills"][0]["trainings"] >= 1
+    assert all(sum(one["said"].values()) == 2 and one["operations"][0] > 100 for one in runs["errors"])
+    assert "Nothing was lost, changed or left behind." in table
 
 
 def test_the_busy_processes_compute_and_end():
