@@ -22,6 +22,7 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import runpy
@@ -44,16 +45,17 @@ from sdnb.launch.ranks import free_port
 from sdnb.models import embedded
 from sdnb.run import folder as run_folder
 
+STEPS = 16
 FLAGS = (
     "--dataset_name=openmoji --resolution=64 --center_crop --random_flip --use_ema --max_train_samples=26 "
-    "--train_batch_size=2 --gradient_accumulation_steps=2 --max_train_steps=24 --learning_rate=1e-3 "
-    "--lr_warmup_steps=0 --checkpointing_steps=3 --checkpoints_total_limit=3 --validation_loss_steps=6 --seed=7 "
-    "--report_to=none --resume_from_checkpoint=latest"
+    "--train_batch_size=2 --gradient_accumulation_steps=2 --learning_rate=1e-3 "
+    f"--max_train_steps={STEPS} --lr_warmup_steps=0 --checkpointing_steps=4 --checkpoints_total_limit=3 --seed=7 "
+    "--validation_loss_steps=8 --report_to=none --resume_from_checkpoint=latest"
 )
 PATIENCE_SECONDS = 120.0
 GRACE_SECONDS = 30.0  # of torch's launcher
 NEVER = 10**9
-MOMENTS = ("before the first step", "between", "after the last step")
+MOMENTS = ("before step 1", "between", "after the last step")
 # What a kernel has, after a launch.
 LOOK = """
 import json, os, tempfile, psutil
@@ -104,23 +106,26 @@ class Attempt:
         for process in self.processes:
             process.start()
 
-    def wait(self, seconds: float = PATIENCE_SECONDS) -> bool:
-        """Whether all ranks end by themselves within so many seconds; then they are killed."""
-        end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-        ended = all(process.exitcode is not None for process in self.processes)
-        self.kill(self.processes)
-        return ended
+    def wait(self) -> bool:
+        """Whether all ranks end. When one has failed, the others get SIGTERM, as from torch's launcher."""
+        end, told = time.monotonic() + PATIENCE_SECONDS, False
+        while running := [process for process in self.processes if process.exitcode is None]:
+            if time.monotonic() > end:
+                self.kill(running)
+                return False
+            if self.failed and not told:
+                end, told = time.monotonic() + GRACE_SECONDS, True
+                for process in running:
+                    process.terminate()
+            multiprocessing.connection.wait([process.sentinel for process in running], 0.5)
+        return True
 
     def kill(self, processes: list[Any]) -> list[Any]:
-        """SIGKILL. The others get SIGTERM, as from torch's launcher. Returns those that were still running."""
+        """SIGKILL. Returns those that were still running."""
         running = [process for process in processes if process.exitcode is None]
         for process in running:
             process.kill()
             process.join()
-        for process in self.processes if running else ():
-            process.terminate()
         return running
 
     @property
@@ -156,16 +161,13 @@ class Trials:
         self.ranks, self.flags, self.work = ranks, flags, work
         self.work.mkdir()
         self.number, self.problems = 0, list[str]()
-        self.seconds, attempt = 0.0, None
-        for _ in range(2):  # the first fills the caches
-            began = time.monotonic()
-            attempt = self.attempt()
-            if not attempt.wait() or attempt.failed:
-                raise RuntimeError(f"an undisturbed training failed:\n{attempt.printed.read_text()[-3000:]}")
-            self.seconds = time.monotonic() - began
-            self.expected = self.outcome()
-            self.number += 1
+        attempt = self.attempt()
+        if not attempt.wait() or attempt.failed:
+            raise RuntimeError(f"an undisturbed training failed:\n{attempt.printed.read_text()[-3000:]}")
+        self.seconds = run_folder.RunFolder(self.folder).summary["total_seconds"]
+        self.expected = self.outcome()
         self.operations = [attempt.operations(rank) for rank in range(ranks)]
+        self.number += 1
 
     @property
     def folder(self) -> Path:
@@ -189,17 +191,17 @@ class Trials:
     def complete(self, what: str) -> None:
         """Resume the training until it is complete, and compare it."""
         attempt = self.attempt()
-        if not attempt.wait():
-            self.problems.append(f"{what}: the resumed training hangs")
-        elif attempt.failed:
-            self.problems.append(f"{what}: cannot be resumed: {attempt.printed.read_text()[-1000:]}")
-        else:
-            self.compare(what)
+        ended = attempt.wait()
+        self.compare(attempt, what if ended else f"{what}: hangs when it is resumed")
 
-    def compare(self, what: str) -> None:
-        found = self.outcome()
-        if different := [name for name in found if found[name] != self.expected[name]]:
-            self.problems.append(f"{what}: different: {', '.join(different)}")
+    def compare(self, attempt: Attempt, what: str) -> None:
+        """Compare a training that should be complete, and begin another one."""
+        if attempt.failed:
+            self.problems.append(f"{what}: {attempt.printed.read_text()[-1000:]}")
+        else:
+            found = self.outcome()
+            if different := [name for name in found if found[name] != self.expected[name]]:
+                self.problems.append(f"{what}: different: {', '.join(different)}")
         self.number += 1
 
     def kills(self, count: int, chance: random.Random) -> dict[str, Any]:
@@ -213,29 +215,16 @@ class Trials:
             killed += bool(died)
             if died:
                 step = run_folder.last_step(self.folder) if self.folder.exists() else 0
-                reached[
-                    "before the first step" if not step else "after the last step" if step == 24 else "between"
-                ] += 1
+                reached[MOMENTS[(step > 0) + (step == STEPS)]] += 1
             if not attempt.wait():
                 self.problems.append(f"kill {killed}: the other rank did not end")
-            if not died and attempt.failed:
-                self.problems.append(f"after kill {killed}: {attempt.printed.read_text()[-1000:]}")
-                self.number += 1
-            elif not died or killed == count:
+            if not died:
                 trainings += 1
-                self.complete(f"training {trainings}") if died else self.compare(f"training {trainings}")
+                self.compare(attempt, f"training {trainings}, after kill {killed}")
+            elif killed == count:
+                trainings += 1
+                self.complete(f"training {trainings}, after the last kill")
         return dict(ranks=self.ranks, kills=killed, trainings=trainings, moments=dict(reached))
-
-    def _wait_as_launcher(self, attempt: Attempt) -> bool:
-        """Whether all ranks end. When one has failed, the others get SIGTERM."""
-        end = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < end and any(process.exitcode is None for process in attempt.processes):
-            if attempt.failed:
-                for process in attempt.processes:
-                    process.terminate()
-                return attempt.wait(GRACE_SECONDS)
-            time.sleep(0.1)
-        return attempt.wait(0.1)
 
     def errors(self, count: int, chance: random.Random) -> dict[str, Any]:
         """Let one operation fail, or all from one on, in `count` trainings."""
@@ -247,7 +236,7 @@ class Trials:
             name = errno.errorcode[code]
             what = f"{name} at operation {fault.nth} of rank {rank}"
             attempt = self.attempt(fault)
-            if not self._wait_as_launcher(attempt):
+            if not attempt.wait():
                 self.problems.append(f"{what}: hangs")
             printed = attempt.printed.read_text()
             if attempt.operations(rank) < fault.nth:
@@ -258,7 +247,10 @@ class Trials:
             else:
                 said["an error message" if attempt.failed else "went on"] += 1
                 kinds[name] += 1
-            self.complete(what) if attempt.failed else self.compare(what)
+            if attempt.failed:
+                self.complete(what)
+            else:
+                self.compare(attempt, what)
         return dict(ranks=self.ranks, errors=dict(kinds), operations=self.operations, said=dict(said))
 
 
@@ -290,23 +282,16 @@ def growth(looks: list[dict[str, Any]]) -> dict[str, float]:
 def table(kills: list[dict[str, Any]], errors: list[dict[str, Any]], looks: list[dict[str, Any]]) -> str:
     lines = []
     if kills:
-        lines += [
-            "| ranks | kills | before the first step | between | after the last step | trainings |",
-            "|---" * 6 + "|",
-        ]
+        lines += [f"| ranks | kills | {' | '.join(MOMENTS)} | trainings |", "|---" * 6 + "|"]
         for one in kills:
-            moments = [
-                one["moments"].get(name, 0) for name in ("before the first step", "between", "after the last step")
-            ]
+            moments = [one["moments"].get(name, 0) for name in MOMENTS]
             lines.append(f"| {one['ranks']} | {one['kills']} | {' | '.join(map(str, moments))} | {one['trainings']} |")
         lines.append("")
     if errors:
         lines += ["| ranks | operations of a training | errors | what the training did |", "|---" * 4 + "|"]
         for one in errors:
-            kinds, said = (
-                ", ".join(f"{many} {name}" for name, many in one[part].items()) for part in ("errors", "said")
-            )
-            lines.append(f"| {one['ranks']} | {one['operations']} | {kinds} | {said} |")
+            kinds, said = (_counted(one[part]) for part in ("errors", "said"))
+            lines.append(f"| {one['ranks']} | {' and '.join(map(str, one['operations']))} | {kinds} | {said} |")
         lines.append("")
     if looks:
         grown = growth(looks)
@@ -319,6 +304,10 @@ def table(kills: list[dict[str, Any]], errors: list[dict[str, Any]], looks: list
             lines.append(f"| {name} | {looks[0][name]} | {looks[1][name]} | {looks[-1][name]} | {grown[name]}{unit} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{many} × {name}" for name, many in counts.items())
 
 
 def main() -> None:
