@@ -209,7 +209,7 @@ class Trials:
         killed, trainings, reached = 0, 0, Counter[str]()
         while killed < count:
             attempt = self.attempt()
-            time.sleep(chance.uniform(0, self.seconds))
+            time.sleep(chance.uniform(0, 1.5 * self.seconds))  # some of them get to their end
             victims = chance.choice([attempt.processes[:1], attempt.processes[-1:], attempt.processes])
             died = attempt.kill(victims)
             killed += bool(died)

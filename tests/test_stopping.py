@@ -140,3 +140,21 @@ def test_what_stops_and_what_does_not(tmp_path):
     with waiting(str(failure)) as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 1, "another rank has failed"
+
+
+def test_a_sweep_that_is_stopped_ends_its_notebook(settings, tmp_path):
+    common = {name: value for name, value in settings.items() if name not in ("output_dir", "seed")}
+    (grid := tmp_path / "grid.yaml").write_text(json.dumps({**common, "steps": 2000, "grid": {"seed": [1, 2]}}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdnb", "sweep", str(grid), "--output_dir", str(tmp_path / "sweep")], cwd=ROOT
+    )
+    folder = tmp_path / "sweep" / "seed=1"
+    try:
+        wait_for(lambda: process.poll() is not None or (folder / run_folder.STEPS).exists())
+        process.terminate()
+        assert process.wait(10) == 143
+    finally:
+        process.kill()
+        process.wait()
+    checkpoint_of(folder)
+    assert not (tmp_path / "sweep" / "seed=2").exists()
