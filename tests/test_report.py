@@ -303,7 +303,7 @@ def test_an_output_that_is_not_what_its_type_says(tmp_path):
     cell = new_code_cell("1", outputs=[new_output("display_data", {"text/html": "a table"})])
     nbformat.write(new_notebook(cells=[cell]), tmp_path / "out.ipynb")
     (tmp_path / "out.ipynb").write_text((tmp_path / "out.ipynb").read_text().replace('"a table"', "{}"))
-    with pytest.raises(RunError, match="an output cannot be shown"):
+    with pytest.raises(RunError, match="out.ipynb: cannot be shown: "):
         write_page(tmp_path / "out.ipynb")
 
 

@@ -5,6 +5,7 @@ its content security policy forbids it."""
 
 import base64
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -13,13 +14,17 @@ from typing import Any
 
 import nbformat
 from nbconvert import HTMLExporter
+from traitlets.config import Config
 
 from sdnb.errors import RunError
 from sdnb.machine.environment import version_of
 from sdnb.metrics.results import PAGE_MIME, RESULTS_MIME
 from sdnb.report.redaction import Redaction
 from sdnb.report.sanitizer import clean
+from sdnb.run import files
 
+# Of an output's types, the first of these is shown.
+SHOWN = ["text/html", "text/markdown", "image/svg+xml", "text/latex", "image/png", "image/jpeg", "text/plain"]
 HEADLINE = ("images/s per", "nominal IPS", "seconds per step", "final loss", "target", "total time")
 
 
@@ -43,42 +48,62 @@ def write_page(
     executed."""
     source, redaction = Path(notebook_path), Redaction()
     try:
-        notebook = redaction.node(nbformat.reads(source.read_text(), as_version=4))
-    except OSError as error:
-        raise RunError(f"{source}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # nbformat raises many types
-        raise RunError(f"{source}: is not a notebook: {str(error).partition(chr(10))[0]}") from None
-    if not any(cell.get("outputs") for cell in notebook.cells):
-        raise RunError(f"{source}: has no outputs: execute it first, for example with papermill")
-    about = {**(shown(notebook, PAGE_MIME) or {}), **redaction.node(besides or {})}
-    name = re.sub(r"[^\w.,=+-]+", "-", about.get("name") or "").strip("-.") or source.stem
+        notebook = redaction.node(_read(source))
+        about = {**(shown(notebook, PAGE_MIME) or {}), **redaction.node(besides or {})}
+        name = re.sub(r"[^\w.,=+-]+", "-", about.get("name") or "").strip("-.") or source.stem
+        headline = about.get("headline") or [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
+        headline = [{"name": row["name"], "text": row["text"]} for row in headline]
+        page = _page(notebook, about, headline, source, redaction)
+    except RunError:
+        raise
+    except Exception as error:  # a cell or an output that is not what a notebook may have
+        raise RunError(f"{source}: cannot be shown: {_first_line(error)}") from error
     target = Path(page_path) if page_path else source.with_name(f"{name}.html")
     if target.resolve() == source.resolve():
         raise RunError(f"{target}: this is the notebook; give the page another name")
-    headline = about.get("headline") or [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
+    files.write_text(target, page.encode(errors="replace").decode())
+    return target, headline
+
+
+def _read(source: Path) -> nbformat.NotebookNode:
+    if source.exists() and not source.is_file():
+        raise RunError(f"{source}: is not a file")
+    try:
+        notebook = nbformat.reads(source.read_text(encoding="utf-8-sig"), as_version=4)
+    except OSError as error:
+        raise RunError(f"{source}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # nbformat raises many types
+        raise RunError(f"{source}: is not a notebook: {_first_line(error)}") from None
+    if not any(cell.get("outputs") for cell in notebook.cells):
+        raise RunError(f"{source}: has no outputs: execute it first, for example with papermill")
+    return notebook
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _page(
+    notebook: nbformat.NotebookNode, about: dict[str, Any], headline: list[dict[str, str]], source: Path,
+    redaction: Redaction,
+) -> str:  # fmt: skip
     here = Path(__file__).parent
     script = (here / "template" / "sort.js").read_text()
-    title, problem = about.get("title") or _title(notebook, source), problem_of(notebook)
+    title, problem = about.get("title") or redaction.text(_title(notebook, source)), problem_of(notebook)
     resources = dict(
-        about=about, title=f"{problem}: {title}" if problem else title, headline=headline, source=source.name,
-        version=version_of("sdnb"), redacted=str(redaction), script=script,
+        about=about, title=f"{problem}: {title}" if problem else title, headline=headline,
+        source=redaction.text(source.name), version=version_of("sdnb"), script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
+    resources["redacted"] = str(redaction)
     notebook.cells = _arranged(notebook.cells)
     notebook.metadata.pop("widgets", None)  # they need scripts, and Colab saves them without what nbconvert expects
     # nbconvert's own templates load scripts from the network.
     options = dict(exclude_input_prompt=True, exclude_output_prompt=True, sanitize_html=True)
-    exporter = HTMLExporter(template_name="template", extra_template_basedirs=[str(here)], **options)
+    kinds = {"NbConvertBase": {"display_data_priority": SHOWN}}
+    exporter = HTMLExporter(Config(kinds), template_name="template", extra_template_basedirs=[str(here)], **options)
     exporter.register_filter("clean_html", clean)
-    try:
-        page, _ = exporter.from_notebook_node(notebook, resources=resources)
-    except Exception as error:  # an output that is not what its type says
-        raise RunError(f"{source}: an output cannot be shown: {error}") from error
-    try:
-        target.write_text(page)
-    except OSError as error:
-        raise RunError(f"{target}: cannot be written: {error.strerror or error}") from None
-    return target, headline
+    return exporter.from_notebook_node(notebook, resources=resources)[0]
 
 
 def problem_of(notebook: nbformat.NotebookNode) -> str:
@@ -136,9 +161,10 @@ def _tags(cell: nbformat.NotebookNode) -> Sequence[str]:
 def write_and_print(notebook: str, page: str | None = None) -> None:
     """Write the page, and print the headline results and the page's path. Ends with exit status 1 if the notebook
     failed or was not completed."""
+    logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # what is wrong with a notebook is said in one line
     written, headline = write_page(notebook, page)
     for row in headline:
         print(f"{row['name']:<24}{row['text']}")
     print(f"report: {written.resolve()}")
-    if problem := problem_of(nbformat.read(notebook, as_version=4)):
+    if problem := problem_of(_read(Path(notebook))):
         sys.exit(f"error: {notebook}: {problem}, as the page's title says")

@@ -15,20 +15,21 @@ _SVG = """
     radialGradient rect stop svg symbol text title tspan use
 """
 _ATTRIBUTES = """
-    alt class clip-path clip-rule colspan cx cy d dir dominant-baseline dx dy fill fill-opacity fill-rule font-
-    family font-size font-weight gradientTransform gradientUnits height href id lang marker-end marker-mid marker-
-    start mask offset opacity open patternTransform patternUnits points preserveAspectRatio r role rotate rowspan rx
-    ry scope src start stop-color stop-opacity stroke stroke-dasharray stroke-linecap stroke-linejoin stroke-opacity
-    stroke-width style text-anchor title transform version viewBox width x x1 x2 xlink:href y y1 y2
+    alt class clip-path clip-rule colspan cx cy d dir dominant-baseline dx dy fill fill-opacity fill-rule
+    font-family font-size font-weight gradientTransform gradientUnits height href id lang marker-end marker-mid
+    marker-start mask offset opacity open patternTransform patternUnits points preserveAspectRatio r role rotate
+    rowspan rx ry scope src start stop-color stop-opacity stroke stroke-dasharray stroke-linecap stroke-linejoin
+    stroke-opacity stroke-width style text-anchor title transform version viewBox width x x1 x2 xlink:href y y1 y2
 """
 _PROPERTIES = """
-    align-items background background-color border border-bottom border-collapse border-color border-left border-
-    radius border-right border-top border-width clip-path clip-rule color column-gap display dominant-baseline fill
-    fill-opacity fill-rule flex flex-wrap font font-family font-size font-style font-variant font-weight gap height
-    justify-content line-height list-style margin margin-bottom margin-left margin-right margin-top max-height max-
-    width min-width opacity overflow overflow-wrap overflow-x padding padding-bottom padding-left padding-right
-    padding-top stroke stroke-dasharray stroke-dashoffset stroke-linecap stroke-linejoin stroke-miterlimit stroke-
-    opacity stroke-width text-align text-anchor text-decoration vertical-align white-space width word-break
+    align-items background background-color border border-bottom border-collapse border-color border-left
+    border-radius border-right border-top border-width clip-path clip-rule color column-gap display
+    dominant-baseline fill fill-opacity fill-rule flex flex-wrap font font-family font-size font-style font-variant
+    font-weight gap height justify-content line-height list-style margin margin-bottom margin-left margin-right
+    margin-top max-height max-width min-width opacity overflow-wrap padding padding-bottom padding-left
+    padding-right padding-top stroke stroke-dasharray stroke-dashoffset stroke-linecap stroke-linejoin
+    stroke-miterlimit stroke-opacity stroke-width text-align text-anchor text-decoration vertical-align white-space
+    width word-break
 """
 _ADDRESSES = {"href", "src", "xlink:href"}
 _CLICKED = re.compile(r"(?i)(https?|mailto):|#")  # where a link may lead
