@@ -218,6 +218,8 @@ VECTORS = """\
 <template><img src="SPY"></template><noscript><img src="SPY"></noscript>
 <!--[if true]><img src="SPY"><![endif]--><!-- --!><img src="SPY">
 <p title="</title><script>document.title = 'taken over'</script>">a</p>
+<svg style="overflow:visible"><a href="SPY"><rect x="-5000" y="-5000" width="20000" height="20000"/></a></svg>
+<a href="SPY"><div style="margin-top:-900px;height:1800px;background:#fff;opacity:0.999">forged</div></a>
 <a ping="SPY" href="#x">a</a><blockquote cite="SPY">a</blockquote>
 """.splitlines()
 
@@ -260,6 +262,10 @@ def test_nothing_that_a_notebook_holds_runs_or_loads(browser, tmp_path):
                 assert "taken over" not in tab.title()
                 assert tab.locator("main").is_visible()
                 assert tab.evaluate(HARMLESS)
+                tab.evaluate("scrollTo(0, 0)")
+                box = tab.locator("h1").bounding_box()
+                above = "([x, y]) => document.elementFromPoint(x, y).tagName"
+                assert tab.evaluate(above, [box["x"] + 9, box["y"] + box["height"] / 2]) == "H1", "nothing lies over it"
                 assert tab.locator("meta[http-equiv=refresh i], iframe, object, embed, form, base, link").count() == 0
                 assert tab.locator("script").count() == 1
                 tab.close()

@@ -2,6 +2,8 @@ import base64
 import getpass
 import hashlib
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -226,6 +228,19 @@ SECRETS = {
     "npm_" + "abcdefghijklmnopqrstuvwxyz0123456789": "…",
     "sk_live_" + "abcdefghijklmnopqrstuvwx": "…",
     "eyJhbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmNHl0w5N": "…",
+    'token: str = "tell-no-one"': 'token: str = "…"',
+    'os.getenv("HF_TOKEN") or "tell-no-one"': 'os.getenv("HF_TOKEN") or "…"',
+    "['--hub_token', 'tell-no-one']": "['--hub_token', '…']",
+    "%set_env HF_TOKEN tell-no-one": "%set_env HF_TOKEN …",
+    "!wandb login 0123456789abcdef0123456789abcdef01234567": "!wandb login …",
+    "docker run -e HF_TOKEN=tell-no-one image": "docker run -e HF_TOKEN=… image",
+    "COMET_API_KEY=12345678-1234-4abc-8def-0123456789ab": "COMET_API_KEY=…",
+    "DB_PASSWORD=a&b(c,d": "DB_PASSWORD=…",
+    "token=&#34;tell-no-one&#34;": "token=&#34;…&#34;",
+    "| password | tell-no-one |": "| password | … |",
+    "<th>HF_TOKEN</th><td>tell-no-one</td>": "<th>HF_TOKEN</th><td>…</td>",
+    "https://host/x?access_token=tellnoone": "https://host/x?access_token=…",
+    '\x1b[1mHF_TOKEN\x1b[0m = \x1b[33m"tell-no-one"\x1b[0m': 'HF_TOKEN = "…"',
     "-----BEGIN RSA " + "PRIVATE KEY-----\nMIIB\n-----END RSA PRIVATE KEY-----": "…",
 }
 NO_SECRETS = [
@@ -234,6 +249,12 @@ NO_SECRETS = [
     "def f(token: str, password: str = None, hub_token=None): sorted(x, key='name'); g(token=t.eos_token, key=h)",
     "basic knowledge; a bearer of news; sk-learn-model; ssh://git@github.com/x user@host https://host/a@b",
     "images/s per GPU 14.30 (14.20 to 14.40), monkey=banana, token_count = 77, hotkey: 5",
+    "from huggingface_hub import hf_hub_download; hf_transfer; HF_TOKEN=userdata.get('HF_TOKEN')",
+    "tokenizer.pad_token = '[PAD]'; placeholder_token = 'cat-toy'; time_per_token: 12ms; image_token: 256x256",
+    "df.to_hdf('x.h5', key='training_results_table'); IMAGE_KEY = 'image'; PWD=/work/main; MONKEY=banana",
+    "docker://nvidia@sha256:abc; http://host:80/path@v1; docker run -u 1000:1000; password: Any",
+    "</root> ${SCRATCH}/root/x paths[0]/root/x /Users/Shared/x",
+    "\x1b[32mgreen\x1b[0m",
     "",
 ]
 
@@ -262,13 +283,48 @@ def test_what_was_left_out_is_counted_at_the_end(tmp_path):
     assert "Left out: nothing." in page_of(tmp_path, printed("/scratch/root/x")).read_text()
 
 
+@pytest.mark.timeout(60)
+def test_long_lines_are_read_in_a_moment():
+    """A pattern that tries all ways to divide a line would take hours."""
+    for piece in (
+        "-",
+        "x-",
+        "token ",
+        "TOKEN= ",
+        "password: ",
+        "&quot;",
+        "eyJaaaaa-",
+        'key="',
+        " ",
+        "a.",
+        "\n",
+        "/root/",
+    ):
+        Redaction().text(f"token{piece * (20_000 // len(piece))}x")
+
+
+def test_texts_in_figures_settings_and_the_title(tmp_path, monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: "li")
+    (folder := tmp_path / "li").mkdir()
+    svg = "<svg><text>/home/li/x hf_abcdefghijklmnop</text></svg>"
+    about = {"settings": {"hub_token": "tellnoone"}}
+    cell = new_code_cell("1", outputs=[
+        new_output("display_data", {"image/svg+xml": svg, PAGE_MIME: about}),
+        new_output("display_data", {"image/jpeg": "AA=="}, metadata={"image/jpeg": {
+            "alt": "hf_abcdefghijklmnop", "width": "1 onerror=alert(1)", "filenames": {"image/jpeg": "https://host/x"}}}),
+    ])  # fmt: skip
+    html = page_of(folder, cell).read_text()
+    assert "~/x …</text>" in html and "<title>…/out.ipynb" in html
+    assert not re.search("hf_abc|tellnoone|onerror|https://host", html)
+
+
 def test_mark_up_that_shows_something_is_kept():
     for html in (
         '<table class="results"><thead><tr><th style="text-align:left">a</th></tr></thead></table>',
         '<a href="https://host/x" rel="noopener noreferrer">a</a><img src="data:image/png;base64,AA==" alt="a">',
         '<details open=""><summary>a</summary><pre>1 &lt; 2</pre></details>',
         '<svg viewBox="0 0 1 1"><defs><clipPath id="p"><rect width="1"></rect></clipPath></defs><g clip-path="url(#p)">'
-        '<use xlink:href="#p" style="fill:var(--ink, #1c2430);stroke-width:2"></use></g></svg>',
+        '<use xlink:href="#p" style="fill:var(--ink, #1c2430);stroke-width:2;stroke-opacity:0.3"></use></g></svg>',
     ):
         assert clean(html) == html
 
@@ -297,6 +353,33 @@ def test_widgets_as_colab_saves_them(tmp_path):
     notebook = new_notebook(cells=[printed("x")], metadata={"widgets": state})
     nbformat.write(notebook, tmp_path / "out.ipynb")
     assert "HBoxModel" not in write_page(tmp_path / "out.ipynb")[0].read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"outputs": None}, {"outputs": [{}]}, {"metadata": {"tags": 5}}, {"metadata": {"papermill": "x"}},
+        {"cell_type": None}, {"source": None}, {"outputs": [{"output_type": "display_data", "data": {PAGE_MIME: [1]}}]},
+        {"outputs": [{"output_type": "display_data", "data": {RESULTS_MIME: [{"name": "target"}]}}]},
+    ],
+)  # fmt: skip
+def test_a_broken_cell_is_one_line(tmp_path, change):
+    notebook = new_notebook(cells=[printed("x")])
+    broken = {**notebook.cells[0], **change}
+    (tmp_path / "out.ipynb").write_text(json.dumps({**notebook, "cells": [notebook.cells[0], broken]}))
+    try:
+        write_page(tmp_path / "out.ipynb")
+    except RunError as error:
+        assert str(error).startswith(f"{tmp_path / 'out.ipynb'}: ") and "\n" not in str(error)
+
+
+def test_what_can_be_read_all_the_same(tmp_path):
+    notebook = json.dumps(new_notebook(cells=[printed("x")])).replace('"x"', '"x \\ud800"')
+    (tmp_path / "out.ipynb").write_bytes(b"\xef\xbb\xbf" + notebook.encode())
+    assert "x ?" in write_page(tmp_path / "out.ipynb")[0].read_text()
+    os.mkfifo(tmp_path / "fifo.ipynb")
+    with pytest.raises(RunError, match="fifo.ipynb: is not a file"):
+        write_page(tmp_path / "fifo.ipynb")
 
 
 def test_an_output_that_is_not_what_its_type_says(tmp_path):

@@ -138,7 +138,8 @@ class Redaction:
         text, homes = _HOMES.subn("~", text)
         self.folders += homes
         if self.user != "root":  # the name of nobody
-            text, names = re.subn(rf"(?<=/){re.escape(self.user)}(?![\w-])", "…", text)
+            user = re.escape(self.user)
+            text, names = re.subn(rf"(?<=/){user}(?![\w-])|(?<![\w.-]){user}(?=/)", "…", text)
             self.folders += names
         return text
 
