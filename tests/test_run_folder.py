@@ -13,9 +13,13 @@ from made_runs import make_run
 from sdnb.errors import RunError
 from sdnb.machine.environment import PROJECT
 from sdnb.metrics.results import measure
+from sdnb.report.run import Run, runs
 from sdnb.run import files
 from sdnb.run import folder as run_folder
+from sdnb.run.comparison import compare
 from sdnb.settings.config import TrainConfig
+
+RECORD = dict(images=4, loss=0.5, seconds=1.0)
 
 
 def config(**settings):
@@ -83,8 +87,8 @@ def test_the_folder_of_a_user_who_does_not_exist():
 def test_records_can_be_read_while_they_are_written(folder):
     run = run_folder.RunFolder(folder)
     assert run.steps.empty and run.summary == {} and run.failure == {} and run.log == ""
-    files.append(folder / run_folder.STEPS, dict(step=1, loss=0.5, grad_norm=float("inf")))
-    files.append(folder / run_folder.STEPS, dict(step=2, loss=0.4, grad_norm=1.0))
+    files.append(folder / run_folder.STEPS, {**RECORD, "step": 1, "grad_norm": float("inf")})
+    files.append(folder / run_folder.STEPS, {**RECORD, "step": 2, "grad_norm": 1.0})
     with (folder / run_folder.STEPS).open("a") as file:
         file.write('{"step": 3, "lo')  # as a crash leaves it
     assert list(run.steps.step) == [1, 2]
@@ -115,9 +119,9 @@ def test_a_folder_without_a_run(tmp_path):
 
 def test_going_back(tmp_path):
     """Records after the step are recorded again; a line that a loss of power tore is gone."""
-    made = begun(config(output_dir=str(tmp_path / "run")), {"host": "a"})
+    made = begun(config(output_dir=str(tmp_path / "run"), num_processes=1), {"host": "a"})
     for step in (1, 2, 3, 4):
-        files.append(made / run_folder.STEPS, {"step": step, "loss": 0.5})
+        files.append(made / run_folder.STEPS, {**RECORD, "step": step})
         files.append(made / run_folder.VALIDATION, {"step": step, "loss": 0.5})
     with (made / run_folder.STEPS).open("a") as file:
         file.write('\0\0\0\n{"step": 6}\n{"st')
@@ -125,7 +129,7 @@ def test_going_back(tmp_path):
         assert run_folder.last_step(made) == 6
     files.write(made / run_folder.FAILURE, {"rank": 0})
     with pytest.warns(files.DamagedFile):
-        again = begun(config(output_dir=str(made), resume_from_checkpoint="latest"), {"host": "b"})
+        again = begun(config(output_dir=str(made), num_processes=1, resume_from_checkpoint="latest"), {"host": "b"})
         run_folder.go_back(again, 2)
     run = run_folder.RunFolder(again)
     assert run.config.resume_from_checkpoint is None, "the settings make another run elsewhere"
@@ -154,7 +158,7 @@ def test_what_was_measured_after_a_torn_line_is_kept(folder):
     (folder / run_folder.STEPS).write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n{"step": 4}\n')
     with pytest.warns(files.DamagedFile, match="line 2 is damaged"):
         run_folder.go_back(folder, 4)
-    assert list(run_folder.RunFolder(folder).steps.step) == [1, 4]
+    assert [json.loads(line)["step"] for line in (folder / run_folder.STEPS).read_text().splitlines()] == [1, 4]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "null", "\xff"])
@@ -165,6 +169,47 @@ def test_a_damaged_file_is_named_and_the_rest_can_be_read(folder, name, content)
     attribute = name.removesuffix(".json")
     with pytest.warns(files.DamagedFile, match=f"{name}: is damaged, so what it said is unknown"):
         assert getattr(run, attribute) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (run_folder.CONFIG, "pretrained_model_name_or_path: tiny\ndataset_name: openmoji\n", "config.yaml: is cut off"),
+        (run_folder.STEPS, "[1, 2]\n", "metrics.jsonl: line 1 is not a record"),
+        (run_folder.STEPS, "{}\n{}\n", "metrics.jsonl: is damaged: step is not a number in each line"),
+        (run_folder.STEPS, '{"step": 1, "loss": 1, "seconds": 1}\n', "metrics.jsonl: is damaged: images"),
+        (run_folder.VALIDATION, '{"step": "a", "loss": 1}\n', "validation.jsonl: is damaged: step"),
+        (run_folder.ENVIRONMENT, '{"devices": 5, "started": 1e308}', "values that sdnb did not write"),
+        (run_folder.SUMMARY, '{"total_seconds": "long", "ranks": 5, "ended": []}', "values that sdnb did not write"),
+    ],
+)
+def test_values_that_nobody_wrote_do_not_hide_the_other_runs(tmp_path, name, content, said):
+    for run in "abc":
+        make_run(tmp_path / run)
+    (tmp_path / "b" / name).write_text(content)
+    listed = runs(tmp_path)
+    assert sorted(listed.index) == ["a", "b", "c"] and listed.problem.isna().sum() == 2
+    assert said in listed.problem["b"]
+    compared = compare(tmp_path)
+    assert [*compared.runs] == ["a", "c"] and said in " ".join(compared.problems)
+
+
+@pytest.mark.parametrize("name", [run_folder.ENVIRONMENT, run_folder.STEPS])
+def test_what_is_no_file(tmp_path, name):
+    make_run(tmp_path / "a")
+    (tmp_path / "a" / name).unlink()
+    os.mkfifo(tmp_path / "a" / name)
+    assert f"{name}: " in runs(tmp_path).problem["a"]
+
+
+def test_a_damaged_image_is_left_out(tmp_path):
+    run = Run(make_run(tmp_path / "a", prompts=("sun",)))
+    for image in (run.folder / run_folder.SAMPLES).glob("*.png"):
+        image.write_bytes(image.read_bytes()[:40])
+    with pytest.warns(files.DamagedFile, match=r"samples/.*\.png: is damaged, and is not shown"):
+        run.samples()
+    with pytest.warns(files.DamagedFile):
+        assert "<img" not in run._repr_mimebundle_()["text/html"]
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("")])

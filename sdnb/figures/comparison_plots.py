@@ -1,12 +1,13 @@
 """Figures that compare runs."""
 
 import itertools
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from PIL import Image
 
 from sdnb.errors import ConfigError
 from sdnb.figures.chart import INK, RUN_COLOURS, Chart, dots, grid_of, legend
@@ -14,7 +15,8 @@ from sdnb.figures.run_plots import held_out
 from sdnb.metrics.results import Measurements
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS
 from sdnb.run.comparison import MANY, Comparison
-from sdnb.run.folder import SAMPLES
+from sdnb.run.files import DamagedFile
+from sdnb.run.folder import problems_of
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import several
 
@@ -131,15 +133,17 @@ def _label(axes: Axes, quantity: str, comparison: Comparison) -> None:
 
 def samples(comparison: Comparison) -> Chart | None:
     """The last images of each run, for the prompts that all of them drew; None if there are none."""
-    drawn = {label: run.drawn for label, run in comparison.runs.items() if not run.drawn.empty}
+    lists = {label: problems_of(partial(getattr, run, "drawn")) for label, run in comparison.runs.items()}
+    for problem in filter(None, (problem for _, problem in lists.values())):
+        warnings.warn(problem, DamagedFile, stacklevel=2)
+    drawn = {label: listed for label, (listed, _) in lists.items() if listed is not None and not listed.empty}
     last = {label: samples[samples.step == samples.step.max()] for label, samples in drawn.items()}
     files = {label: dict(zip(samples.prompt, samples.file)) for label, samples in last.items()}
     first = next(iter(files.values()), {})
     prompts = [prompt for prompt in first if all(prompt in of_run for of_run in files.values())]
     if not prompts:
         return None
-    rows = [[Image.open(comparison.runs[label].folder / SAMPLES / of_run[prompt]) for prompt in prompts]
-            for label, of_run in files.items()]  # fmt: skip
+    rows = [[comparison.runs[label].sample(of_run[prompt]) for prompt in prompts] for label, of_run in files.items()]
     seeds = sorted({int(seed) for samples in last.values() for seed in samples.seed})
     how = "From the same seed." if len(seeds) == 1 else f"From different seeds: {', '.join(map(str, seeds))}."
     return grid_of(rows, "What each run drew last", how, columns=prompts, rows=list(files))

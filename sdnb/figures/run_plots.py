@@ -11,7 +11,7 @@ from PIL import Image
 from sdnb.figures.chart import BLUE, GREY, INK, ORANGE, PHASE_COLOURS, RED, Chart, dots, grid_of, legend, name_points
 from sdnb.metrics.results import Measurements
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS, time_by_phase
-from sdnb.run.folder import SAMPLES, RunFolder
+from sdnb.run.folder import RunFolder
 
 MOST_ROWS = 6
 _MOST_NAMED = 5
@@ -100,7 +100,7 @@ def samples(run: RunFolder) -> Chart | None:
     prompts, steps = list(dict.fromkeys(drawn.prompt)), sorted(drawn.step.unique())
     # evenly chosen, with the first and the last
     rows = [steps[round(index)] for index in np.linspace(0, len(steps) - 1, min(MOST_ROWS, len(steps)))]
-    images = {(row.step, row.prompt): Image.open(run.folder / SAMPLES / row.file) for row in drawn.itertuples()}
+    images = {(row.step, row.prompt): run.sample(row.file) for row in drawn.itertuples()}
     first = drawn.iloc[0]
     how = f"Seed {first.seed}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."
     if run.model.get("random_weights"):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image
 
 from sdnb.errors import RunError
 from sdnb.figures import run_plots
@@ -18,7 +17,7 @@ from sdnb.figures.chart import Chart
 from sdnb.machine.environment import PROJECT
 from sdnb.metrics.results import PAGE_MIME, Measurements, measure
 from sdnb.metrics.step_clock import PHASES
-from sdnb.run.folder import CONFIG, SAMPLES, RunFolder, data_name, problems_of
+from sdnb.run.folder import CONFIG, RunFolder, data_name, problems_of
 from sdnb.settings.flags import command_line
 
 _ON_CARDS = ("images/s per", "nominal IPS", "final loss", "held-out loss", "peak memory")
@@ -127,10 +126,11 @@ class Run(RunFolder):
         )
 
     def _thumbnail(self) -> str:
-        drawn = self.drawn
-        if drawn.empty or not (path := self.folder / SAMPLES / drawn.file.iloc[-1]).exists():
+        drawn, _ = problems_of(partial(getattr, self, "drawn"))
+        image = self.sample(drawn.file.iloc[-1]) if drawn is not None and not drawn.empty else None
+        if image is None:
             return ""
-        image, small = Image.open(path).convert("RGB"), io.BytesIO()
+        small = io.BytesIO()
         image.thumbnail((128, 128))
         image.save(small, "PNG")
         encoded = base64.b64encode(small.getvalue()).decode()

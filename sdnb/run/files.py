@@ -61,7 +61,7 @@ def read(path: Path) -> dict[str, Any]:
     """A JSON file. Empty if it is missing; also, with a warning that names it, if it is damaged: the other files of the
     run are then still of use."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text()) if path.is_file() or not path.exists() else OSError("it is not a file")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
@@ -73,14 +73,22 @@ def read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def read_lines(path: Path) -> pd.DataFrame:
+def read_lines(path: Path, numbers: tuple[str, ...] = (), texts: tuple[str, ...] = ()) -> pd.DataFrame:
     """A JSON-lines file as a table; empty if it is missing. An unfinished last line is ignored: it is being written, or
-    a crash cut it. Raises RunError if another line is damaged."""
+    a crash cut it. Raises RunError if another line is damaged, or has not what each should have: `numbers`, `texts`."""
     try:
         now = path.stat()
     except FileNotFoundError:
         return pd.DataFrame()
-    return _table(path, now.st_ino, now.st_size, now.st_mtime_ns).copy()
+    if not path.is_file():
+        raise RunError(f"{path}: is not a file")
+    table = _table(path, now.st_ino, now.st_size, now.st_mtime_ns)
+    for name in (*numbers, *texts) if len(table) else ():
+        right = pd.api.types.is_numeric_dtype if name in numbers else pd.api.types.is_string_dtype
+        if name not in table or not right(table[name]):
+            kind = "a number" if name in numbers else "a text"
+            raise RunError(f"{path}: is damaged: {name} is not {kind} in each line")
+    return table.copy()
 
 
 @lru_cache(maxsize=4)  # a notebook reads the same file for each figure
@@ -88,11 +96,15 @@ def _table(path: Path, *version: int) -> pd.DataFrame:
     records = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            records.append(orjson.loads(line))
+            record = orjson.loads(line)
         except ValueError as error:
+            record = error
+        if not isinstance(record, dict):
+            why = f"JSON: {record}" if isinstance(record, ValueError) else "a record"
             raise RunError(
-                f"{path}: line {number} is not JSON: {error}. Resume the run, or remove the line; the others are good"
-            ) from None
+                f"{path}: line {number} is not {why}. Resume the run, or remove the line; the others are good"
+            )
+        records.append(record)
     table = pd.DataFrame(records)
     for name in filter(lambda name: pd.api.types.is_object_dtype(table[name]), table):
         # null is how `append` writes a number that is not finite

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import pandas as pd
+from PIL import Image
 
 from sdnb.errors import RunError, SdnbError
 from sdnb.machine.environment import PROJECT
@@ -186,7 +187,7 @@ def fail(folder: Path, rank: int, what: str, details: str) -> bool:
 
 
 def problems_of(look: Callable[[], T]) -> tuple[T | None, str]:
-    """What `look` returns, None if it raises SdnbError, and that error with the warnings about damaged files."""
+    """What `look` returns, None if it raises an error, and that error with the warnings about damaged files."""
     seen, error = None, ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -194,6 +195,8 @@ def problems_of(look: Callable[[], T]) -> tuple[T | None, str]:
             seen = look()
         except SdnbError as raised:
             error = str(raised)
+        except Exception as raised:  # values that nobody could foresee must not hide the other runs
+            error = f"a file has values that sdnb did not write: {type(raised).__name__}: {raised}"
     about_files = [str(one.message) for one in caught if issubclass(one.category, DamagedFile)]
     return seen, "; ".join(dict.fromkeys([*about_files, *([error] if error else [])]))
 
@@ -213,7 +216,10 @@ class RunFolder:
 
     @property
     def config(self) -> TrainConfig:
-        return TrainConfig.from_yaml(self.folder / CONFIG)
+        config = TrainConfig.from_yaml(self.folder / CONFIG)
+        if config.num_processes is None:
+            raise RunError(f"{self.folder / CONFIG}: is cut off: a run's settings have num_processes")
+        return config
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -231,12 +237,12 @@ class RunFolder:
         and ranks), `train_loss` (as the reference logs it), `step_loss` (rank 0's last micro-batch), `grad_norm`
         (before clipping), `lr` (of this step), `seconds` (wall time), `phase_seconds` (its parts), and
         `peak_memory_gib` (of rank 0, so far)."""
-        return read_lines(self.folder / STEPS)
+        return read_lines(self.folder / STEPS, numbers=("step", "images", "loss", "seconds"))
 
     @property
     def validation(self) -> pd.DataFrame:
         """The measurements of the held-out loss: step, loss, standard_error, images."""
-        measured = read_lines(self.folder / VALIDATION)
+        measured = read_lines(self.folder / VALIDATION, numbers=("step", "loss"))
         if "pictures" in measured:  # their name in version 0.1; a run may have been resumed since
             measured["images"] = measured.pop("pictures").fillna(measured.get("images", math.nan))
         return measured
@@ -244,7 +250,16 @@ class RunFolder:
     @property
     def drawn(self) -> pd.DataFrame:
         """The drawn images: file (in samples/), step, prompt, seed, num_inference_steps, guidance_scale."""
-        return read_lines(self.folder / SAMPLES_LIST)
+        return read_lines(self.folder / SAMPLES_LIST, numbers=("step",), texts=("file", "prompt"))
+
+    def sample(self, file: str) -> Image.Image | None:
+        """A drawn image, by its name in `drawn`; None with a warning that names it, if it is missing or damaged."""
+        path = self.folder / SAMPLES / file
+        try:
+            return Image.open(path).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            warnings.warn(f"{path}: is damaged, and is not shown: {error}", DamagedFile, stacklevel=2)
+            return None
 
     @property
     def summary(self) -> dict[str, Any]:
