@@ -38,6 +38,8 @@ def test_it_cannot_be_changed():
         (dict(steps=10**30), "steps = 1000000000000000000000000000000"),
         (dict(learning_rate="fast"), "learning_rate = 'fast'"),
         (dict(learning_rate=float("nan")), "learning_rate = nan"),
+        (dict(snr_gamma=1e308), "snr_gamma = 1e+308"),
+        (dict(dataset_config_name=["a" * 10**6]), f"['{'a' * 198}…: "),
         (dict(adam_beta1=1), "adam_beta1 = 1"),
         (dict(center_crop="maybe"), "center_crop = 'maybe'"),
         (dict(mixed_precision="fp61"), "mixed_precision = 'fp61'"),
@@ -119,6 +121,21 @@ def test_more_loading_processes_than_the_cores_can_run():
     environment.require(config(dataloader_num_workers=many))
     with pytest.raises(ConfigError, match=rf"dataloader_num_workers = {many + 1}: .* at most 16 per core, so {many}"):
         environment.require(config(dataloader_num_workers=many + 1))
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "train_data_dir", "cache_dir", "pretrained_model_name_or_path"])
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("a\0b", "cannot be the name of a folder"), (" ", "' ' cannot"), ("caf\udce9", "cannot be the name"),
+        ("~nobody-here/x", "no user of this name"), ("a/" + "b" * 300, "too long"), ("a/" * 3000, "too long"),
+    ],
+)  # fmt: skip
+def test_what_no_folder_can_be_named(setting, path, said):
+    made = TrainConfig(**{**MODEL_AND_DATA, "dataset_name": "x", setting: path})
+    with pytest.raises(ConfigError, match=rf"^{setting}: .*{said}") as error:
+        environment.require(made)
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(

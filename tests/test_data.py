@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import threading
 
@@ -221,12 +222,36 @@ def test_sub_folders_are_splits(image_folder, tmp_path, name, caplog):
     assert f"the images in {name}/ are trained on, too: more beside train/" in caplog.text
 
 
+def test_splits_with_different_columns(image_folder, tmp_path):
+    for split in ("train", "validation"):
+        image_folder(2, name=split)
+    write_metadata(tmp_path / "validation", *({"file_name": f"00{n}.png", "text": "a", "more": n} for n in (0, 1)))
+    splits = load_data(config(train_data_dir=str(tmp_path)))
+    assert (len(splits.train), len(splits.held_out)) == (2, 2)
+
+
+def test_images_in_an_archive(image_folder, tmp_path):
+    folder = image_folder(3)
+    (tmp_path / "zipped").mkdir()
+    shutil.make_archive(str(tmp_path / "zipped" / "images"), "zip", folder)
+    zipped, plain = load_folder(tmp_path / "zipped"), load_folder(folder)
+    assert zipped.captions[:] == plain.captions[:]
+    assert (zipped.pixels_uint8(2) == plain.pixels_uint8(2)).all()
+    assert zipped.pixels_digest() == plain.pixels_digest()
+
+
+def test_captions_that_are_images(image_folder):
+    with pytest.raises(DataError, match="caption_column = image: it holds images, not captions"):
+        load_folder(image_folder(1), caption_column="image")
+
+
 def test_images_that_a_run_has_drawn_are_no_data(image_folder):
     folder = image_folder(2)
     for samples in (folder / "samples", folder / "runs" / "one" / "samples"):
         samples.mkdir(parents=True)
         (samples / "step_2_0.png").write_bytes((folder / "000.png").read_bytes())
-        (samples / "samples.jsonl").write_text('{"file": "step_2_0.png"}\n')
+        for file in ("config.yaml", "environment.json"):  # a run that ends while it draws has no list of them yet
+            (samples.parent / file).touch()
     assert len(load_folder(folder)) == 2
 
 

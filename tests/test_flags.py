@@ -64,6 +64,10 @@ def test_each_setting_is_a_flag_and_says_the_same(tmp_path):
     assert made.report_to == "comet_ml"
 
 
+def test_none_is_no_value():
+    assert parse([*MODEL_AND_DATA, "--output_dir=None", "--seed=None"]).output_dir is None
+
+
 def test_steps_is_short_for_max_train_steps():
     assert parse([*MODEL_AND_DATA, "--steps=3"]).max_train_steps == 3
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import torch
 from PIL import Image
 
@@ -26,10 +27,12 @@ class ImageCaptions:
 
     def __init__(self, rows: datasets.Dataset, settings: DataSettings, split: str) -> None:
         self.settings, self.split = settings, split
-        self.captions = rows[self._column(rows, "caption_column")][:]
-        column = self._column(rows, "image_column")
+        captions, column = self._column(rows, "caption_column"), self._column(rows, "image_column")
         if not isinstance(rows.features[column], datasets.Image):
             raise DataError(f"{describe(settings)}: column {column} holds {rows.features[column]}, not images")
+        if isinstance(rows.features[captions], datasets.Image):
+            raise DataError(f"{describe(settings)}: caption_column = {captions}: it holds images, not captions")
+        self.captions = rows[captions][:]
         # sdnb decodes images itself, so that it can name a broken one.
         self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.views = len(rows) * (2 if settings.random_flip else 1)
@@ -70,16 +73,26 @@ class ImageCaptions:
     def _stored(self, row: int) -> dict[str, Any]:
         return self.rows[row][self.settings.image_column] or {}
 
+    def _file(self, row: int) -> bytes:
+        """The content of a row's image file, which may be in the data set or in an archive. Raises OSError."""
+        stored = self._stored(row)
+        if stored.get("bytes") or not stored.get("path"):
+            return stored.get("bytes") or b""
+        if "://" in stored["path"]:  # such as zip://a.png::/path/archive.zip
+            with fsspec.open(stored["path"]) as file:
+                return file.read()
+        return Path(stored["path"]).read_bytes()
+
     def image(self, row: int) -> Image.Image:
         """The image of a row as it is stored, in RGB. Raises DataError if there is none or it cannot be decoded."""
-        stored = self._stored(row)
-        if not stored:
+        if not self._stored(row):
             raise DataError(f"{self.name_of(row)}: there is no image")
         try:
-            with Image.open(BytesIO(stored["bytes"]) if stored.get("bytes") else stored["path"]) as opened:
+            file = self._file(row)
+            with Image.open(BytesIO(file)) as opened:
                 if opened.format == "EPS":
                     raise ValueError("EPS is a program, which Pillow would give to another program to run")
-            image = datasets.Image().decode_example(stored)
+            image = datasets.Image().decode_example({"bytes": file, "path": None})
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels have mode {image.mode}, deeper than 8 bits, and would turn white")
             return image.convert("RGB")
@@ -105,9 +118,9 @@ class ImageCaptions:
         settings = [getattr(self.settings, name) for name in ("resolution", "center_crop", "image_interpolation_mode")]
         digest = hashlib.sha256(json.dumps([*settings, self.views]).encode())
         for row in range(len(self)):
-            stored, file = self._stored(row), b""
+            file = b""
             with contextlib.suppress(OSError):  # `image` reports it
-                file = stored.get("bytes") or (Path(stored["path"]).read_bytes() if stored else b"")
+                file = self._file(row)
             digest.update(hashlib.sha256(file).digest())
         return digest.hexdigest()
 

@@ -16,7 +16,7 @@ HELD_OUT = ("validation", "valid", "val", "test")
 logger = logging.getLogger("sdnb")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _OF_A_DATA_SET = (".parquet", ".arrow", ".tar")
-_DRAWN = "samples.jsonl"  # lists the images that a run has drawn, beside them
+_RUN, _DRAWN = {"config.yaml", "environment.json"}, "samples"  # files of a run folder; where the run draws images
 
 
 def splits_of(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
@@ -63,11 +63,9 @@ def images_in(folder: Path) -> list[Path]:
 
 def _files_in(folder: Path) -> Iterator[Path]:
     for name, folders, files in os.walk(folder):
-        if _DRAWN in files:
-            folders.clear()
-            continue
-        here = Path(name)
-        folders[:] = sorted(one for one in folders if not one.startswith((".", "__")))
+        here, is_run = Path(name), {*files} >= _RUN
+        visible = (one for one in folders if not one.startswith((".", "__")))
+        folders[:] = sorted(one for one in visible if not (is_run and one == _DRAWN))
         if links := [str((here / one).relative_to(folder)) for one in folders if (here / one).is_symlink()]:
             logger.warning("train_data_dir %s: links to folders are not followed: %s", folder, some(links))
         yield from (here / one for one in sorted(files) if not one.startswith((".", "__")))

@@ -54,7 +54,13 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
         files = {split: f"{glob.escape(str(path))}/**" for split, path in folders.items()}
         source = {"path": "imagefolder", "data_files": files}
     try:
-        splits = datasets.load_dataset(**source, cache_dir=config.cache_dir)
+        if len(images) > 1:  # one by one: their metadata may have different columns
+            splits = datasets.DatasetDict(
+                {split: datasets.load_dataset("imagefolder", data_files=files[split], split="train",
+                                              cache_dir=config.cache_dir) for split in files}
+            )  # fmt: skip
+        else:
+            splits = datasets.load_dataset(**source, cache_dir=config.cache_dir)
     except Exception as error:  # `datasets` and its builders raise dozens of types
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
@@ -21,6 +22,7 @@ from sdnb.machine.watchdog import end_with_parent
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.flags import parse
+from sdnb.train.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from sdnb.data.loading import Splits
@@ -109,6 +111,8 @@ def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) ->
             bar.update()
 
         train(config, show, splits)
+        for number in SIGNALS:  # the run is complete: nothing is left to stop
+            signal.signal(number, signal.SIG_IGN)
     run = run_folder.RunFolder(run_folder.path_of(config))
     print(measure(run) if len(run.steps) else "there were no steps left", f"in {run.folder}", sep="\n")
 

@@ -22,6 +22,9 @@ _OPTIONAL = {
     "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
     "report_to = wandb": "wandb", "report_to = comet_ml": "comet_ml",
 }  # fmt: skip
+_PATHS = (
+    "pretrained_model_name_or_path", "dataset_name", "train_data_dir", "output_dir", "cache_dir", "logging_dir",
+)  # fmt: skip
 _WORKERS_PER_CORE = 16  # more could never pay: they load faster than any step trains
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -66,8 +69,11 @@ def _free_gib(devices: list[Any]) -> tuple[float, ...]:
 
 
 def require(config: TrainConfig) -> None:
-    """Raises ConfigError if a setting needs a package that is not installed, the cache folder is a file, or the cores
-    are far too few for the loading processes."""
+    """Raises ConfigError if a setting needs a package that is not installed, a path cannot be one, the cache folder is
+    a file, or the cores are far too few for the loading processes."""
+    for setting in _PATHS:
+        if problem := _problem_of_path(getattr(config, setting)):
+            raise ConfigError(f"{setting}: {problem}")
     if config.cache_dir is not None and Path(config.cache_dir).expanduser().is_file():
         raise ConfigError(f"cache_dir = {config.cache_dir}: that is a file, not a folder")
     cores = len(os.sched_getaffinity(0))
@@ -81,6 +87,19 @@ def require(config: TrainConfig) -> None:
         if used and importlib.util.find_spec(module) is None:
             package = module.replace("_", "-")
             raise ConfigError(f"{setting} needs the package {package}, which is not installed: pip install {package}")
+
+
+def _problem_of_path(path: str | None) -> str:
+    if path is None:
+        return ""
+    shown = ascii(path if len(path) < 100 else f"{path[:100]}…")
+    if "\0" in path or not path.strip() or any(0xD800 <= ord(letter) <= 0xDFFF for letter in path):
+        return f"{shown} cannot be the name of a folder"
+    if os.path.expanduser(path).startswith("~"):
+        return f"{shown}: there is no user of this name"
+    if len(os.fsencode(path)) > 4000 or max(len(os.fsencode(part)) for part in path.split("/")) > 255:
+        return f"{shown}: this name is too long for a folder"
+    return ""
 
 
 def capture() -> dict[str, Any]:

@@ -205,5 +205,6 @@ def _explain(error: ValidationError) -> str:
         else:
             shown = "steps" if name == "max_train_steps" else name
             given = "…" if name == "hub_token" else repr(detail["input"])
+            given = given if len(given) <= 200 else f"{given[:200]}…"
             lines.append(f"{shown} = {given}: {detail['msg'][0].lower()}{detail['msg'][1:]}")
     return "\n".join(dict.fromkeys(lines))

@@ -46,7 +46,7 @@ def several(value: Any) -> Any:
 
 
 Flag = Annotated[bool, BeforeValidator(_flag_from_text)]
-Real = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
+Real = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 BatchSize = Annotated[int, Field(ge=1, le=2**16)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(several)]

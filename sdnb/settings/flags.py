@@ -33,7 +33,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         shown = parser.add_argument_group(group.__name__.removesuffix("Settings").lower())
         for name, field in group.model_fields.items():
             shown.add_argument(f"--{name}", *_SHORT.get(name, ()), **_options(field))
-    return TrainConfig(**vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    return TrainConfig(**{name: None if value == "None" else value for name, value in given.items()})
 
 
 def command_line(settings: dict[str, Any]) -> list[str]:
