@@ -413,3 +413,8 @@ def test_what_is_compiled_trains_the_same_and_only_whole_steps_are_compiled_for(
     assert list(run.steps.images) == [4, 1, 4, 1] and len(run.drawn) == 3
     assert graphs[0] == graphs[1] > 0
     assert list(run.steps.loss) == pytest.approx(list(plain.steps.loss), rel=1e-4)
+
+
+def test_a_tracker_that_cannot_start(settings):
+    with pytest.raises(ConfigError, match="report_to = tensorboard, logging_dir = /proc/none: cannot be started"):
+        train(settings, report_to="tensorboard", logging_dir="/proc/none")

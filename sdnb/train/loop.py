@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdnb.data.loading import Splits
+from sdnb.errors import ConfigError
 from sdnb.machine.device import keep_freed_memory, measured_matmul_tflops, release_freed_memory
 from sdnb.machine.threads import Waits
 from sdnb.models.encoders import WEIGHT_DTYPES
@@ -144,7 +145,12 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
         run_folder.add_to_environment(training.folder, threads=waits.now())
     settings = config.model_dump(mode="json", exclude={"validation_prompts", "hub_token"})
     purge = {"tensorboard": {"purge_step": training.step + 1}} if training.step else {}
-    accelerator.init_trackers(config.tracker_project_name, settings, init_kwargs=purge)
+    try:
+        accelerator.init_trackers(config.tracker_project_name, settings, init_kwargs=purge)
+    except Exception as error:  # each tracker raises its own
+        raise ConfigError(
+            f"report_to = {config.report_to}, logging_dir = {config.logging_dir}: cannot be started: {error}"
+        ) from error
     _log_start(training)
     if accelerator.device.type == "cpu":
         release_freed_memory()  # gaps that loading has left
