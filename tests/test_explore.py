@@ -89,7 +89,7 @@ def test_which_run_is_meant(monkeypatch, tmp_path):
     for name, model, ended in (("old", "tiny", 1), ("new", "tiny", 2), ("other", "sd-v1-4-random", 3)):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        made = config(pretrained_model_name_or_path=model, dataset_name="openmoji")
+        made = config(pretrained_model_name_or_path=model, dataset_name="openmoji", num_processes=1)
         (folder / "config.yaml").write_text(made.to_yaml())
         (folder / "summary.json").write_text(json.dumps({"ended": ended}))
         (folder / "model_index.json").touch()
