@@ -331,7 +331,7 @@ def test_nobody_else_can_use_the_folder_of_a_run(settings):
             run_folder.begin(again, {})
         refused.append(run_folder.RunFolder(settings["output_dir"]).config.learning_rate)
 
-    start(settings, num_processes=2, steps=30, show=at_step(1, start_again))
+    start(settings, num_processes=2, steps=200, show=at_step(1, start_again))
     assert refused == [settings["learning_rate"]], "it changed nothing"
     _, held = run_folder.begin(TrainConfig(**settings, resume_from_checkpoint="latest"), {})
     held.close()

@@ -33,8 +33,10 @@ def main() -> None:
     config = TrainConfig(**json.load(sys.stdin))
     gc.disable()  # until everything is loaded, see `train`
     faulthandler.register(signal.SIGUSR1)
-    if config.ranks_here > 1:  # for the ranks, which share its group; the launcher waits for them
+    if config.ranks_here > 1:  # the launcher waits for the ranks; torch's has handlers of its own
         signal.signal(LAUNCHER_GONE, lambda *_: None)
+        for number in SIGNALS:
+            signal.signal(number, _pass_on)
     # Nobody writes into the pipe: a read returns when its other end closes.
     end_when(lambda: os.read(pipe, 1) == b"", first=LAUNCHER_GONE)
 
@@ -70,6 +72,12 @@ def main() -> None:
     if is_the_rank:
         sys.stdout.flush()
         os._exit(0)  # at once, like forked ranks: interpreter shutdown would destroy the process group
+
+
+def _pass_on(number: int, _: object) -> None:
+    """To the ranks, which share the group; once, as this process is in it, too."""
+    signal.signal(number, signal.SIG_IGN)
+    os.killpg(0, number)
 
 
 def _rank(config: TrainConfig) -> None:
