@@ -204,7 +204,7 @@ def test_the_death_of_the_one_who_launched_ends_every_rank(settings):
     finally:
         launcher.kill()
         launcher.wait()
-    assert none_left(folder, within=5)
+    assert none_left(folder, within=40)  # they keep a checkpoint
 
 
 def test_ranks_that_do_not_join_are_an_error(settings, monkeypatch):
