@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -51,9 +52,10 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
     log = files.Tail(folder / run_folder.LOG)
     log.new()  # skips earlier attempts
     ends_with_us, held_here = os.pipe()
+    temporary = tempfile.TemporaryDirectory(prefix="sdnb-", ignore_cleanup_errors=True)
     try:
         with held or contextlib.nullcontext():  # the process inherits it
-            process = _start(plan, folder, ends_with_us, held)
+            process = _start(plan, folder, ends_with_us, held, temporary.name)
         try:
             with StopRequest() as stop:
                 _follow(process, run, log, steps, records, show, stop)
@@ -64,6 +66,7 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
             _end(process)
     finally:
         os.close(held_here)  # this also ends the process, if a second interrupt came
+        temporary.cleanup()
     number = -process.returncode if process.returncode < 0 else process.returncode - 128
     if number in SIGNALS:
         raise stopped(number, folder, run_folder.last_step(folder))
@@ -72,8 +75,10 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
     return run
 
 
-def _start(plan: Plan, folder: Path, ends_with_us: int, held: TextIO | None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "sdnb.launch.ranks", str(folder), str(ends_with_us)]
+def _start(
+    plan: Plan, folder: Path, ends_with_us: int, held: TextIO | None, temporary: str
+) -> subprocess.Popen[bytes]:  # fmt: skip
+    command = [sys.executable, "-m", "sdnb.launch.ranks", str(folder), str(ends_with_us), temporary]
     token = {"HF_TOKEN": plan.config.hub_token.get_secret_value()} if plan.config.hub_token else {}
     environment = {**_process_environment(plan), **os.environ, **token}
     with (folder / run_folder.LOG).open("ab") as log:

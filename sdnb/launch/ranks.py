@@ -1,6 +1,6 @@
-"""The process that starts the ranks: `python -m sdnb.launch.ranks <run folder> <pipe>`, with the settings as JSON on
-its standard input. It calls accelerate's notebook_launcher, which forks. A kernel that has computed before, or that
-holds an Accelerator, would hang or fail there, so this is a process of its own.
+"""The process that starts the ranks: `python -m sdnb.launch.ranks <run folder> <pipe> <temporary folder>`, with the
+settings as JSON on its standard input. It calls accelerate's notebook_launcher, which forks. A kernel that has computed
+before, or that holds an Accelerator, would hang or fail there, so this is a process of its own.
 
 When the other end of the pipe closes, whoever launched the run is gone: every rank stops after its step, and what is
 left after half a minute is killed. On SIGUSR1 each process writes its stack trace into the log.
@@ -16,6 +16,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -30,6 +31,7 @@ from sdnb.train.stopping import LAUNCHER_GONE, SIGNALS
 
 def main() -> None:
     folder, pipe = Path(sys.argv[1]), int(sys.argv[2])
+    tempfile.tempdir = sys.argv[3]  # torch's launcher leaves a folder
     config = TrainConfig(**json.load(sys.stdin))
     gc.disable()  # until everything is loaded, see `train`
     faulthandler.register(signal.SIGUSR1)
@@ -82,6 +84,7 @@ def _pass_on(number: int, _: object) -> None:
 
 def _rank(config: TrainConfig) -> None:
     sys.stdout = sys.__stdout__
+    tempfile.tempdir = None
     if config.ranks_here > 1:
         for number in (*SIGNALS, LAUNCHER_GONE):  # not as torch's launcher handles them, from which it was forked
             signal.signal(number, signal.SIG_DFL)

@@ -173,20 +173,22 @@ def add_to_environment(folder: Path, **facts: Any) -> None:
 
 
 def fail(folder: Path, rank: int, what: str, details: str) -> bool:
-    """Write the first failure; failures of other ranks are its consequences. Returns whether this one is the first, or
-    the first that can be written. Raises RunError if it cannot be written."""
+    """Write the first failure that can be written; failures of other ranks are its consequences. Returns whether this
+    one is the first. Raises RunError if it cannot be written."""
+    first = True
     try:
         with writing(folder / FAILURE):
             (folder / FAILURE_CLAIM).touch(exist_ok=False)
     except RunError as error:
         if not isinstance(error.__cause__, FileExistsError):
             raise
+        first = False
         for _ in range(20):
             if (folder / FAILURE).exists():
                 return False
             time.sleep(0.05)
     write(folder / FAILURE, {"rank": rank, "what": what, "details": details})
-    return True
+    return first
 
 
 def problems_of(look: Callable[[], T]) -> tuple[T | None, str]:
