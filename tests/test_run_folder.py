@@ -194,6 +194,14 @@ def test_values_that_nobody_wrote_do_not_hide_the_other_runs(tmp_path, name, con
     assert [*compared.runs] == ["a", "c"] and said in " ".join(compared.problems)
 
 
+def test_what_a_killed_write_has_left_is_removed(tmp_path):
+    settings = dict(output_dir=str(tmp_path / "run"), num_processes=1)
+    folder = begun(config(**settings), {})
+    (folder / ".summary.json.0123abcd").write_text("{")
+    begun(config(**settings, resume_from_checkpoint="latest"), {})
+    assert sorted(path.name for path in folder.glob(".*")) == [run_folder.LOCK]
+
+
 @pytest.mark.parametrize("name", [run_folder.ENVIRONMENT, run_folder.STEPS])
 def test_what_is_no_file(tmp_path, name):
     make_run(tmp_path / "a")

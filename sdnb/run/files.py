@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import secrets
 import warnings
 from collections.abc import Iterator
@@ -37,6 +38,13 @@ def write_text(path: Path, text: str) -> None:
             with suppress(OSError):
                 aside.unlink()
             raise
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove what a killed `write` has left. Call it where nothing else writes into the folder."""
+    for path in folder.glob(".*.*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sdnb.errors import RunError, SdnbError
 from sdnb.machine.environment import PROJECT
-from sdnb.run.files import DamagedFile, intact_lines, read, read_lines, write, write_text, writing
+from sdnb.run.files import DamagedFile, intact_lines, read, read_lines, remove_strays, write, write_text, writing
 from sdnb.settings.config import TrainConfig
 
 logger = logging.getLogger("sdnb")
@@ -58,6 +58,7 @@ def begin(config: TrainConfig, environment: dict[str, Any]) -> tuple[Path, TextI
     # The monotonic clock is the machine's: it is the same in every process, and nobody can set it back.
     began = {"started": time.time(), "started_monotonic": time.monotonic(), "resumed": resumed}
     write(folder / ENVIRONMENT, {**environment, **began})
+    remove_strays(folder)
     for name in (SUMMARY, FAILURE, FAILURE_CLAIM):  # of the run that is resumed
         (folder / name).unlink(missing_ok=True)
     return folder, held
