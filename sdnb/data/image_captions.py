@@ -73,9 +73,9 @@ class ImageCaptions:
     def _stored(self, row: int) -> dict[str, Any]:
         return self.rows[row][self.settings.image_column] or {}
 
-    def _file(self, row: int) -> bytes:
-        """The content of a row's image file, which may be in the data set or in an archive. Raises OSError."""
-        stored = self._stored(row)
+    @staticmethod
+    def _file(stored: dict[str, Any]) -> bytes:
+        """The content of an image file, which may be in the data set or in an archive. Raises OSError."""
         if stored.get("bytes") or not stored.get("path"):
             return stored.get("bytes") or b""
         if "://" in stored["path"]:  # such as zip://a.png::/path/archive.zip
@@ -85,10 +85,11 @@ class ImageCaptions:
 
     def image(self, row: int) -> Image.Image:
         """The image of a row as it is stored, in RGB. Raises DataError if there is none or it cannot be decoded."""
-        if not self._stored(row):
+        stored = self._stored(row)
+        if not stored:
             raise DataError(f"{self.name_of(row)}: there is no image")
         try:
-            file = self._file(row)
+            file = self._file(stored)
             with Image.open(BytesIO(file)) as opened:
                 if opened.format == "EPS":
                     raise ValueError("EPS is a program, which Pillow would give to another program to run")
@@ -120,7 +121,7 @@ class ImageCaptions:
         for row in range(len(self)):
             file = b""
             with contextlib.suppress(OSError):  # `image` reports it
-                file = self._file(row)
+                file = self._file(self._stored(row))
             digest.update(hashlib.sha256(file).digest())
         return digest.hexdigest()
 

@@ -32,7 +32,7 @@ def splits_of(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
     if others:
         logger.warning(
             "train_data_dir %s: the images in %s/ are trained on, too: %s beside train/ and %s/ says that these are no "
-            "splits", folder, held_out, some(others), held_out,
+            "splits", folder, held_out, _some(others), held_out,
         )  # fmt: skip
         return {"train": (folder, images)}
     return {
@@ -67,7 +67,7 @@ def _files_in(folder: Path) -> Iterator[Path]:
         visible = (one for one in folders if not one.startswith((".", "__")))
         folders[:] = sorted(one for one in visible if not (is_run and one == _DRAWN))
         if links := [str((here / one).relative_to(folder)) for one in folders if (here / one).is_symlink()]:
-            logger.warning("train_data_dir %s: links to folders are not followed: %s", folder, some(links))
+            logger.warning("train_data_dir %s: links to folders are not followed: %s", folder, _some(links))
         yield from (here / one for one in sorted(files) if not one.startswith((".", "__")))
 
 
@@ -83,7 +83,7 @@ def check_files(described: str, rows: datasets.Dataset, column: str) -> None:
     ]
     if missing:
         raise DataError(
-            f"{described}: {len(missing)} of {len(rows)} images are missing: {some(missing)}. The folder of a "
+            f"{described}: {len(missing)} of {len(rows)} images are missing: {_some(missing)}. The folder of a "
             "metadata.jsonl is searched for the files that it names. Add the files, or remove their lines."
         )
 
@@ -95,7 +95,7 @@ def check_captions(described: str, folder: Path, images: list[Path], rows: datas
     named = {os.path.realpath(path) for column in rows.features for path, _ in _stored(rows, column) if path}
     if without := [str(path.relative_to(folder)) for path in images if os.path.realpath(path) not in named]:
         raise DataError(
-            f"{described}: {len(without)} of {len(images)} images have no caption: {some(without)}. "
+            f"{described}: {len(without)} of {len(images)} images have no caption: {_some(without)}. "
             "Give each a line in the folder's metadata.jsonl, or remove it."
         )
 
@@ -112,6 +112,6 @@ def _stored(rows: datasets.Dataset, column: str) -> Iterator[tuple[str | None, b
         yield from zip(pc.struct_field(images, "path").to_pylist(), inside.to_pylist())
 
 
-def some(names: list[str]) -> str:
+def _some(names: list[str]) -> str:
     """The first five names."""
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

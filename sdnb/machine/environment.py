@@ -25,7 +25,7 @@ _OPTIONAL = {
 _PATHS = (
     "pretrained_model_name_or_path", "dataset_name", "train_data_dir", "output_dir", "cache_dir", "logging_dir",
 )  # fmt: skip
-_WORKERS_PER_CORE = 16  # more could never pay: they load faster than any step trains
+_WORKERS_PER_CORE = 16  # against a slip of the hand, such as 1600; not advice
 PROJECT = Path(__file__).resolve().parents[2]
 
 

@@ -65,7 +65,7 @@ def smoothed_seconds_per_step(seconds: np.ndarray) -> float:
                maxinterval=10.0, miniters=None)  # fmt: skip
     bar._time = lambda: now
     bar.start_t = bar.last_print_t = now
-    bar.refresh = lambda *_, **__: None  # drawing it takes a hundred times longer than the average
+    bar.refresh = lambda *_, **__: None  # only its average is wanted, and drawing it takes time
     for step in seconds:
         now += step
         bar.update(1)
