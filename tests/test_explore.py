@@ -93,6 +93,9 @@ def test_which_run_is_meant(monkeypatch, tmp_path):
         (folder / "config.yaml").write_text(made.to_yaml())
         (folder / "summary.json").write_text(json.dumps({"ended": ended}))
         (folder / "model_index.json").touch()
+    (damaged := tmp_path / "runs" / "damaged").mkdir()
+    for name in ("config.yaml", "summary.json", "model_index.json"):
+        (damaged / name).write_text("[")
     assert explore.find_run("latest", config(dataset_name="openmoji")).folder.name == "new"
     with pytest.raises(RunError, match="there is no run here"):
         explore.find_run(tmp_path, config(dataset_name="openmoji"))

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from launching import at_step, start
 from processes import ROOT, Forked, none_left, two_ranks, wait_for
 
@@ -16,6 +18,8 @@ from sdnb.errors import Stopped
 from sdnb.run import folder as run_folder
 from sdnb.settings.flags import command_line as flags_of
 from sdnb.train.checkpoint_folder import numbered
+from sdnb.train.step_stats import StepStats
+from sdnb.train.stopping import StopRequest
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 
@@ -94,6 +98,24 @@ def test_ranks_agree_on_the_step_when_one_of_them_gets_the_signal(settings, tmp_
         os.kill(ranks[1].pid, signal.SIGTERM)
         assert [rank.wait(60) for rank in ranks] == [143, 143], (tmp_path / "printed").read_text()
     assert (tmp_path / "printed").read_text().count(f"stopped after step {checkpoint_of(folder)}: by SIGTERM") == 1
+
+
+def test_a_signal_that_comes_while_the_ranks_agree_counts_for_the_next_step():
+    """Else one rank would stop alone, and wait for the others for ever."""
+    stop = StopRequest()
+
+    def reduce(sums, reduction):
+        stop.signal = signal.SIGHUP
+        return sums.clone()
+
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, reduce=reduce)
+    encoders = SimpleNamespace(take_counts=lambda: (0, 0), store_new=lambda: None)
+    stats, told = StepStats(accelerator, 1, encoders, stop), []
+    for _ in range(2):
+        stats.add(torch.tensor([0.5]), 1)
+        stats.read(torch.tensor(1.0))
+        told.append(stats.signal)
+    assert told == [0, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -3,6 +3,7 @@ model draws."""
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from sdnb.machine.device import release_freed_memory
 from sdnb.machine.environment import PROJECT
 from sdnb.models.pipeline import Parts, assemble, load_parts
 from sdnb.report.run import Run
-from sdnb.run.folder import SUMMARY
+from sdnb.run.folder import SUMMARY, problems_of
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import several
 from sdnb.train.evaluation import psnr
@@ -129,10 +130,17 @@ def find_run(wanted: str | Path | None, config: TrainConfig) -> Run | None:
         return None
     if wanted != LATEST:
         return Run(wanted)
-    found = [Run(path.parent) for path in (PROJECT / "runs").glob(f"**/{SUMMARY}")]
-    same = [run for run in found if (run.folder / PIPELINE).exists()
-            and run.config.pretrained_model_name_or_path == config.pretrained_model_name_or_path]  # fmt: skip
-    return max(same, key=lambda run: run.summary["ended"], default=None)
+    model, ended = config.pretrained_model_name_or_path, {}
+    for path in (PROJECT / "runs").glob(f"**/{SUMMARY}"):
+        seen, _ = problems_of(partial(_model_and_end, path.parent))  # a damaged run does not hide the others
+        if seen and seen[0] == model and (path.parent / PIPELINE).exists():
+            ended[path.parent] = seen[1]
+    return Run(max(ended, key=ended.__getitem__)) if ended else None
+
+
+def _model_and_end(folder: Path) -> tuple[str, float]:
+    run = Run(folder)
+    return run.config.pretrained_model_name_or_path, run.summary["ended"]
 
 
 def draw(

@@ -48,7 +48,8 @@ class StepStats:
         loss_sum, images, encoded_images, encoded_captions, joules, signals, step_loss, norm = torch.stack(
             [*self.accelerator.reduce(sums, reduction="sum"), self.last_loss, grad_norm.float()]
         ).tolist()
-        self.signal = self.stop.signal or (signal.SIGTERM if signals else 0)
+        # Not what has come since the sum was made: other ranks do not know of it.
+        self.signal = (self.stop.signal or signal.SIGTERM) if signals else 0
         self.encoders.store_new()  # the device is idle now
         record = dict(
             micro_batches=self.micro_batches,
