@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,10 @@ def together(plans):
     """Launched at once. Where one of them fails, or the test's time is over, none is waited for."""
     with ThreadPoolExecutor() as pool:
         try:
-            return list(pool.map(lambda plan: launch(plan, **QUIET), plans))
+            launched = [pool.submit(launch, plan, **QUIET) for plan in plans]
+            for ended in as_completed(launched):
+                ended.result()
+            return [one.result() for one in launched]
         except BaseException:
             for plan in plans:
                 for process in (processes := processes_of(plan.config.output_dir)):

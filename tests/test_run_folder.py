@@ -195,10 +195,13 @@ def test_values_that_nobody_wrote_do_not_hide_the_other_runs(tmp_path, name, con
 
 
 def test_what_a_killed_write_has_left_is_removed(tmp_path):
-    settings = dict(output_dir=str(tmp_path / "run"), num_processes=1)
-    folder = begun(config(**settings), {})
+    settings = dict(output_dir=str(tmp_path / "run"))
+    folder = begun(config(**settings, num_processes=1), {})
     (folder / ".summary.json.0123abcd").write_text("{")
-    begun(config(**settings, resume_from_checkpoint="latest"), {})
+    again = dict(**settings, resume_from_checkpoint="latest")
+    begun(config(**again, num_processes=2, num_machines=2, main_process_ip="a"), {})
+    assert len([*folder.glob(".*")]) == 2, "another machine may be writing it"
+    begun(config(**again, num_processes=1), {})
     assert sorted(path.name for path in folder.glob(".*")) == [run_folder.LOCK]
 
 

@@ -34,6 +34,8 @@ with StopRequest(Path(sys.argv[1])) as stop:
     while not stop.signal or "once" not in sys.argv:
         threading.Event().wait(0.05)
     print(stop.signal, flush=True)
+    if "fails" in sys.argv:
+        raise RuntimeError("lost its peer")
 """
 
 
@@ -147,6 +149,13 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, second):
             process.wait(1.5)
         process.send_signal(second)
         assert process.wait(5) == 128 + second
+
+
+def test_an_error_after_the_launchers_signal_is_a_consequence(tmp_path):
+    """It must not be reported in place of the rank that failed first."""
+    with waiting(str(tmp_path / "failure.json"), "once", "fails") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == -signal.SIGTERM
 
 
 def test_what_stops_and_what_does_not(tmp_path):

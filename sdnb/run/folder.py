@@ -58,7 +58,8 @@ def begin(config: TrainConfig, environment: dict[str, Any]) -> tuple[Path, TextI
     # The monotonic clock is the machine's: it is the same in every process, and nobody can set it back.
     began = {"started": time.time(), "started_monotonic": time.monotonic(), "resumed": resumed}
     write(folder / ENVIRONMENT, {**environment, **began})
-    remove_strays(folder)
+    if config.num_machines == 1:  # another machine may be writing, see `join`
+        remove_strays(folder)
     for name in (SUMMARY, FAILURE, FAILURE_CLAIM):  # of the run that is resumed
         (folder / name).unlink(missing_ok=True)
     return folder, held

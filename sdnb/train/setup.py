@@ -133,7 +133,7 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
     loader = accelerator.prepare_data_loader(loader, device_placement=False)
     if ema is not None:
         ema.settle(device)
-    stop = StopRequest(run_folder.path_of(config) / run_folder.FAILURE)
+    stop = StopRequest(run_folder.path_of(config) / run_folder.FAILURE if ranks > 1 else None)
     return Training(
         config, accelerator, splits, parts, unet, optimizer, schedule, ema, encoders,
         batches=MicroBatches(loader, config.gradient_accumulation_steps, config.whole_steps),

@@ -1,5 +1,6 @@
 """Stops a training in good order when the system takes the machine back."""
 
+import logging
 import os
 import signal
 import threading
@@ -9,6 +10,8 @@ from types import TracebackType
 
 from sdnb.errors import Stopped
 from sdnb.machine.watchdog import end_with_parent
+
+logger = logging.getLogger("sdnb")
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # from Slurm and Kubernetes; from a terminal that closes
 LAUNCHER_GONE = signal.SIGUSR2  # sent to a group of ranks when the process that launched them has ended
@@ -25,8 +28,9 @@ class StopRequest:
     """
 
     def __init__(self, failure: Path | None = None) -> None:
-        """`failure`: a file. If it exists when a signal comes, the process ends at once: another rank has failed, and
-        a launcher ends the rest with SIGTERM."""
+        """`failure`: for one of several ranks, the file where a failure is written. When a rank fails, its launcher
+        ends the others with SIGTERM: if the file exists when a signal comes, the process ends at once; and an error
+        after a signal is a consequence, so that the signal ends the process."""
         self.failure, self.signal = failure, 0
 
     def __enter__(self) -> "StopRequest":
@@ -50,6 +54,9 @@ class StopRequest:
         if self._writing is not None:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._writing)  # this ends the thread
+        if self.failure and self.signal and error is not None and not isinstance(error, Stopped):
+            logger.error("ended by %s, in: %s", signal.Signals(self.signal).name, error)
+            os.kill(os.getpid(), self.signal)
 
     def _listen(self, reading: int) -> None:
         with open(reading, "rb", buffering=0) as pipe:
