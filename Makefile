@@ -61,7 +61,7 @@ bench: $(VENV)/.installed ## Compare the speed of sdnb with REFERENCE's, or with
 	$(BIN)/python benchmarks/speed.py $(if $(REFERENCE),--reference "$(REFERENCE)" --python "$(BENCH_PYTHON)") $(BENCH)
 
 lab: $(VENV)/.installed ## Open JupyterLab in the folder of the notebooks
-	$(BIN)/jupyter lab --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB)
+	$(BIN)/sdnb lab $(LAB)
 
 clean: ## Remove the virtual environments, and keep the runs
 	rm -rf $(VENV) $(VENV_2024)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdnb import places
 from sdnb.machine import environment
 from sdnb.models import embedded
 
@@ -92,7 +93,7 @@ def variables(device: str, cache: Path) -> dict[str, str]:
     on_cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     folders = {"HF_HOME": "huggingface", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     caches = {"XDG_CACHE_HOME": str(cache), **{name: str(cache / folder) for name, folder in folders.items()}}
-    path = os.pathsep.join([str(environment.PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(places.CLONE), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, **on_cpu, **caches, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 

@@ -27,7 +27,8 @@ import pandas as pd
 from common import MODELS, at_least, describe, file_of, follow, write
 
 from sdnb.data import openmoji
-from sdnb.figures.chart import BLUE, GREY, RED, Chart, legend
+from sdnb.figures.chart import Chart, legend
+from sdnb.figures.colours import BLUE, GREY, RED
 from sdnb.models import embedded
 from sdnb.report.run import Run
 

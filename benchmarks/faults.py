@@ -327,7 +327,7 @@ def main() -> None:
         openmoji.folder(64, cache)
         if options.errors:
             _compile(work)
-        _server.set_forkserver_preload(["sdnb.train.loop", "sdnb.launch.command_line", "sdnb.metrics.results"])
+        _server.set_forkserver_preload(["sdnb.training.loop", "sdnb.launch.command_line", "sdnb.metrics.results"])
         about = describe("Faults on purpose", flags=" ".join(FLAGS.split()), seed=options.seed)
         try:
             for ranks in options.ranks:

@@ -34,7 +34,8 @@ from common import MODELS, a_python, at_least, describe, file_of, follow, inspec
 
 from sdnb import errors
 from sdnb.data import openmoji
-from sdnb.figures.chart import BLUE, GREY, Chart
+from sdnb.figures.chart import Chart
+from sdnb.figures.colours import BLUE, GREY
 from sdnb.launch import memory
 from sdnb.metrics import throughput
 from sdnb.metrics.steps import warmup_steps

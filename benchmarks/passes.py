@@ -35,7 +35,7 @@ from sdnb.models.encoders import WEIGHT_DTYPES
 from sdnb.models.flops import flop_per_image
 from sdnb.models.pipeline import Parts
 from sdnb.settings.config import TrainConfig
-from sdnb.train.setup import configure, optimizer_class
+from sdnb.training.setup import configure, optimizer_class
 
 
 class Way(NamedTuple):

@@ -49,10 +49,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sdnb import errors
 from sdnb.data import openmoji
-from sdnb.figures.chart import BLUE, RED, Chart
-from sdnb.machine import environment
+from sdnb.figures.chart import Chart
+from sdnb.figures.colours import BLUE, RED
 from sdnb.metrics.steps import warmup_steps
 from sdnb.models import embedded
+from sdnb.places import shipped
 from sdnb.run import folder as run_folder
 from sdnb.settings.flags import parse
 
@@ -87,7 +88,7 @@ class Kind(NamedTuple):
 
 def of_fast_yaml() -> tuple[str, ...]:
     """The flags for the settings in which params/fast.yaml differs from params/reference.yaml."""
-    folder = environment.PROJECT / "params"
+    folder = shipped("params")
     slow, fast = (yaml.safe_load((folder / name).read_text()) for name in ("reference.yaml", "fast.yaml"))
     changed = {name: value for name, value in fast.items() if value != slow.get(name) and value is not None}
     return tuple(f"--{name}" if value is True else f"--{name}={value}" for name, value in changed.items())

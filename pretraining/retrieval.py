@@ -12,7 +12,7 @@ from PIL import Image
 from sdnb.data.image_captions import ImageCaptions, first_caption
 from sdnb.data.transforms import to_tensor
 from sdnb.figures.chart import Chart, grid_of
-from sdnb.train.evaluation import INFERENCE_STEPS
+from sdnb.training.evaluation import INFERENCE_STEPS
 
 _DRAWN_TOGETHER = 25
 _GUIDANCE_SCALE = 3.0

@@ -22,15 +22,15 @@ from pretraining.trainer import PRETRAINING, Training, check_used
 from sdnb.compat import read_vocabulary, write_vocabulary
 from sdnb.data.image_captions import ImageCaptions, first_caption, tokenize
 from sdnb.launch.notebook import Show
-from sdnb.machine.environment import PROJECT
 from sdnb.models.embedded import portable
 from sdnb.models.pipeline import assemble, load_parts, model_folder
+from sdnb.places import runs_folder
 from sdnb.report.run import Run
 from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
-from sdnb.train.evaluation import HeldOutLoss, draw_samples, psnr
-from sdnb.train.objective import draw_latents, draw_noise, draw_timesteps, loss_of, target_of
+from sdnb.training.evaluation import HeldOutLoss, draw_samples, psnr
+from sdnb.training.objective import draw_latents, draw_noise, draw_timesteps, loss_of, target_of
 
 KL_WEIGHT = 1e-6  # the weight of an image's total divergence, relative to the mean error of its pixels
 UNCAPTIONED = 0.1  # the share of images with an empty caption, for guidance (arXiv 2207.12598)
@@ -219,7 +219,7 @@ def with_data(config: TrainConfig) -> TrainConfig:
 
 
 def _folder(config: TrainConfig) -> Path:
-    return Path(config.output_dir or PROJECT / "runs" / "pretraining").expanduser().absolute()
+    return Path(config.output_dir or runs_folder() / "pretraining").expanduser().absolute()
 
 
 def _pixels(examples: ImageCaptions) -> Tensor:

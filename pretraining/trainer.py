@@ -21,7 +21,7 @@ from torch import Tensor
 from sdnb.compat import has_fused_adam
 from sdnb.data.loading import load_data
 from sdnb.errors import ConfigError, DataError, RunError
-from sdnb.figures.live import Live, progress
+from sdnb.figures.live import Live, Progress
 from sdnb.launch.notebook import Show
 from sdnb.machine import environment
 from sdnb.machine.device import peak_bytes
@@ -117,9 +117,10 @@ class Training:
                 finally:
                     ema.restore(parameters)
 
-            show = show or Live(config.max_train_steps)
+            show = show or Live()
             run = Run(self.folder)
-            records = run.steps.to_dict("records")
+            progress = Progress(run, config.max_train_steps, resumed_after=step)
+            progress.records = run.steps.to_dict("records")
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             clock = StepClock(self.device)
@@ -138,14 +139,15 @@ class Training:
                 ema.step(parameters)
                 clock.end_phase("ema")
                 step += 1
-                records.append(self._record(step, batch_loss.item(), grad_norm.item(), learning_rate, clock))
+                progress.records.append(self._record(step, batch_loss.item(), grad_norm.item(), learning_rate, clock))
                 last = step == config.max_train_steps
                 if measured := step % config.validation_loss_steps == 0 or last:
                     with ema_weights():
                         measure(step)
                 if saved := step % config.checkpointing_steps == 0:
                     self._save_state(step, stateful)
-                show(progress(records, config.max_train_steps), "", records, last)
+                progress.ended = last
+                show(progress)
                 if measured or saved:
                     clock.restart()
                 else:

@@ -1,11 +1,19 @@
 """sdnb: fine-tune Stable Diffusion from a notebook, and measure how fast a machine does it.
 
-`sdnb.Run(folder)` is a run, `sdnb.runs()` is a table of all runs.
+`sdnb.train(…)` trains and returns a `Run`; `sdnb.Run(folder)` is an earlier one; `sdnb.runs()` is a table of all runs;
+`sdnb.compare(…)` compares some of them.
 """
 
+import importlib
 import os
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdnb.launch.notebook import train as train
+    from sdnb.report.run import Run as Run
+    from sdnb.report.run import runs as runs
+    from sdnb.run.comparison import compare as compare
 
 __version__ = "0.2.0"
 
@@ -16,13 +24,15 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("Run", "runs"):  # only when needed: a training has no use for them
-        from sdnb.report import run
+# Imported only when they are used: a rank has no use for them.
+_PUBLIC = {"Run": "report.run", "compare": "run.comparison", "runs": "report.run", "train": "launch.notebook"}
 
-        return getattr(run, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"sdnb.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'sdnb' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "Run", "runs"])
+    return sorted([*globals(), *_PUBLIC])

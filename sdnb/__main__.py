@@ -1,53 +1,126 @@
-"""The command `sdnb`, also `python -m sdnb`: work with runs outside a notebook."""
+"""The command `sdnb`, also `python -m sdnb`."""
 
 import argparse
+import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
-from sdnb.errors import SdnbError
+import shtab
+
+from sdnb.errors import ConfigError, SdnbError
+from sdnb.machine.environment import version_of
+from sdnb.places import runs_folder, shipped, workspace
+from sdnb.report.export import FORMATS
+from sdnb.settings.config import TrainConfig
+from sdnb.settings.flags import DESCRIPTION, Parser, add_settings, config_of
 
 # What a log may not contain.
 _FACTS = {
     "examples": "images in its data set", "num_processes": "its ranks", "train_batch_size": "images in a micro-batch",
     "gradient_accumulation_steps": "micro-batches in an optimizer step",
 }  # fmt: skip
+_RUN = "a run folder, or `published`: the published run of eight GPUs"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="sdnb", description="Work with runs outside a notebook.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    """Exit status: 0, 1 for a failure, 2 for wrong usage or settings."""
+    try:
+        given, more = _parser().parse_known_args(arguments)
+        if more and given.command is not _lab:
+            given.parser.error(f"unrecognized arguments: {' '.join(more)}")
+        given.more = more
+        given.command(given)
+    except SdnbError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
-    report = commands.add_parser("report", help="make one HTML page of an executed notebook")
-    report.add_argument("notebook", help="an executed notebook")
-    report.add_argument("page", nargs="?", help="the page to write; default: beside the notebook")
-    report.set_defaults(run=_report)
 
-    what = "make a run folder from a log of train_text_to_image.py"
-    description = "Make a run folder from a log of diffusers' train_text_to_image.py."
-    importing = commands.add_parser("import", help=what, description=description)
-    importing.add_argument("log", type=Path, help="its console log, or its TensorBoard events (a file or the folder)")
-    importing.add_argument("--output_dir", type=Path, help="the run folder; default: a new one under runs/")
+def _parser() -> argparse.ArgumentParser:
+    description = "Fine-tune Stable Diffusion, and measure how fast a machine does it."
+    parser = Parser(prog="sdnb", description=description)
+    parser.add_argument("--version", action="version", version=f"sdnb {version_of('sdnb')}")
+    shtab.add_argument_to(parser, help="print the completion script of a shell")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def command(name: str, do: object, help: str, description: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=description or f"{help[0].upper()}{help[1:]}.")
+        added.set_defaults(command=do, parser=added)
+        return added
+
+    training = command("train", _train, "train, on every device", DESCRIPTION)
+    add_settings(training)
+
+    report = command("report", _report, "make one HTML page of a run, or of an executed notebook")
+    _file(report.add_argument("source", metavar="run", help="a run folder, or an executed notebook"))
+    report.add_argument("page", nargs="?", help="the page to write; default: in the run folder, or beside the notebook")
+    report.add_argument("--format", choices=FORMATS, help="print the results in this form instead")
+
+    comparing = command("compare", _compare, "compare runs with the first of them")
+    _file(comparing.add_argument("runs", nargs="*", metavar="run", help=f"{_RUN}; default: all runs"))
+
+    listing = command("runs", _runs, "list the runs, the newest first")
+    _file(listing.add_argument("folder", nargs="?", help="default: runs/, or the variable SDNB_RUNS"))
+
+    importing = command("import", _import, "make a run folder from a log of diffusers' train_text_to_image.py")
+    _file(importing.add_argument("log", type=Path, help="its console log, or its TensorBoard events (file or folder)"))
+    _file(importing.add_argument("--output_dir", type=Path, help="the run folder; default: a new one under runs/"))
     for name, what in _FACTS.items():
         importing.add_argument(f"--{name}", type=int, help=f"{what}, if the log does not contain it")
-    importing.set_defaults(run=_import)
 
-    sweeping = commands.add_parser("sweep", help="run a grid of settings, and compare the runs on one page")
-    sweeping.add_argument("grid", help="a YAML file, such as params/sweep-batch.yaml")
-    sweeping.add_argument("--output_dir", help="folder for the runs; default: one under runs/ with the file's name")
-    sweeping.set_defaults(run=_sweep)
+    sweeping = command("sweep", _sweep, "run a grid of settings, and compare the runs on one page")
+    _file(sweeping.add_argument("grid", help="a YAML file, such as params/sweep-batch.yaml"))
+    where = "folder for the runs; default: one under runs/ with the file's name"
+    _file(sweeping.add_argument("--output_dir", help=where))
 
-    given = parser.parse_args(arguments)
-    try:
-        given.run(given)
-    except SdnbError as error:
-        sys.exit(f"error: {error}")
+    what = "open JupyterLab on the notebooks"
+    command("lab", _lab, what, f"{what}. Other options, such as --no-browser, are JupyterLab's.")
+    return parser
+
+
+def _file(argument: argparse.Action) -> None:
+    """A shell completes this argument with the names of files."""
+    argument.complete = shtab.FILE  # type: ignore[attr-defined]
+
+
+def _train(given: argparse.Namespace) -> None:
+    from sdnb.launch import command_line
+
+    settings = {
+        name: value for name, value in vars(given).items() if name in ("file", "steps", *TrainConfig.model_fields)
+    }
+    if not any(settings.values()):
+        raise ConfigError(
+            "there are no settings: give at least a model and data, as `sdnb train --help` lists them. To try the "
+            "embedded model: sdnb train params/demo.yaml"
+        )
+    # Not the reference's folder, which has room for one run.
+    command_line.main(lambda: config_of(argparse.Namespace(**settings), output_dir=None), launches=True)
 
 
 def _report(given: argparse.Namespace) -> None:
-    from sdnb.report.page import write_and_print
+    from sdnb.report.page import export_of, write_and_print
 
-    write_and_print(given.notebook, given.page)
+    if given.format:
+        print(export_of(given.source, given.format))
+    else:
+        write_and_print(given.source, given.page)
+
+
+def _compare(given: argparse.Namespace) -> None:
+    from sdnb.run.comparison import compare
+
+    print(compare(given.runs or None))
+
+
+def _runs(given: argparse.Namespace) -> None:
+    from sdnb.report.run import runs
+
+    listed = runs(given.folder)
+    print(listed.to_string() if len(listed) else f"there are no runs in {given.folder or runs_folder()}")
 
 
 def _import(given: argparse.Namespace) -> None:
@@ -70,6 +143,18 @@ def _sweep(given: argparse.Namespace) -> None:
     print(f"report: {page}")
     if failed:
         sys.exit(f"error: {len(failed)} runs failed: {', '.join(failed)}. The same command tries them again")
+
+
+def _lab(given: argparse.Namespace) -> None:
+    folder = workspace()
+    for name in ("notebooks", "params"):
+        if not (folder / name).exists():
+            shutil.copytree(shipped(name), folder / name)
+            print(f"copied {name}/ to {folder / name}: the copy is yours to change", flush=True)
+    os.environ.setdefault("SDNB_RUNS", str(runs_folder()))  # the notebooks' own folder is another
+    root = ["--allow-root"] if os.getuid() == 0 else []
+    notebooks = f"--notebook-dir={folder / 'notebooks'}"
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", notebooks, *root, *given.more])
 
 
 if __name__ == "__main__":

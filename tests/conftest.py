@@ -9,6 +9,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what they expect, to the bit in places, is what a CPU computes
+for _name in ("PYTHONUNBUFFERED", "SDNB_RUNS"):  # a user has them rarely; without the first, prints wait in buffers
+    os.environ.pop(_name, None)
 os.environ["OMP_NUM_THREADS"] = "1"  # a test worker for each core, and some tests start two ranks
 
 # A shell turns interrupts off for what it starts in the background, and the tests' own processes would inherit that.

@@ -1,7 +1,6 @@
 """Launches a training, and follows it to its end: `python -m launching SETTINGS`, as JSON."""
 
 import json
-import re
 import sys
 
 from sdnb.launch.notebook import launch
@@ -17,13 +16,12 @@ def start(settings, **changes):
 
 
 def at_step(step, act):
-    """A `show` that acts once, when the progress line has reached a step; it may pass over any one of them."""
+    """A `show` that acts once, when a step is reached; it may pass over any one of them."""
     done = []
 
-    def show(line, *_):
-        reached = re.search(r"step (\d+)/", line)
-        if reached and int(reached[1]) >= step and not done:
-            done.append(line)
+    def show(progress):
+        if progress.step >= step and not done:
+            done.append(progress.step)
             act()
 
     return show

@@ -23,7 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # It has loaded what trains, and computed nothing: what is forked from it is where `python -m` is after seconds.
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["sdnb.launch.ranks", "sdnb.train.loop", "sdnb.launch.command_line", "sdnb.metrics.results", "accelerate.launchers"]
+    [
+        "sdnb.launch.ranks",
+        "sdnb.training.loop",
+        "sdnb.launch.command_line",
+        "sdnb.metrics.results",
+        "accelerate.launchers",
+    ]
 )
 
 
@@ -70,6 +76,9 @@ class Forked:
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
 
     def kill(self):
         self._process.kill()

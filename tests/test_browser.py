@@ -399,7 +399,7 @@ def test_interrupting_in_jupyterlab(lab, browser):
     page = run_all(browser, address)
     wait_for(lambda: points(page) > 3, within=120)
     choose(page, "Kernel", "Interrupt Kernel", ready=".jp-Notebook")
-    page.get_by_text(re.compile(r"interrupted after \d+ steps; the measurements are in")).first.wait_for(timeout=20_000)
+    page.get_by_text(re.compile(r"step \d+/\d+ · interrupted; the measurements are in")).first.wait_for(timeout=20_000)
     assert none_left(folder, within=10)
     page.locator("svg[aria-label='seconds a step']").scroll_into_view_if_needed()
     screenshot(page, "lab-interrupted")

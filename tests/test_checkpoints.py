@@ -27,7 +27,7 @@ from sdnb.launch.plan import prepare
 from sdnb.machine import environment
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
-from sdnb.train import checkpoint_folder, setup
+from sdnb.training import checkpoint_folder, setup
 
 # 13 images, 2 × 2 a step: on one rank 7 micro-batches, so epochs of 4 steps, the last of them short.
 STEPS = 9

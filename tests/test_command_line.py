@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from processes import ROOT, free_port, none_left, processes_of, two_ranks, wait_for
+from processes import ROOT, Forked, free_port, none_left, processes_of, two_ranks, wait_for
 
 from sdnb.errors import ConfigError
 from sdnb.launch import command_line
@@ -68,9 +68,10 @@ def test_a_mistake_is_said_once_and_shortly(tmp_path, flags, said):
     with two_ranks(
         [*REFERENCE.split(), f"--output_dir={tmp_path / 'run'}", *flags], tmp_path / "printed.txt"
     ) as running:
-        assert running[0].wait(100) == 1
+        status = 2 if "unrecognized" in said else 1
+        assert running[0].wait(100) == status
         with contextlib.suppress(subprocess.TimeoutExpired):  # it may wait for the other, until the launcher ends it
-            assert running[1].wait(3) == 1
+            assert running[1].wait(3) == status
     errors = (tmp_path / "printed.txt").read_text()
     assert errors.count(said) == 1
     assert "Traceback" not in errors
@@ -145,3 +146,29 @@ def test_the_command_that_repeats_a_run_on_two_ranks_gives_the_same_losses(setti
     repeated = Run(tmp_path / "again")
     assert repeated.summary["world_size"] == 2
     assert repeated.steps.loss.tolist() == run.steps.loss.tolist()
+
+
+@pytest.mark.parametrize(
+    "number, status, said",
+    [
+        (signal.SIGTERM, 143, r"stopped after step \d+: by SIGTERM"),
+        (signal.SIGINT, 130, "interrupted; the measurements are"),
+    ],
+)
+def test_sdnb_train_on_two_ranks_is_stopped(settings, tmp_path, number, status, said):
+    del settings["output_dir"]
+    del settings["steps"]
+    flags = flags_of({**settings, "max_train_steps": 5000, "num_processes": 2})
+    with (tmp_path / "printed").open("w") as file:
+        process = Forked([sys.executable, "-m", "sdnb", "train", *flags], stdout=file, stderr=file, cwd=tmp_path,
+                         env={**os.environ, "SDNB_RUNS": str(tmp_path / "here")}, start_new_session=True)  # fmt: skip
+    try:
+        (steps,) = wait_for(lambda: [*tmp_path.glob(f"here/*/{run_folder.STEPS}")])
+        process.send_signal(number)
+        assert process.wait(60) == status
+    finally:
+        process.kill()
+    printed = (tmp_path / "printed").read_text()
+    assert re.search(said, printed) and "Traceback" not in printed
+    assert none_left(steps.parent)
+    assert Run(steps.parent).state == "interrupted"

@@ -135,6 +135,6 @@ def test_the_notebook_and_its_page(three, tmp_path):
         output.data for cell in nbformat.read(out, 4).cells for output in cell.get("outputs", ()) if "data" in output
     ]
     assert sum("image/png" in data or "image/svg+xml" in data for data in shown) == 4
-    page, _ = write_page(out)
+    page, *_ = write_page(out)
     text = page.read_text()
     assert "a significant difference" in text and "learning_rate" in text

@@ -83,7 +83,7 @@ def test_drawing_beside_the_untrained_model(settings):
 
 
 def test_which_run_is_meant(monkeypatch, tmp_path):
-    monkeypatch.setattr(explore, "PROJECT", tmp_path)
+    monkeypatch.setenv("SDNB_RUNS", str(tmp_path / "runs"))
     assert explore.find_run(None, config(dataset_name="openmoji")) is None
     assert explore.find_run("latest", config(dataset_name="openmoji")) is None
     for name, model, ended in (("old", "tiny", 1), ("new", "tiny", 2), ("other", "sd-v1-4-random", 3)):
@@ -107,5 +107,5 @@ def test_the_notebook(tmp_path, broken):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "unknown parameter" not in done.stderr
     assert len(outputs(nbformat.read(tmp_path / "out.ipynb", 4), "image/svg+xml")) == 4
-    page, _ = write_page(tmp_path / "out.ipynb")
+    page, *_ = write_page(tmp_path / "out.ipynb")
     assert "003.png" in page.read_text()

@@ -1,8 +1,12 @@
 """The command line: the reference's flags, all of them, with its defaults."""
 
+import pydoc
+import re
+
 import pytest
 import yaml
 
+import sdnb
 from sdnb.errors import ConfigError
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import GROUPS
@@ -88,7 +92,7 @@ def test_help_has_every_setting_once_in_its_group(capsys):
     "flags, said",
     [
         (["--max_train_stpes=3"], "--max_train_stpes=3; did you mean --max_train_steps?"),
-        (["--xyzzy"], "--help lists the flags"),
+        (["--xyzzy"], "--help lists what there is"),
         (["--seed"], "--seed: expected one argument"),
         (["--steps=3", "--max_train_steps=4"], "steps and max_train_steps are the same setting"),
         (["--seed=x"], "seed = 'x'"),
@@ -129,10 +133,29 @@ def test_a_token_in_a_notebook_is_refused():
 
 
 def test_an_abbreviation_is_an_error_with_a_hint_but_for_two_that_are_in_use():
-    with pytest.raises(ConfigError, match="unrecognized arguments: --step 5; did you mean --steps"):
+    with pytest.raises(ConfigError, match="unrecognized arguments: --step; did you mean --steps"):
         parse(["--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji", "--step", "5"])
     with pytest.raises(ConfigError, match="did you mean --gradient_accumulation_steps"):
         parse(["--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji", "--gradient_acc=5"])
     made = parse(["--pretrained_model_name_or_path=tiny", "--dataset_name=openmoji", "--resume=latest",
                   "--validation_prompt", "a sun"])  # fmt: skip
     assert made.resume_from_checkpoint == "latest" and made.validation_prompts == ("a sun",)
+
+
+def test_a_parameter_file_and_flags_that_override_it(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("pretrained_model_name_or_path: tiny\ndataset_name: openmoji\nsteps: 7\nuse_ema: true\nseed: 3\n")
+    made = parse([str(file), "--max_train_steps=9", "--seed=4"])
+    assert (made.max_train_steps, made.seed, made.use_ema) == (9, 4, True)
+    assert parse(["params/demo.yaml", "--steps", "5"]).max_train_steps == 5, "one that comes with sdnb"
+    with pytest.raises(ConfigError, match="'True' is neither a flag nor a YAML file"):
+        parse([*MODEL_AND_DATA, "--use_ema", "True"])
+
+
+def test_help_lists_the_settings_in_their_groups():
+    """Not what they inherit from pydantic."""
+    said = pydoc.render_doc(TrainConfig, renderer=pydoc.plaintext)
+    assert re.search(r"Training\n.*\n? *.*train_batch_size = 16: ", said, re.S)
+    assert "model_dump" not in said and "model_config" not in said
+    said = pydoc.render_doc(sdnb.train, renderer=pydoc.plaintext)
+    assert "train_batch_size=16" in said and "train_batch_size = 16: " in said and "steps=None" in said

@@ -3,6 +3,7 @@
 import io
 import math
 import random
+import re
 
 import pytest
 from processes import ROOT
@@ -161,8 +162,9 @@ def test_the_command(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "17.88" in shown and str(tmp_path / "run") in shown
     assert len(run_folder.RunFolder(tmp_path / "run").steps) == 101
-    with pytest.raises(SystemExit, match="error: .*no such file"):
+    with pytest.raises(SystemExit, match="1"):
         main(["import", str(tmp_path / "missing")])
+    assert re.match("error: .*no such file", capsys.readouterr().err)
 
 
 def test_the_published_run_comes_with_the_package():

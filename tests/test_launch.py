@@ -21,6 +21,7 @@ from launching import QUIET, at_step, start
 from processes import Forked, none_left, processes_of, wait_for
 
 from sdnb.errors import ConfigError, DataError, ModelError, RunError
+from sdnb.figures.live import Progress
 from sdnb.launch import notebook
 from sdnb.launch.notebook import launch
 from sdnb.launch.plan import Plan, prepare
@@ -31,7 +32,7 @@ from sdnb.report.run import Run
 from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
-from sdnb.train.stopping import StopRequest
+from sdnb.training.stopping import StopRequest
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 
@@ -78,7 +79,7 @@ def test_two_ranks_train_as_one(settings, image_folder):
     log = run.log
     assert "rank 0 INFO" in log and "rank 1 INFO" in log
     assert log.count("(most recent call first)") >= 3, "both ranks and their launcher said where they were, and went on"
-    assert "sdnb/train/loop.py" in log
+    assert "sdnb/training/loop.py" in log
     assert none_left(run.folder)
 
 
@@ -123,17 +124,17 @@ def test_following_a_run_that_is_resumed(settings, tmp_path):
     records = [dict(step=step, loss=0.5, images=4, seconds=1.0) for step in range(1, 13)]
     for record in records[:10]:
         files.append(folder / run_folder.STEPS, record)
-    followed, seen = [], []
+    seen = []
 
-    def show(line, log, so_far, ended):
-        seen.append([one["step"] for one in so_far])
-        if not ended:
+    def show(progress):
+        seen.append([one["step"] for one in progress.records])
+        if not progress.ended:
             run_folder.go_back(folder, 6)
             for record in records[6:]:
                 files.append(folder / run_folder.STEPS, record)
 
     process = SimpleNamespace(poll=iter([None, 0]).__next__)
-    notebook._follow(process, Run(folder), files.Tail(folder / run_folder.LOG), 12, followed, show, StopRequest())
+    notebook._follow(process, Progress(Run(folder), 12), files.Tail(folder / run_folder.LOG), show, StopRequest())
     assert seen == [list(range(1, 11)), list(range(1, 13))]
 
 
@@ -158,7 +159,7 @@ def test_a_ranks_exception_comes_with_its_traceback(settings, tmp_path):
     with pytest.raises(RunError) as error:
         start(settings, pretrained_model_name_or_path=str(model), num_processes=2)
     said = str(error.value)
-    assert "RuntimeError" in said and "Traceback (most recent call last)" in said and "sdnb/train/loop.py" in said
+    assert "RuntimeError" in said and "Traceback (most recent call last)" in said and "sdnb/training/loop.py" in said
     assert "0 steps" in said
     assert none_left(Path(settings["output_dir"]))
 

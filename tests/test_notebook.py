@@ -54,7 +54,7 @@ def test_papermill_from_the_projects_root(tmp_path):
     assert streams == [], "no warnings and no chatter"
     names = [row["name"] for row in results(notebook)]
     assert names[:2] == ["images/s per CPU rank", "nominal IPS"] and "peak memory" in names and "total time" in names
-    page, headline = write_page(out)
+    page, headline, _ = write_page(out)
     assert headline and page.stat().st_size < 3e6
 
 
@@ -149,7 +149,7 @@ def execute(client, code):
 
 def test_run_all_again_and_again_in_a_kernel_that_has_computed(tmp_path, small, kernel):
     """Also with variables of the user's own, which are no settings. The second time the cell that trains is
-    interrupted, and every rank ends; the kernel goes on."""
+    interrupted, and every rank ends."""
     manager, client = kernel
     execute(client, "import torch\nfrom accelerate import Accelerator\nAccelerator()")
     execute(client, "total = (torch.ones(500, 500) @ torch.ones(500, 500)).sum().item()")
@@ -170,9 +170,11 @@ def test_run_all_again_and_again_in_a_kernel_that_has_computed(tmp_path, small, 
     manager.interrupt_kernel()
     assert none_left(tmp_path / "interrupted", within=8)
     reply = client.get_shell_msg(timeout=10)["content"]
-    assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt"
-    assert "2" in execute(client, "1 + 1"), "the kernel goes on"
+    assert reply["status"] == "ok", "one line, and no traceback"
     assert len(run_folder.RunFolder(tmp_path / "interrupted").steps) >= 1
+    for code in interrupted[launching + 1 :]:  # the cells below work on the run so far
+        execute(client, code)
+    assert "'interrupted'" in execute(client, "run.state")
     for code in cells("again", 3):
         execute(client, code)
     assert [len(run_folder.RunFolder(tmp_path / name).steps) for name in ("once", "again")] == [2, 3]

@@ -22,8 +22,8 @@ def quiet(*_):
 
 
 def interrupted_after(step):
-    def show(line, log, records, ended):
-        if len(records) == step:
+    def show(progress):
+        if len(progress.records) == step:
             raise KeyboardInterrupt
 
     return show

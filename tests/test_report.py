@@ -1,4 +1,5 @@
 import base64
+import csv
 import getpass
 import hashlib
 import importlib
@@ -11,14 +12,17 @@ import sys
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from made_runs import make_run
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from sdnb.errors import RunError
 from sdnb.metrics.results import PAGE_MIME, RESULTS_MIME
 from sdnb.report import redaction
-from sdnb.report.page import write_page
+from sdnb.report.page import export_of, write_and_print, write_page
 from sdnb.report.redaction import Redaction
 from sdnb.report.sanitizer import clean
+from sdnb.run import files
+from sdnb.run import folder as run_folder
 
 ROWS = [
     dict(name="images/s per GPU", text="14.30 (14.20 to 14.40)", how="measured", value=14.3),
@@ -44,7 +48,7 @@ def executed(tmp_path):
 
 
 def test_the_page_is_one_file_that_loads_nothing(executed):
-    page, headline = write_page(executed)
+    page, headline, _ = write_page(executed)
     html = page.read_text()
     assert page == executed.with_suffix(".html")
     assert [row["name"] for row in headline] == ["images/s per GPU"]
@@ -404,3 +408,61 @@ def test_a_page_is_named_after_its_run(tmp_path):
     page = page_of(tmp_path, shown)
     assert page == tmp_path / "2026-b-..-x.html"
     assert "<title>a &lt;i&gt;title&lt;/i&gt; – sdnb</title>" in page.read_text()
+
+
+def test_the_page_of_any_run_folder(tmp_path):
+    """The same sections as of its notebook, without those about the start."""
+    folder = make_run(tmp_path / "mine")
+    files.write(folder / run_folder.SUMMARY, dict(ranks=[dict(peak_memory_gib=1.5)], ended=100.0, total_seconds=90.0))
+    page, headline, problem = write_page(folder)
+    assert (page, problem) == (folder / "mine.html", "")
+    html = page.read_text()
+    assert headline[0]["name"] == "images/s per CPU rank" and headline[0]["text"] in html
+    sections = re.findall(r"<h2[^>]*>(.*?)<", html)
+    assert sections[:4] == ["Loss", "Time", "Images", "Results"] and "What will run where" not in sections
+    assert html.count("<svg") >= 3 and "sdnb train" in html
+
+
+@pytest.mark.parametrize("steps", [True, False])
+def test_the_page_of_a_run_that_failed(tmp_path, steps):
+    folder = make_run(tmp_path / "mine")
+    if not steps:
+        (folder / run_folder.STEPS).unlink()
+    run_folder.fail(folder, 1, "RuntimeError", "Traceback: it broke")
+    (folder / run_folder.LOG).write_text("12:00:00 rank 1 INFO the last line\n")
+    page, headline, problem = write_page(folder)
+    assert problem == "failed" and bool(headline) == steps
+    html = page.read_text()
+    assert re.search("<h1>failed: tiny on openmoji", html)
+    assert "rank 1 failed: RuntimeError\nTraceback: it broke" in html and "INFO the last line" in html
+    assert ("Loss" in re.findall(r"<h2[^>]*>(.*?)<", html)) == steps
+
+
+def test_the_page_of_a_run_that_is_not_complete(tmp_path, capsys):
+    folder = make_run(tmp_path / "mine")
+    with run_folder.lock(folder):
+        assert write_page(folder)[2] == "running"
+    with pytest.raises(SystemExit, match="mine: interrupted, as the page's title says"):
+        write_and_print(str(folder))
+    assert "images/s per CPU rank" in capsys.readouterr().out
+
+
+def test_results_for_other_programs_and_to_paste(tmp_path):
+    folder = make_run(tmp_path / "mine", target_loss=0.1)
+    told = json.loads(export_of(folder, "json"))
+    first = told["results"][0]
+    assert first["name"] == "images/s per CPU rank" and first["unit"] == "images/s" and first["n"] == 36
+    assert first["low"] < first["value"] < first["high"] and "steps 5 to 40" in first["how"]
+    assert told["state"] == "interrupted" and told["machine"]["devices"] == "1 × a CPU"
+    rows = list(csv.DictReader(export_of(folder, "csv").splitlines()))
+    assert float(rows[0]["value"]) == first["value"] and rows[0]["how"] == first["how"]
+    assert [row["name"] for row in rows] == [row["name"] for row in told["results"]]
+    lines = export_of(folder, "markdown").splitlines()
+    assert lines[0].startswith("### tiny on openmoji") and f"**images/s per CPU rank: {first['text']}**" in lines
+    assert "| devices | 1 × a CPU |" in lines
+
+
+def test_no_secret_is_pasted(tmp_path):
+    folder = make_run(tmp_path / "mine")
+    files.write(folder / run_folder.ENVIRONMENT, {"python": "3.11 hf_abcdefghijklmnopqrstuvwxyzabcdefgh"})
+    assert "hf_abc" not in export_of(folder, "json") + export_of(folder, "markdown")

@@ -11,7 +11,6 @@ import pytest
 from made_runs import make_run
 
 from sdnb.errors import RunError
-from sdnb.machine.environment import PROJECT
 from sdnb.metrics.results import measure
 from sdnb.report.run import Run, runs
 from sdnb.run import files
@@ -38,16 +37,11 @@ def begun(config, environment):
 
 
 def test_a_new_folder_each_time(monkeypatch, tmp_path):
-    (tmp_path / "pyproject.toml").touch()
-    monkeypatch.setattr(run_folder, "PROJECT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     (first, _), (second, _) = run_folder.create(config(output_dir=None)), run_folder.create(config(output_dir=None))
     assert first != second and first.is_dir() and second.is_dir()
     assert first.parent == tmp_path / "runs"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}-tiny-openmoji", first.name)
-
-
-def test_the_project_is_found():
-    assert (PROJECT / "pyproject.toml").exists()
 
 
 def test_a_run_is_never_written_over(folder):

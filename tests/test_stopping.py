@@ -1,6 +1,7 @@
 """SIGTERM and SIGHUP, as Slurm, Kubernetes and a terminal that closes send them, to real processes."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,16 +18,16 @@ from processes import ROOT, Forked, none_left, two_ranks, wait_for
 from sdnb.errors import Stopped
 from sdnb.run import folder as run_folder
 from sdnb.settings.flags import command_line as flags_of
-from sdnb.train.checkpoint_folder import numbered
-from sdnb.train.step_stats import StepStats
-from sdnb.train.stopping import StopRequest
+from sdnb.training.checkpoint_folder import numbered
+from sdnb.training.step_stats import StepStats
+from sdnb.training.stopping import StopRequest, end_with_rank
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 
 WAITING = """
 import signal, sys, threading
 from pathlib import Path
-from sdnb.train.stopping import StopRequest
+from sdnb.training.stopping import StopRequest
 if "ignored" in sys.argv:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with StopRequest(Path(sys.argv[1])) as stop:
@@ -91,6 +92,28 @@ def test_a_group_of_processes_that_all_get_the_signal(settings, tmp_path):
         process.kill()
     step = checkpoint_of(folder)
     assert f"stopped after step {step}: by SIGTERM" in printed.read_text()
+
+
+def _loads_images(ready):
+    end_with_rank(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_of_its_signals_a_loading_process_heeds_that_of_its_rank_alone():
+    """Python ends such processes with SIGTERM when a rank ends, and waits for them."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=_loads_images, args=(ready,), daemon=True)
+    process.start()
+    assert ready.wait(10)
+    for name in ("TERM", "HUP", "USR2"):
+        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+    process.join(1)
+    assert process.is_alive()
+    process.terminate()
+    process.join(5)
+    assert process.exitcode == 0
 
 
 def test_ranks_agree_on_the_step_when_one_of_them_gets_the_signal(settings, tmp_path):

@@ -13,7 +13,7 @@ from sdnb.data.loading import load_data
 from sdnb.models import embedded
 from sdnb.models.pipeline import assemble, load_parts
 from sdnb.settings.config import TrainConfig
-from sdnb.train import evaluation
+from sdnb.training import evaluation
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ from sdnb.metrics.results import measure
 from sdnb.metrics.step_clock import PHASES, StepClock
 from sdnb.models.pipeline import load_parts
 from sdnb.settings.config import TrainConfig
-from sdnb.train import loop, setup
-from sdnb.train.evaluation import HeldOutLoss
-from sdnb.train.objective import draw_noise, dream, loss_of, target_of
-from sdnb.train.setup import configure
+from sdnb.training import loop, setup
+from sdnb.training.evaluation import HeldOutLoss
+from sdnb.training.objective import draw_noise, dream, loss_of, target_of
+from sdnb.training.setup import configure
 
 
 @pytest.fixture(scope="module")

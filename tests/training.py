@@ -12,7 +12,7 @@ from sdnb.launch.plan import prepare
 from sdnb.models import embedded
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
-from sdnb.train import loop as training
+from sdnb.training import loop as training
 
 training.measured_matmul_tflops = functools.cache(training.measured_matmul_tflops)  # takes as long as such a training
 

@@ -1,5 +1,4 @@
-"""The look of all figures: title, a caption with the number that matters, and the colours of Okabe and Ito, which
-colour-blind readers can distinguish."""
+"""The look of all figures: a title, and a caption with the number that matters."""
 
 import base64
 import io
@@ -14,13 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8A8A8A"
-PINK, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
-INK, SOFT = "#1c2430", "#5b6675"  # a page may replace them in an SVG figure
-RUN_COLOURS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, INK, GREY)
-PHASE_COLOURS = {
-    "data": PINK, "encode": ORANGE, "forward": SKY, "backward": BLUE, "optimizer": GREEN, "ema": YELLOW, "other": GREY,
-}  # fmt: skip
+from sdnb.figures.colours import INK, RED, SOFT
+
 WIDTH = 8.7  # inches: the width of a page, and of a JupyterLab cell beside the file browser
 _MOST_POINTS = 2000  # drawn as shapes; more become a bitmap
 

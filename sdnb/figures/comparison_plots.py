@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from sdnb.errors import ConfigError
-from sdnb.figures.chart import INK, RUN_COLOURS, Chart, dots, grid_of, legend
+from sdnb.figures.chart import Chart, dots, grid_of, legend
+from sdnb.figures.colours import INK, RUN_COLOURS
 from sdnb.figures.run_plots import held_out
 from sdnb.metrics.results import Measurements
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS

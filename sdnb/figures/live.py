@@ -1,32 +1,91 @@
-"""What a notebook shows during a run: one progress line, and below it the loss and the step times so far. The SVG is
-written by hand and has some kilobytes: a plotting library would take CPU time from the training."""
+"""What is shown during a run: in a notebook one progress line, and below it the loss and the step times so far; on a
+terminal, a progress bar. The SVG is written by hand and has some kilobytes: a plotting library would take CPU time from
+the training."""
 
 import html
+import re
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sdnb.figures.chart import BLUE, ORANGE
+from tqdm import tqdm
+
+from sdnb.figures.colours import BLUE, ORANGE
+from sdnb.machine.peaks import peak_of
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS
+from sdnb.metrics.throughput import flop_of
+from sdnb.run.folder import RunFolder
 
 RECENT_STEPS = 20  # that the pace is computed from
 SECONDS_BETWEEN = 1.0
+LOG_LINES = 6
 _MOST_POINTS = 300
 _WIDE, _HIGH, _LEFT, _TOP = 400, 130, 46, 18
 
 
-def progress(records: Sequence[dict[str, Any]], total: int) -> str:
-    """The progress of a run in one line: step, time left, loss, images/s and memory, from the records of its steps."""
-    if not records:
-        return f"step 0/{total} · starting"
-    recent, last = records[-RECENT_STEPS:], records[-1]
-    step, loss = last["step"], "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
-    seconds = sum(record["seconds"] for record in recent)
-    pace = sum(record["images"] for record in recent) / seconds
-    left = _clock((total - step) * seconds / len(recent))
-    bar = "█" * (20 * step // total)
-    memory = f" · peak {last['peak_memory_gib']:.1f} GiB" if "peak_memory_gib" in last else ""
-    return f"{bar:░<20} step {step}/{total} · {left} left · loss {loss} · {pace:.1f} images/s{memory}"
+class Progress:
+    """The progress of a run. `records`: of its steps so far, also those before a resume. `log`: the lines that the log
+    has gained. `doing`: what it does before the first step and after the last one."""
+
+    def __init__(self, run: RunFolder, total_steps: int, resumed_after: int = 0) -> None:
+        self.run, self.total_steps, self.resumed_after = run, total_steps, resumed_after
+        self.records: list[dict[str, Any]] = []
+        self.log: list[str] = []
+        self.doing, self.ended = "starting", False
+        self._known: tuple[dict[str, float], float] | None = None
+
+    @property
+    def step(self) -> int:
+        return self.records[-1]["step"] if self.records else self.resumed_after
+
+    @property
+    def recent(self) -> list[dict[str, Any]]:
+        """The steps that the rates are computed from."""
+        return [record for record in self.records[-RECENT_STEPS:] if record["step"] > self.resumed_after]
+
+    @property
+    def line(self) -> str:
+        """In one line: step, time left, and the rates."""
+        step, total, recent = self.step, self.total_steps, self.recent
+        if not recent:
+            return f"step {step}/{total} · {self.doing}"
+        left = _clock((total - step) * sum(record["seconds"] for record in recent) / len(recent))
+        rates = (f"{value} {name}" if name == "images/s" else f"{name} {value}" for name, value in self.rates())
+        state = f"{left} left" if step < total and not self.ended else self.doing
+        return " · ".join([f"{'█' * (20 * step // total):░<20} step {step}/{total}", state, *rates])
+
+    def rates(self) -> Iterator[tuple[str, str]]:
+        """Loss and learning rate of the last step; over the recent steps images/s, MFU where the peak of the device is
+        known, and the share of the time in which the device waits for data; and the peak memory of rank 0."""
+        recent, last = self.recent, self.records[-1]
+        seconds = sum(record["seconds"] for record in recent)
+        yield "loss", "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+        if "lr" in last:
+            yield "lr", f"{last['lr']:.3g}"
+        yield "images/s", f"{sum(record['images'] for record in recent) / seconds:.1f}"
+        per_image, peak = self._model()
+        if peak:
+            flop = sum(sum(flop_of(per_image, *_counts(record)).values()) for record in recent)
+            yield "MFU", f"{flop / seconds / peak:.1%}"
+        if "phase_seconds" in last:
+            yield "data", f"{sum(record['phase_seconds'].get('data', 0) for record in recent) / seconds:.0%}"
+        if "peak_memory_gib" in last:
+            yield "memory", f"{last['peak_memory_gib']:.1f} GiB"
+
+    def _model(self) -> tuple[dict[str, float], float]:
+        """FLOP per image by part of the model, and the peak of all ranks together in FLOP/s; 0 if it is unknown."""
+        if self._known is None:
+            config, devices = self.run.config, self.run.environment.get("devices", {})
+            per_image = self.run.model.get("flop_per_image") or {}
+            peak = peak_of(config, (devices.get("names") or [""])[0]) if per_image else None
+            self._known = per_image, (peak or 0.0) * 1e12 * config.ranks
+        return self._known
+
+
+def _counts(record: dict[str, Any]) -> list[int]:
+    images = record["images"]
+    return [images, record.get("encoded_images", images), record.get("encoded_captions", images)]
 
 
 def _clock(seconds: float) -> str:
@@ -35,33 +94,72 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel, or an IPython terminal."""
+    from IPython import get_ipython
+
+    return get_ipython() is not None
+
+
 class Live:
     """Shows a run under its cell, about once a second. Each state replaces the one before, so the saved notebook has
     one output. It includes the latest log lines; at the end, the warnings. A plain script prints the line only."""
 
-    def __init__(self, total_steps: int) -> None:
-        from IPython import get_ipython
+    def __init__(self) -> None:
         from IPython.display import display
 
-        self.total_steps = total_steps
-        self.handle = display({"text/plain": "starting"}, raw=True, display_id=True) if get_ipython() else None
+        self.handle = display({"text/plain": "starting"}, raw=True, display_id=True) if in_notebook() else None
+        self.latest: deque[str] = deque(maxlen=LOG_LINES)
+        self.warnings: list[str] = []
         self.shown: Any = None
         self.shown_at = 0.0
 
-    def __call__(self, line: str, log: str, records: Sequence[dict[str, Any]], ended: bool = False) -> None:
-        state = line, log, ended
-        if state == self.shown or (not ended and time.monotonic() < self.shown_at + SECONDS_BETWEEN):
+    def __call__(self, progress: Progress) -> None:
+        self.latest.extend(progress.log)
+        self.warnings += [logged for logged in progress.log if re.search(r" rank \d+ (WARNING|ERROR) ", logged)]
+        lines = "\n".join(self.warnings if progress.ended else self.latest)
+        state = progress.line, lines, progress.ended
+        if state == self.shown or (not progress.ended and time.monotonic() < self.shown_at + SECONDS_BETWEEN):
             return
         # The next cells have better figures of a complete run.
-        complete = ended and records and records[-1]["step"] == self.total_steps
-        figure = "" if complete else figures(records, self.total_steps)
-        below = f"<pre style='font-size:smaller'>{html.escape(log)}</pre>" if log else ""
-        content = {"text/plain": line, "text/html": f"<div>{html.escape(line)}</div>{figure}{below}"}
+        complete = progress.ended and progress.step == progress.total_steps
+        figure = "" if complete else figures(progress.records, progress.total_steps)
+        below = f"<pre style='font-size:smaller'>{html.escape(lines)}</pre>" if lines else ""
+        content = {"text/plain": progress.line, "text/html": f"<div>{html.escape(progress.line)}</div>{figure}{below}"}
         if self.handle:
             self.handle.update(content, raw=True)
         else:
-            print(f"\r{line:<100}", end="\n" if ended else "", flush=True)
+            print(f"\r{progress.line:<100}", end="\n" if progress.ended else "", flush=True)
         self.shown, self.shown_at = state, time.monotonic()
+
+
+class Bar:
+    """Shows a run on a terminal: the log, and below it the reference's progress bar with the rates."""
+
+    def __init__(self, each_step: bool) -> None:
+        """`each_step`: it is called after each step. Otherwise it sees several steps at once, and the bar's own pace
+        would be wrong: it is not shown."""
+        self.bar: tqdm | None = None
+        self.format = None if each_step else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+    def __call__(self, progress: Progress) -> None:
+        for logged in progress.log:
+            tqdm.write(logged)
+        if progress.recent:
+            if self.bar is None:
+                first, total = progress.resumed_after, progress.total_steps
+                self.bar = tqdm(desc="Steps", total=total, initial=first, dynamic_ncols=True, bar_format=self.format)
+            step_loss = progress.records[-1]["step_loss"]
+            self.bar.set_postfix({**dict(progress.rates()), "step_loss": step_loss}, refresh=False)
+            self.bar.update(progress.step - self.bar.n)
+        if progress.ended:
+            self.close()
+            if progress.step < progress.total_steps:
+                tqdm.write(progress.line)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def figures(records: Sequence[dict[str, Any]], total: int) -> str:

@@ -8,7 +8,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from PIL import Image
 
-from sdnb.figures.chart import BLUE, GREY, INK, ORANGE, PHASE_COLOURS, RED, Chart, dots, grid_of, legend, name_points
+from sdnb.figures.chart import Chart, dots, grid_of, legend, name_points
+from sdnb.figures.colours import BLUE, GREY, INK, ORANGE, PHASE_COLOURS, RED
 from sdnb.metrics.results import Measurements
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS, time_by_phase
 from sdnb.run.folder import RunFolder

@@ -1,4 +1,4 @@
-"""The command line of a run: one rank, alone or as `accelerate launch` starts it, with the reference's flags."""
+"""A run from the command line: `sdnb train`, and one rank as `accelerate launch` starts it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from sdnb.errors import ConfigError, RunError, SdnbError, Stopped
@@ -22,14 +22,15 @@ from sdnb.machine.watchdog import end_with_parent
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.flags import parse
-from sdnb.train.stopping import SIGNALS
+from sdnb.training.stopping import SIGNALS
 
 if TYPE_CHECKING:
     from sdnb.data.loading import Splits
 
 
-def main() -> None:
-    """Run one rank, and end the process. It parses the flags first, because loading torch takes seconds."""
+def main(read: Callable[[], TrainConfig] = lambda: parse(sys.argv[1:]), launches: bool = False) -> None:
+    """Run one rank, and end the process. With `launches`, where the settings or the devices ask for several, launch
+    them and follow them to their end. `read` comes first, because loading torch takes seconds."""
     gc.disable()  # until everything is loaded: collecting takes a fifth of that time
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = splits = config = None
@@ -40,10 +41,14 @@ def main() -> None:
         cores, ranks_here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
         os.environ.setdefault("OMP_NUM_THREADS", str(share(cores, ranks_here)))  # torch reads it when it is loaded
     try:
-        config = _as_launched(parse(sys.argv[1:]), world)
+        config = read()
+        if launches and "RANK" not in os.environ and _ranks(config) > 1:
+            _launch(config)
+            _end("", 0)
+        config = _as_launched(config, world)
         if rank == 0:
             from sdnb.data.loading import load_data
-            from sdnb.train.checkpoint_folder import find_checkpoints
+            from sdnb.training.checkpoint_folder import find_checkpoints
 
             splits = load_data(config)
             config.epoch(len(splits.train))  # there may be too few examples
@@ -68,7 +73,24 @@ def main() -> None:
         first = rank == 0
         with suppress(RunError):  # the disk may be full; the error is shown all the same
             first = run_folder.fail(folder, rank, type(error).__name__, details) if folder else first
-        _end(f"error: {details}" if first else "", 1)
+        _end(f"error: {details}" if first else "", 2 if isinstance(error, ConfigError) else 1)
+
+
+def _ranks(config: TrainConfig) -> int:
+    devices = environment.devices()
+    return config.num_processes or config.num_machines * (1 if devices.type == "cpu" else len(devices.names))
+
+
+def _launch(config: TrainConfig) -> None:
+    """Start several ranks, each in a process of its own, and show their log and the progress bar."""
+    from sdnb.figures.live import Bar
+    from sdnb.launch.notebook import launch
+    from sdnb.launch.plan import prepare
+
+    gc.enable()
+    plan = prepare(config)
+    print(plan)
+    _print_results(launch(plan, Bar(each_step=False)))
 
 
 def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
@@ -93,34 +115,39 @@ def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
 
 
 def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) -> None:
-    """Train. Rank 0 shows the reference's progress bar and the log, and at the end the results."""
-    from sdnb.metrics.results import measure
-    from sdnb.train.loop import train
+    """Train. Rank 0 shows the log and the progress bar, and at the end the results."""
+    from sdnb.figures.live import RECENT_STEPS, Bar, Progress
+    from sdnb.training.loop import train
 
     if rank:
         return train(config)
     logging.basicConfig(format="%(message)s")
-    with logging_redirect_tqdm(), ExitStack() as at_the_end:
-        bar: tqdm | None = None
+    run = run_folder.RunFolder(run_folder.path_of(config))
+    with logging_redirect_tqdm(), closing(Bar(each_step=True)) as bar:
+        progress: Progress | None = None
 
         def show(record: dict[str, Any], total_steps: int) -> None:
-            nonlocal bar
-            if bar is None:
-                bar = at_the_end.enter_context(tqdm(desc="Steps", total=total_steps, initial=record["step"] - 1))
-            bar.set_postfix(lr=record["lr"], step_loss=record["step_loss"], refresh=False)
-            bar.update()
+            nonlocal progress
+            progress = progress or Progress(run, total_steps, record["step"] - 1)
+            progress.records = [*progress.records[-RECENT_STEPS:], record]
+            bar(progress)
 
         train(config, show, splits)
         for number in SIGNALS:  # the run is complete: nothing is left to stop
             signal.signal(number, signal.SIG_IGN)
-    run = run_folder.RunFolder(run_folder.path_of(config))
+    _print_results(run)
+
+
+def _print_results(run: run_folder.RunFolder) -> None:
+    from sdnb.metrics.results import measure
+
     print(measure(run) if len(run.steps) else "there were no steps left", f"in {run.folder}", sep="\n")
 
 
 def _end(message: str, status: int) -> None:
-    if message:
-        print(message, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # the disk may be full, or the terminal gone
+        if message:
+            print(message, file=sys.stderr)
+        sys.stdout.flush()
     # At once: interpreter shutdown takes a second or two, and would wait for ranks that wait for this one.
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Launches a run from a notebook, on every device, and follows it to its end."""
+"""Launches a run on every device, and follows it to its end: `sdnb.train(…)`, and in a notebook `launch(plan)`."""
 
 import contextlib
 import json
@@ -9,36 +9,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from sdnb.errors import RunError
-from sdnb.figures.live import Live, progress
+from sdnb.figures.live import Live, Progress, in_notebook
 from sdnb.launch.failure import advice_when_killed, how_it_was_killed
-from sdnb.launch.plan import Plan
+from sdnb.launch.plan import Plan, prepare
 from sdnb.machine.threads import share
 from sdnb.report.run import Run
 from sdnb.run import files
 from sdnb.run import folder as run_folder
-from sdnb.train.stopping import SIGNALS, StopRequest, stopped
+from sdnb.settings.config import TrainConfig, takes_settings
+from sdnb.training.stopping import SIGNALS, StopRequest, stopped
 
 POLL_SECONDS = 0.5
-LOG_LINES = 6
 
-Show = Callable[[str, str, Sequence[dict[str, Any]], bool], None]
+Show = Callable[[Progress], None]
+
+
+@takes_settings(output_dir=None)
+def train(**settings: Any) -> Run:
+    """Train with these settings on every device of the machine, and return the run. In a notebook its progress is shown
+    under the cell. Without output_dir, the run folder is a new one in `runs_folder`. Raises SdnbError as `prepare` and
+    `launch` do."""
+    return launch(prepare(TrainConfig(**{"output_dir": None, **settings})))
 
 
 def launch(plan: Plan, show: Show | None = None) -> Run:
     """Run the training in a new process, with a rank on every device, and follow it to its end. An interrupt of this
-    call ends every rank at once. SIGTERM and SIGHUP, and the end of this process, stop them in good order, see
-    `StopRequest`. Raises RunError if a rank fails, with that rank's traceback, and Stopped. The run folder keeps what
-    was measured.
+    call ends every rank at once; in a notebook, the run so far is then returned. SIGTERM and SIGHUP, and the end of
+    this process, stop them in good order, see `StopRequest`. Raises RunError if a rank fails, with that rank's
+    traceback, and Stopped. The run folder keeps what was measured.
 
     Args:
-        show: gets the progress line, the end of the log, the records so far, and whether the training has ended, twice
-            a second. Default: `Live`, which shows them under the cell.
+        show: called twice a second. Default: `Live`, which shows the progress under the cell.
     """
     config = plan.config
     held = None
@@ -46,9 +52,9 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
         folder, held = run_folder.begin(config, plan.environment)
     else:
         folder = run_folder.join(config)
-    run, steps = Run(folder), config.total_steps(len(plan.examples.train))
-    records: list[dict[str, Any]] = []
-    show = show or Live(steps)
+    run = Run(folder)
+    progress = Progress(run, config.total_steps(len(plan.examples.train)), plan.resumes_after)
+    show = show or Live()
     log = files.Tail(folder / run_folder.LOG)
     log.new()  # skips earlier attempts
     ends_with_us, held_here = os.pipe()
@@ -58,10 +64,13 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
             process = _start(plan, folder, ends_with_us, held, temporary.name)
         try:
             with StopRequest() as stop:
-                _follow(process, run, log, steps, records, show, stop)
+                _follow(process, progress, log, show, stop)
         except KeyboardInterrupt:
-            show(f"interrupted after {len(run.steps)} steps; the measurements are in {folder}", "", records, True)
-            raise
+            progress.doing, progress.log, progress.ended = f"interrupted; the measurements are in {folder}", [], True
+            show(progress)
+            if not in_notebook():
+                raise
+            return run  # the cells below show what was measured
         finally:
             _end(process)
     finally:
@@ -108,29 +117,26 @@ def _process_environment(plan: Plan) -> dict[str, str]:
 
 
 def _follow(
-    process: subprocess.Popen[bytes], run: Run, log: files.Tail, steps: int, records: list[dict[str, Any]],
-    show: Show, stop: StopRequest,
-) -> None:  # fmt: skip
-    recorded = files.Tail(run.folder / run_folder.STEPS)
-    lines: deque[str] = deque(maxlen=LOG_LINES)
-    warnings: list[str] = []
+    process: subprocess.Popen[bytes], progress: Progress, log: files.Tail, show: Show, stop: StopRequest
+) -> None:
+    recorded, records = files.Tail(progress.run.folder / run_folder.STEPS), progress.records
     told = False
     while True:
         if stop.signal and not told:
             told = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, stop.signal)
-        ended = process.poll() is not None
+        progress.ended = process.poll() is not None
         for record in map(json.loads, recorded.new()):
             while records and records[-1]["step"] >= record["step"]:  # recorded again after a resume
                 records.pop()
             records.append(record)
-        for line in log.new():
-            lines.append(line)
-            if re.search(r" rank \d+ (WARNING|ERROR) ", line):
-                warnings.append(line)
-        show(progress(records, steps), "\n".join(warnings if ended else lines), records, ended)
-        if ended:
+        progress.log = log.new()
+        for line in progress.log:
+            if logged := re.search(r" rank 0 INFO (.*)", line):
+                progress.doing = logged[1]
+        show(progress)
+        if progress.ended:
             return
         time.sleep(POLL_SECONDS)
 

@@ -16,7 +16,7 @@ from sdnb.machine import environment
 from sdnb.models.pipeline import model_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.tables import html_table
-from sdnb.train.checkpoint_folder import find_checkpoints
+from sdnb.training.checkpoint_folder import find_checkpoints
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Plan:
         return f"{facts}<details class='plan-settings'>{folded}</details>"
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name + ':':<14}{value}" for name, value in self.facts.items())
+        return "\n".join(f"{name + ':':<15}{value}" for name, value in self.facts.items())
 
 
 def prepare(config: TrainConfig) -> Plan:

@@ -26,7 +26,7 @@ from sdnb.launch.failure import advice_when_killed, details_of, how_it_was_kille
 from sdnb.machine.watchdog import end_when, end_with_parent
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
-from sdnb.train.stopping import LAUNCHER_GONE, SIGNALS
+from sdnb.training.stopping import LAUNCHER_GONE, SIGNALS
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     if os.environ.get("ACCELERATE_USE_CPU") == "true":
         # Loaded once for all forked ranks. Not for ranks on GPUs: a library that touches a GPU while it is loaded would
         # make it unusable in a forked rank.
-        from sdnb.train import loop  # noqa: F401
+        from sdnb.training import loop  # noqa: F401
 
     address, port = config.main_process_ip or "127.0.0.1", str(config.meeting_port or free_port())
     is_the_rank = config.ranks_here == 1 and config.num_machines > 1
@@ -70,7 +70,8 @@ def main() -> None:
         elif exit_code < 0:  # a rank that was killed could not write its own
             how, advice = how_it_was_killed(-exit_code), advice_when_killed(-exit_code, config)
             exit_code = write_down(folder, rank, f"it {how}", advice)
-        sys.exit(exit_code)
+        # At once: on a full disk, interpreter shutdown would fail, as it could not write what the log still waits for.
+        os._exit(exit_code)
     if is_the_rank:
         sys.stdout.flush()
         os._exit(0)  # at once, like forked ranks: interpreter shutdown would destroy the process group
@@ -90,7 +91,7 @@ def _rank(config: TrainConfig) -> None:
             signal.signal(number, signal.SIG_DFL)
         end_with_parent()
     try:
-        from sdnb.train.loop import train
+        from sdnb.training.loop import train
 
         train(config)
     except Stopped as error:

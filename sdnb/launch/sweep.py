@@ -27,13 +27,12 @@ import nbformat
 import yaml
 
 from sdnb.errors import ConfigError, RunError
-from sdnb.machine.environment import PROJECT
+from sdnb.places import runs_folder, shipped
 from sdnb.report.page import write_page
 from sdnb.run.folder import SUMMARY
 from sdnb.settings.config import TrainConfig, read_yaml
+from sdnb.settings.flags import found
 
-NOTEBOOK = PROJECT / "notebooks" / "train.ipynb"
-COMPARISON = PROJECT / "notebooks" / "compare.ipynb"
 EXECUTED = "train.ipynb"  # in the folder of each run
 
 
@@ -49,7 +48,7 @@ class Sweep:
 
 def load(path: str | Path) -> Sweep:
     """Raises ConfigError if the file has no grid, or its settings are wrong."""
-    source, read = Path(path), read_yaml(path)
+    source, read = Path(path), read_yaml(found(path))
     grid = read.pop("grid", None)
     if not (isinstance(grid, dict) and grid and all(isinstance(one, list) and one for one in grid.values())):
         raise ConfigError(f"{path}: has no grid: settings under `grid:`, each with a list of values, such as [1, 2, 4]")
@@ -74,7 +73,7 @@ def run(
     """Run what is not complete yet in `folder` (default: `runs/<name of the sweep>`), and then the comparison, as a
     notebook and as a page. Returns the page, and for each failed run the reason. Raises RunError if fewer than two
     succeeded, so that there is nothing to compare."""
-    target = Path(folder).expanduser().absolute() if folder else PROJECT / "runs" / sweep.name
+    target = Path(folder).expanduser().absolute() if folder else runs_folder() / sweep.name
     failed: dict[str, str] = {}
     for number, (name, settings) in enumerate(sweep.runs.items(), 1):
         where = target / name
@@ -87,18 +86,18 @@ def run(
             before = len(list(target.glob(f"{glob.escape(name)}.before-*")))
             where.rename(target / f"{name}.before-{before + 1}")
         where.mkdir(parents=True)
-        if reason := _execute(NOTEBOOK, where / EXECUTED, parameters):
+        if reason := _execute(shipped("notebooks/train.ipynb"), where / EXECUTED, parameters):
             failed[name] = reason
             say(f"    failed: {reason}")
     complete = [str(target / name) for name in sweep.runs if name not in failed]
     if len(complete) < 2:
         raise RunError(f"{target}: only {len(complete)} of {len(sweep.runs)} runs succeeded, too few to compare")
     notebook = target / "comparison.ipynb"
-    if reason := _execute(COMPARISON, notebook, {"runs": complete, "swept": list(sweep.swept)}):
+    if reason := _execute(shipped("notebooks/compare.ipynb"), notebook, {"runs": complete, "swept": list(sweep.swept)}):
         raise RunError(f"{notebook}: {reason}")
     title = f"{sweep.name}: {len(complete)} runs over {', '.join(sweep.swept)}"
     besides = {"title": title, "reproduce": [f"sdnb sweep {shlex.quote(sweep.file)}"]}
-    page, _ = write_page(notebook, target / f"{sweep.name}.html", besides)
+    page, *_ = write_page(notebook, target / f"{sweep.name}.html", besides)
     return page, failed
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdnb.errors import ConfigError
+from sdnb.places import CLONE
 from sdnb.settings.config import TrainConfig
 
 PACKAGES = (
@@ -26,7 +27,6 @@ _PATHS = (
     "pretrained_model_name_or_path", "dataset_name", "train_data_dir", "output_dir", "cache_dir", "logging_dir",
 )  # fmt: skip
 _WORKERS_PER_CORE = 16  # against a slip of the hand, such as 1600; not advice
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def capture() -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
-        "git_commit": _output("git", "-C", str(PROJECT), "rev-parse", "HEAD"),
-        "git_changed": bool(_output("git", "-C", str(PROJECT), "status", "--porcelain", "--untracked-files=no")),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
 
@@ -139,6 +139,10 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _git(*command: str) -> str:
+    return _output("git", "-C", str(CLONE), *command) if CLONE else ""
 
 
 def _output(*command: str) -> str:

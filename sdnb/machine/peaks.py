@@ -4,7 +4,14 @@ from pathlib import Path
 
 import yaml
 
+from sdnb.settings.config import TrainConfig
+
 _PEAK_TFLOPS = yaml.safe_load(Path(__file__).with_name("peaks.yaml").read_text())
+
+
+def peak_of(config: TrainConfig, device: str) -> float | None:
+    """The peak that MFU is computed from, in TFLOP/s: `device_peak_tflops`, or the device's own; None if unknown."""
+    return config.device_peak_tflops or peak_tflops(device, config.mixed_precision or "no")
 
 
 def peak_tflops(device: str, precision: str) -> float | None:

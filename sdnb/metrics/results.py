@@ -7,24 +7,35 @@ from typing import Any
 
 import pandas as pd
 
-from sdnb.machine.peaks import peak_tflops
+from sdnb.machine.peaks import peak_of
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS, mark, slow_steps, warmup_steps
-from sdnb.metrics.throughput import Estimate, images_per_second, nominal_ips
+from sdnb.metrics.throughput import Estimate, flop_of, images_per_second, nominal_ips
 from sdnb.settings.config import TrainConfig
 from sdnb.tables import html_table
 
 RESULTS_MIME = "application/vnd.sdnb.results+json"  # the rows of the results table
+RATE = "images/s"
 PAGE_MIME = "application/vnd.sdnb.page+json"  # what a page says besides the notebook's outputs
 
 
 @dataclass(frozen=True)
 class Result:
-    """A row of the results table."""
+    """A row of the results table: what is read, how it is measured, and the number with its unit, its 95 % confidence
+    interval and the `n` steps, ranks or images that it comes from, where it has them."""
 
     name: str
     text: str
     how: str
     value: float | None = None
+    unit: str = ""
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """For JSON, which has no NaN."""
+        return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in vars(self).items()}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,8 +63,7 @@ class Measurements:
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         names, texts, hows = zip(*((row.name, row.text, row.how) for row in self.results))
         table = pd.DataFrame({"Result": texts, "How it is measured": hows}, index=names)
-        values = [row.value if row.value is not None and math.isfinite(row.value) else None for row in self.results]
-        rows = [{**vars(row), "value": value} for row, value in zip(self.results, values)]
+        rows = [row.row() for row in self.results]
         return {"text/plain": repr(self), "text/html": html_table(table, "results"), RESULTS_MIME: rows}
 
 
@@ -77,7 +87,7 @@ def measure(run: Any) -> Measurements:
     how = f"steps with fewer images than the global batch{', by the header' if log else ''}"
     results = (
         *throughput,
-        Result("short steps", f"{short} of {len(steps)}", how, short),
+        Result("short steps", f"{short} of {len(steps)}", how, short, "steps", len(steps)),
         *_mfu(model, config, devices.get("names"), steady),
         *_encodings(steady),
         *_energy(steady, config),
@@ -107,16 +117,16 @@ def _throughput_of_a_log(
         nominal = config.global_batch / shown / ranks
         counted = f"{config.global_batch} / {shown:.2f} s/it at step {at} / {ranks} {noun}s"
         counted += f"; counts every step as a full one{short}"
-        rows.append(Result("nominal IPS", f"{nominal:.2f}", counted, nominal))
-        rows.append(Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch))
-    rows.insert(0, Result("images/s per " + noun, str(each), how, each.value))
+        rows.append(Result("nominal IPS", f"{nominal:.2f}", counted, nominal, RATE, 1))
+        rows.append(Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch, "s"))
+    rows.insert(0, _rate("images/s per " + noun, each, how, known))
     if ranks > 1:
         all_ranks = each.value * ranks
-        rows.append(Result(f"images/s, all {noun}s", f"{all_ranks:.2f}", f"{ranks} times that", all_ranks))
+        rows.append(Result(f"images/s, all {noun}s", f"{all_ranks:.2f}", f"{ranks} times that", all_ranks, RATE))
     if seconds:
         whole = steps.images.sum() / seconds / ranks
         how = f"{steps.images.sum():.0f} images / {seconds:.0f} s / {noun}s, with the start and all pauses"
-        rows.append(Result(f"images/s per {noun}, whole log", f"{whole:.2f}", how, whole))
+        rows.append(Result(f"images/s per {noun}, whole log", f"{whole:.2f}", how, whole, RATE, len(steps)))
     return each, rows
 
 
@@ -128,42 +138,49 @@ def _throughput(
     how += f"steps {warmup + 1} to {len(steps)}, without {warmup} of warm-up"
     if resumed := len(steps) - warmup - len(steady):
         how += f" and {resumed} directly after a resume"
-    yield Result("images/s per " + noun, str(each), how, each.value)
+    yield _rate("images/s per " + noun, each, how, len(steady))
     how = f"{config.global_batch} × tqdm's it/s at step {len(steps) - 1} / {config.num_processes} {noun}s; "
     how += "counts every step as a full one: only to compare with published numbers"
     nominal = nominal_ips(steps, config)
     if math.isfinite(nominal):
-        yield Result("nominal IPS", f"{nominal:.2f}", how, nominal)
+        yield Result("nominal IPS", f"{nominal:.2f}", how, nominal, RATE, 1)
     else:
         yield Result("nominal IPS", "unknown after one step", how)
     if config.ranks > 1:
-        yield Result(f"images/s, all {noun}s", str(together), f"{config.ranks} {noun}s together", together.value)
+        yield _rate(f"images/s, all {noun}s", together, f"{config.ranks} {noun}s together", len(steady))
     full = steady[~steady.short]
     if len(full):
         median, p95 = full.seconds.median(), full.seconds.quantile(0.95)
         how = f"the {len(full)} full steps among them, {config.global_batch} images each"
-        yield Result("seconds per step", f"median {median:.3f}, 95 % under {p95:.3f}", how, median)
+        yield Result("seconds per step", f"median {median:.3f}, 95 % under {p95:.3f}", how, median, "s", len(full))
+
+
+def _rate(name: str, rate: Estimate, how: str, steps: int) -> Result:
+    return Result(name, str(rate), how, rate.value, RATE, int(steps), rate.low, rate.high)
 
 
 def _mfu(model: dict[str, Any], config: TrainConfig, names: list[str] | None, steady: pd.DataFrame) -> Iterator[Result]:
     if not (flop := model.get("flop_per_image")):
         return
-    done = {
-        "UNet forward and backward": flop["unet_training"] * steady.images,
-        "VAE": flop["vae_encoder"] * steady.encoded_images,
-        "text encoder": flop["text_encoder"] * steady.encoded_captions,
-    }
+    done = flop_of(flop, steady.images, steady.encoded_images, steady.encoded_captions)
     total = sum(each.sum() for each in done.values())
     tflops = total / steady.seconds.sum() / config.ranks / 1e12
     parts = ", ".join(name for name, each in done.items() if each.sum())
     rate = f"{tflops:.3g} TFLOP/s ({total / steady.images.sum() / 1e12:.4g} TFLOP per image: {parts})"
     if reachable := model.get("reachable_tflops"):
         rate += f"; {tflops / reachable:.0%} of the {reachable:.3g} TFLOP/s that a plain matrix product reaches here"
-    peak = config.device_peak_tflops or peak_tflops((names or [""])[0], config.mixed_precision or "no")
+    peak = peak_of(config, (names or [""])[0])
     if peak is None:
         yield Result("MFU", "unknown peak: set device_peak_tflops", rate)
     else:
-        yield Result("MFU", f"{100 * tflops / peak:.1f} %", f"of {peak:g} TFLOP/s peak: {rate}", tflops / peak)
+        yield Result(
+            "MFU",
+            f"{100 * tflops / peak:.1f} %",
+            f"of {peak:g} TFLOP/s peak: {rate}",
+            tflops / peak,
+            "of peak",
+            len(steady),
+        )
 
 
 def _energy(steady: pd.DataFrame, config: TrainConfig) -> Iterator[Result]:
@@ -171,7 +188,7 @@ def _energy(steady: pd.DataFrame, config: TrainConfig) -> Iterator[Result]:
         watts = steady.joules.sum() / steady.seconds.sum() / config.ranks
         per_joule = steady.images.sum() / steady.joules.sum()
         how = f"from the energy counters of the GPUs, without the rest of the machine; mean {watts:.0f} W per GPU"
-        yield Result("images per joule", f"{per_joule:.4f}", how, per_joule)
+        yield Result("images per joule", f"{per_joule:.4f}", how, per_joule, "images/J", len(steady))
 
 
 def _encodings(steady: pd.DataFrame) -> Iterator[Result]:
@@ -179,7 +196,7 @@ def _encodings(steady: pd.DataFrame) -> Iterator[Result]:
     share = 1 - encoded / trained
     if share > 0:
         how = f"in the measured steps the VAE encoded {encoded:.0f} images for {trained:.0f} trained on"
-        yield Result("encodings kept", f"{100 * share:.0f} %", how, share)
+        yield Result("encodings kept", f"{100 * share:.0f} %", how, share, "of images", int(trained))
 
 
 def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:
@@ -188,7 +205,7 @@ def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:
     peaks = [rank["peak_memory_gib"] for rank in summary["ranks"]]
     how = "torch's allocator, from the first step on" if on_gpu else "resident memory of the process, from its start"
     highest = "the highest of the ranks; " if len(peaks) > 1 else ""
-    return Result("peak memory", f"{max(peaks):.2f} GiB", highest + how, max(peaks))
+    return Result("peak memory", f"{max(peaks):.2f} GiB", highest + how, max(peaks), "GiB", len(peaks))
 
 
 def _losses(
@@ -199,40 +216,40 @@ def _losses(
     if not (imported and math.isnan(last.running_loss)):
         meaning = "; from random weights, so it says nothing about quality" if model.get("random_weights") else ""
         how = f"running mean of the last {window} steps; step 1 had {first.loss:.4f}{meaning}"
-        yield Result("final loss", f"{last.running_loss:.4f}", how, last.running_loss)
+        yield Result("final loss", f"{last.running_loss:.4f}", how, last.running_loss, n=window)
     if not (imported and math.isnan(last.step_loss)):
         how = "rank 0's last micro-batch, as the reference's progress bar shows it: noise"
-        yield Result("final step_loss", f"{last.step_loss:.4f}", how, last.step_loss)
+        yield Result("final step_loss", f"{last.step_loss:.4f}", how, last.step_loss, n=1)
     if len(validation):
         measured = model.get("held_out_loss_of", "the UNet as trained (not its EMA)")
         begin, end = validation.iloc[0], validation.iloc[-1]
         how = f"{int(end.images)} images that are not trained on, {measured}, fixed noise; "
         how += f"step {int(begin.step)} → {int(end.step)}"
-        yield Result("held-out loss", f"{begin.loss:.4f} → {end.loss:.4f}", how, end.loss)
+        yield Result("held-out loss", f"{begin.loss:.4f} → {end.loss:.4f}", how, end.loss, n=int(end.images))
     if config.target_loss is not None:
         met = last.running_loss < config.target_loss
         verdict = "met" if met else "not met" if math.isfinite(last.running_loss) else "not met, the loss is not finite"
         text = f"{verdict}: {last.running_loss:.4f} against {config.target_loss}"
         how = f"by the running mean of the last {window} steps; "
         how += f"the step_loss of step {len(steps)} is {last.step_loss:.4f}"
-        yield Result("target", text, how, float(met))
+        yield Result("target", text, how, float(met), n=window)
 
 
 def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[str, Any]) -> Result:
     training = steps.seconds.sum()
     if not summary:
-        return Result("total time", f"{training:.0f} s in steps", "the run is incomplete", training)
+        return Result("total time", f"{training:.0f} s in steps", "the run is incomplete", training, "s", len(steps))
     if (total := summary.get("total_seconds")) is None:  # version 0.1 had only the wall clock
         total = summary["ended"] - environment.get("started", math.nan)
         if not total >= training:
-            return Result("total time", f"{training:.0f} s in steps", "the clock was set meanwhile", training)
+            return Result("total time", f"{training:.0f} s in steps", "the clock was set meanwhile", training, "s")
     if "imported" in environment:
         how = "by the log, from the first step to its end"
     else:
         how = f"from launch to the saved pipeline; {training:.0f} s of it in steps"
         if environment.get("resumed"):
             how = f"from the last resume to the saved pipeline; all steps together took {training:.0f} s"
-    return Result("total time", f"{total:.0f} s", how, total)
+    return Result("total time", f"{total:.0f} s", how, total, "s")
 
 
 def _resumed(resumed: list[dict[str, Any]], host: str | None) -> Iterator[Result]:

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -78,6 +79,16 @@ def seconds_per_micro_batch(shown: float, micro_batches: Sequence[int]) -> float
     """Seconds per micro-batch, from the s/it that tqdm shows after steps of so many micro-batches. All micro-batches
     are assumed to take the same time, and the average is linear in it."""
     return shown / smoothed_seconds_per_step(np.asarray(micro_batches, float))
+
+
+def flop_of(per_image: dict[str, float], images: Any, encoded_images: Any, encoded_captions: Any) -> dict[str, Any]:
+    """Floating-point operations by part of the model, for so many images trained on and encoded, or for a column of
+    them. `per_image`: as `describe_model` counts them."""
+    return {
+        "UNet forward and backward": per_image["unet_training"] * images,
+        "VAE": per_image["vae_encoder"] * encoded_images,
+        "text encoder": per_image["text_encoder"] * encoded_captions,
+    }
 
 
 def nominal_ips(steps: pd.DataFrame, config: TrainConfig) -> float:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from sdnb.data.image_captions import ImageCaptions, first_caption
 from sdnb.errors import DataError, RunError
-from sdnb.figures.chart import BLUE, RED, Chart, grid_of, legend
+from sdnb.figures.chart import Chart, grid_of, legend
+from sdnb.figures.colours import BLUE, RED
 from sdnb.machine.device import release_freed_memory
-from sdnb.machine.environment import PROJECT
 from sdnb.models.pipeline import Parts, assemble, load_parts
+from sdnb.places import runs_folder
 from sdnb.report.run import Run
 from sdnb.run.folder import SUMMARY, problems_of
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import several
-from sdnb.train.evaluation import psnr
+from sdnb.training.evaluation import psnr
 
 LATEST = "latest"
 PIPELINE = "model_index.json"
@@ -124,14 +125,14 @@ def noised(parts: Parts, examples: ImageCaptions, row: int, timesteps: Sequence[
 
 
 def find_run(wanted: str | Path | None, config: TrainConfig) -> Run | None:
-    """The run in a folder. For `latest`, the newest complete run in the project's `runs/` that started with the same
-    model; None if there is none, or for None. Raises RunError if the folder has no run."""
+    """The run in a folder. For `latest`, the newest complete run in `runs_folder` that started with the same model;
+    None if there is none, or for None. Raises RunError if the folder has no run."""
     if wanted is None:
         return None
     if wanted != LATEST:
         return Run(wanted)
     model, ended = config.pretrained_model_name_or_path, {}
-    for path in (PROJECT / "runs").glob(f"**/{SUMMARY}"):
+    for path in runs_folder().glob(f"**/{SUMMARY}"):
         seen, _ = problems_of(partial(_model_and_end, path.parent))  # a damaged run does not hide the others
         if seen and seen[0] == model and (path.parent / PIPELINE).exists():
             ended[path.parent] = seen[1]

@@ -1,7 +1,7 @@
-"""An executed notebook as one self-contained HTML page: `sdnb report out.ipynb`. The page has the notebook's
-sections in order. Sections tagged `appendix` come last; cells tagged `not-in-report` are left out. At the end are the
-settings, the machine and the commands, from the output of type `PAGE_MIME`. The page loads nothing from a network, and
-its content security policy forbids it."""
+"""A run, or an executed notebook, as one self-contained HTML page: `sdnb report`. The page has the notebook's sections
+in order; that of a run folder has those of train.ipynb. Sections tagged `appendix` come last; cells tagged
+`not-in-report` are left out. At the end are the settings, the machine and the commands, from the output of type
+`PAGE_MIME`. The page loads nothing from a network, and its content security policy forbids it."""
 
 import base64
 import hashlib
@@ -19,7 +19,10 @@ from traitlets.config import Config
 from sdnb.errors import RunError
 from sdnb.machine.environment import version_of
 from sdnb.metrics.results import PAGE_MIME, RESULTS_MIME
+from sdnb.report.export import export
+from sdnb.report.in_process import executed
 from sdnb.report.redaction import Redaction
+from sdnb.report.run import Run
 from sdnb.report.sanitizer import clean
 from sdnb.run import files
 
@@ -40,16 +43,17 @@ def results(notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
 
 
 def write_page(
-    notebook_path: str | Path, page_path: str | Path | None = None, besides: dict[str, Any] | None = None
-) -> tuple[Path, list[dict[str, Any]]]:
-    """Write the page of an executed notebook, by default beside it, with the name of the run that it shows, if it shows
-    one. `besides` replaces parts of what the notebook says about its page, such as `title` and `reproduce`. Returns the
-    page's path, and the headline results. Raises RunError if the file is missing, is no notebook, or has not been
-    executed."""
-    source, redaction = Path(notebook_path), Redaction()
+    source: str | Path, page_path: str | Path | None = None, besides: dict[str, Any] | None = None
+) -> tuple[Path, list[dict[str, Any]], str]:
+    """Write the page of an executed notebook or of a run folder, by default beside or in it, with the name of the run
+    that it shows, if it shows one. `besides` replaces parts of what the notebook says about its page, such as `title`
+    and `reproduce`. Returns the page's path, the headline results, and what is wrong, see `problem_of`. Raises RunError
+    if there is no such run, or the file is missing, is no notebook, or has not been executed."""
+    source, redaction = Path(source), Redaction()
     try:
         notebook = redaction.node(_read(source))
         about = {**(shown(notebook, PAGE_MIME) or {}), **redaction.node(besides or {})}
+        problem = problem_of(notebook, about)
         name = re.sub(r"[^\w.,=+-]+", "-", about.get("name") or "").strip("-.") or source.stem
         headline = about.get("headline") or [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
         headline = [{"name": row["name"], "text": row["text"]} for row in headline]
@@ -58,14 +62,24 @@ def write_page(
         raise
     except Exception as error:  # a cell or an output that is not what a notebook may have
         raise RunError(f"{source}: cannot be shown: {_first_line(error)}") from error
-    target = Path(page_path) if page_path else source.with_name(f"{name}.html")
+    beside = source if source.is_dir() else source.parent
+    target = Path(page_path) if page_path else beside / f"{name}.html"
     if target.resolve() == source.resolve():
         raise RunError(f"{target}: this is the notebook; give the page another name")
     files.write_text(target, page.encode(errors="replace").decode())
-    return target, headline
+    return target, headline, problem
+
+
+def export_of(source: str | Path, kind: str) -> str:
+    """The results of an executed notebook or a run folder as `markdown`, `json` or `csv`, without secrets. Raises
+    RunError as `write_page` does."""
+    notebook = Redaction().node(_read(Path(source)))
+    return export(kind, shown(notebook, PAGE_MIME) or {}, results(notebook))
 
 
 def _read(source: Path) -> nbformat.NotebookNode:
+    if source.is_dir():
+        return executed("train", {"run": Run(source)})
     if source.exists() and not source.is_file():
         raise RunError(f"{source}: is not a file")
     try:
@@ -89,7 +103,7 @@ def _page(
 ) -> str:  # fmt: skip
     here = Path(__file__).parent
     script = (here / "template" / "sort.js").read_text()
-    title, problem = about.get("title") or redaction.text(_title(notebook, source)), problem_of(notebook)
+    title, problem = about.get("title") or redaction.text(_title(notebook, source)), problem_of(notebook, about)
     resources = dict(
         about=about, title=f"{problem}: {title}" if problem else title, headline=headline,
         source=redaction.text(source.name), version=version_of("sdnb"), script=script,
@@ -106,15 +120,18 @@ def _page(
     return exporter.from_notebook_node(notebook, resources=resources)[0]
 
 
-def problem_of(notebook: nbformat.NotebookNode) -> str:
-    """Whether an executed notebook has `failed`, or was `not completed`; empty if it was."""
+def problem_of(notebook: nbformat.NotebookNode, about: dict[str, Any]) -> str:
+    """Whether an executed notebook has `failed`, or was `not completed`, or the run that it shows is `running`, or was
+    `interrupted`; empty if all is complete."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     expected = [cell for cell in code if "raises-exception" in _tags(cell)]
     errors = [one for cell in code if cell not in expected for one in cell.outputs if one.output_type == "error"]
     if errors or notebook.metadata.get("papermill", {}).get("exception"):
         return "failed"
     left = [cell for cell in code if cell.metadata.get("papermill", {}).get("status") in ("pending", "running")]
-    return "not completed" if left else ""
+    if left:
+        return "not completed"
+    return "" if about.get("state") == "complete" else about.get("state", "")
 
 
 def _title(notebook: nbformat.NotebookNode, source: Path) -> str:
@@ -158,13 +175,13 @@ def _tags(cell: nbformat.NotebookNode) -> Sequence[str]:
     return cell.metadata.get("tags", ())
 
 
-def write_and_print(notebook: str, page: str | None = None) -> None:
-    """Write the page, and print the headline results and the page's path. Ends with exit status 1 if the notebook
-    failed or was not completed."""
+def write_and_print(source: str, page: str | None = None) -> None:
+    """Write the page, and print the headline results and the page's path. Ends with exit status 1 if the run or the
+    notebook failed or was not completed."""
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # what is wrong with a notebook is said in one line
-    written, headline = write_page(notebook, page)
+    written, headline, problem = write_page(source, page)
     for row in headline:
         print(f"{row['name']:<24}{row['text']}")
     print(f"report: {written.resolve()}")
-    if problem := problem_of(_read(Path(notebook))):
-        sys.exit(f"error: {notebook}: {problem}, as the page's title says")
+    if problem:
+        sys.exit(f"error: {source}: {problem}, as the page's title says")

@@ -14,9 +14,9 @@ import pandas as pd
 from sdnb.errors import RunError
 from sdnb.figures import run_plots
 from sdnb.figures.chart import Chart
-from sdnb.machine.environment import PROJECT
 from sdnb.metrics.results import PAGE_MIME, Measurements, measure
 from sdnb.metrics.step_clock import PHASES
+from sdnb.places import runs_folder
 from sdnb.run.folder import CONFIG, RunFolder, data_name, problems_of
 from sdnb.settings.flags import command_line
 
@@ -80,47 +80,43 @@ class Run(RunFolder):
         return time.strftime("%Y-%m-%d", time.localtime(began)) if began else "unknown date"
 
     def reproduce(self) -> list[str]:
-        """The commands that repeat the run, in a clone of the project. None for a run that sdnb did not make."""
+        """The commands that repeat the run, in a clone of the project if it was made by one. None for a run that sdnb
+        did not make."""
         environment = self.environment
         if "imported" in environment or (
             "reproduce" not in environment and {"part_of", "pretraining"} & {*environment}
         ):
             return []  # the latter two were pretraining runs of version 0.1
-        commit, config = environment.get("git_commit"), self.config
-        launcher = "python"
-        if (config.num_processes or 1) > 1:
-            # Without the variable, accelerate looks for GPUs; with its flag --cpu, it starts one rank.
-            on_cpu = "ACCELERATE_USE_CPU=true " if environment.get("devices", {}).get("type", "cpu") == "cpu" else ""
-            options = (
-                f"--num_processes {config.num_processes} --num_machines 1 --mixed_precision no --dynamo_backend no"
-            )
-            launcher = f"{on_cpu}accelerate launch --multi_gpu {options}"
-        settings = config.model_dump(mode="json", exclude=_NOT_REPEATED | {"num_processes"})
-        command = f"{launcher} -m sdnb.train {shlex.join([*command_line(settings), '--output_dir=again'])}"
-        return [
-            *([f"git checkout {commit}"] if commit else []),
-            "make .venv/.installed && . .venv/bin/activate",
-            *environment.get("reproduce", [command]),
-        ]
+        settings = self.config.model_dump(mode="json", exclude=_NOT_REPEATED)
+        command = f"sdnb train {shlex.join([*command_line(settings), '--output_dir=again'])}"
+        commit = environment.get("git_commit")
+        clone = [f"git checkout {commit}", "make .venv/.installed && . .venv/bin/activate"] if commit else []
+        return [*clone, *environment.get("reproduce", [command])]
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         environment = self.environment
         page = dict(
-            kind="run", name=self.folder.name, title=self.title,
+            kind="run", name=self.folder.name, title=self.title, state=self.state, failure=self._failure(),
             settings=self.config.model_dump(mode="json", exclude=_NOT_REPEATED),
             machine=_machine(environment, self.summary), reproduce=self.reproduce(),
             changed=bool(environment.get("git_changed")),
         )  # fmt: skip
         return {"text/plain": repr(self), "text/html": self._card(), PAGE_MIME: page}
 
+    def _failure(self) -> str:
+        """Which rank failed and why, and the end of the log; empty if none did."""
+        if not (failed := self.failure) or self.state != "failed":
+            return ""
+        log_end = "\n".join(self.log.rstrip().splitlines()[-20:])
+        return f"rank {failed['rank']} failed: {failed['what']}\n{failed['details'].rstrip()}\n\n{log_end}"
+
     def _card(self) -> str:
         rows = [row for row in self.results.results if row.name.startswith(_ON_CARDS)] if len(self.steps) else []
         tile = "<div style='margin-right:1.6em'><small>{}</small><br><b>{}</b></div>"
         tiles = "".join(tile.format(html.escape(row.name), html.escape(row.text)) for row in rows)
-        state = "complete" if self.summary else "incomplete"
         return (
             "<div style='display:flex;gap:1em;border:1px solid #8888;border-radius:6px;padding:.8em'>"
-            f"{self._thumbnail()}<div><b>{html.escape(self.title)}</b> ({state})"
+            f"{self._thumbnail()}<div><b>{html.escape(self.title)}</b> ({self.state})"
             f"<div style='display:flex;flex-wrap:wrap;margin:.5em 0'>{tiles}</div>"
             f"<code>{html.escape(str(self.folder))}</code></div></div>"
         )
@@ -171,9 +167,9 @@ def _threads(begun: dict[str, Any] | None, ended: dict[str, Any]) -> str:
 
 
 def runs(folder: str | Path | None = None) -> pd.DataFrame:
-    """The runs in a folder and its subfolders, newest first: model, data, and main results. Default: the project's
-    `runs/`. If a file of a run cannot be read, its row names the file, in the column `problem`."""
-    root = Path(folder).expanduser().absolute() if folder else PROJECT / "runs"
+    """The runs in a folder and its subfolders, newest first: model, data, and main results. Default: all runs,
+    see `runs_folder`. If a file of a run cannot be read, its row names the file, in the column `problem`."""
+    root = Path(folder).expanduser().absolute() if folder else runs_folder()
     rows = []
     for path in root.glob(f"**/{CONFIG}"):
         run = Run(path.parent)
@@ -196,7 +192,7 @@ def _row(run: Run) -> dict[str, Any]:
         "resolution": config.resolution,
         "global batch": config.global_batch if config.num_processes else None,
         "steps": steps,
-        "complete": bool(run.summary),
+        "state": run.state,
     }
     if steps:
         results = run.results

@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 
 from sdnb.errors import RunError
-from sdnb.machine.environment import PROJECT
 from sdnb.metrics.results import PAGE_MIME, Measurements, measure
 from sdnb.metrics.throughput import Estimate, ratio_of
+from sdnb.places import runs_folder
 from sdnb.run.folder import CONFIG, RunFolder, problems_of
 from sdnb.run.importing import PUBLISHED, UNKNOWN
 from sdnb.settings.fields import several
@@ -125,7 +125,7 @@ def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison
     project's `runs/`. `published` stands for the published measurement that comes with the package. Raises RunError if
     a run in the list is missing, has no steps or cannot be read, or there are fewer than two. In a folder, such a run
     is left out; if it cannot be read, `problems` says so."""
-    folders, listed = _find(PROJECT / "runs" if runs is None else runs)
+    folders, listed = _find(runs_folder() if runs is None else runs)
     found: dict[Path, tuple[RunFolder, Measurements]] = {}
     problems = []
     for folder in folders:

@@ -17,7 +17,9 @@ import pandas as pd
 from PIL import Image
 
 from sdnb.errors import RunError, SdnbError
-from sdnb.machine.environment import PROJECT
+from sdnb.machine.environment import version_of
+from sdnb.metrics.results import measure
+from sdnb.places import runs_folder
 from sdnb.run.files import DamagedFile, intact_lines, read, read_lines, remove_strays, write, write_text, writing
 from sdnb.settings.config import TrainConfig
 
@@ -31,6 +33,7 @@ STEPS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 LOG = "train.log"
 SUMMARY = "summary.json"
+RESULTS = "results.json"
 FAILURE = "failure.json"
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock, some NFS
@@ -81,6 +84,17 @@ def lock(folder: Path) -> TextIO:
     return file
 
 
+def _is_locked(folder: Path) -> bool:
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or no locks
+        pass
+    return False
+
+
 def join(config: TrainConfig) -> Path:
     """The run folder, on a machine other than machine 0, which writes it. If the folder is not shared, a local one."""
     folder = _made(config)
@@ -97,7 +111,7 @@ def _save_settings(config: TrainConfig, folder: Path) -> None:
 
 
 def create(config: TrainConfig) -> tuple[Path, TextIO]:
-    """Make the run folder that the settings name, or a new one under `runs/` in the project's root, and lock it. Raises
+    """Make the run folder that the settings name, or a new one in `runs_folder`, and lock it. Raises
     RunError if the folder has a run that is not to be resumed, or is used by another run, or cannot be made."""
     folder = _made(config)
     held = lock(folder)
@@ -126,7 +140,7 @@ def _made(config: TrainConfig) -> Path:
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    root = (PROJECT if (PROJECT / "pyproject.toml").exists() else Path.cwd()) / "runs"
+    root = runs_folder()
     name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{Path(config.pretrained_model_name_or_path).name}-{data_name(config)}"
     for attempt in range(1, 1000):
         folder = root / (name if attempt == 1 else f"{name}-{attempt}")
@@ -172,6 +186,12 @@ def seconds_since_start(folder: Path) -> float | None:
 def add_to_environment(folder: Path, **facts: Any) -> None:
     """Add facts about the machine that are known only when the training starts."""
     write(folder / ENVIRONMENT, {**read(folder / ENVIRONMENT), **facts})
+
+
+def write_results(folder: Path) -> None:
+    """Write the results of a complete run, each with its unit, interval and definition."""
+    rows = [result.row() for result in measure(RunFolder(folder)).results]
+    write(folder / RESULTS, {"sdnb": version_of("sdnb"), "results": rows})
 
 
 def fail(folder: Path, rank: int, what: str, details: str) -> bool:
@@ -277,6 +297,15 @@ class RunFolder:
     def failure(self) -> dict[str, Any]:
         """The rank that failed, and its error. Empty if none did."""
         return read(self.folder / FAILURE)
+
+    @property
+    def state(self) -> str:
+        """`complete`, `failed`, `running`, or `interrupted`: it ended before its last step."""
+        if self.summary:
+            return "complete"
+        if self.failure:
+            return "failed"
+        return "running" if _is_locked(self.folder) else "interrupted"
 
     @property
     def log(self) -> str:

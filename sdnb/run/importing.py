@@ -207,6 +207,7 @@ def write(log: Log, folder: str | Path | None, name: str) -> run_folder.RunFolde
             files.append(target / run_folder.STEPS, record)
         summary: dict[str, Any] = dict(world_size=config.ranks, total_seconds=log.total_seconds, ranks=[])
         files.write(target / run_folder.SUMMARY, summary)
+        run_folder.write_results(target)
     return run_folder.RunFolder(target)
 
 

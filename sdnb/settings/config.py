@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError, model_validator
@@ -16,6 +18,7 @@ from sdnb.settings import fields
 from sdnb.settings.epoch import Epoch
 
 logger = logging.getLogger("sdnb")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class TrainConfig(
@@ -172,6 +175,28 @@ class TrainConfig(
             if settings[name] is not None and Path(settings[name]).expanduser().is_dir():
                 settings[name] = str(Path(settings[name]).expanduser().resolve())
         return settings
+
+
+def takes_settings(**defaults: Any) -> Callable[[F], F]:
+    """Give a function of `**settings` the names, defaults and descriptions of all settings, for `help()` and for
+    completion in a notebook. `defaults`: where the function has others."""
+
+    def described(function: F) -> F:
+        settings = {**TrainConfig.model_fields, "steps": TrainConfig.model_fields["max_train_steps"]}
+        parameters = []
+        for name, field in settings.items():
+            default = inspect.Parameter.empty if field.is_required() else defaults.get(name, field.default)
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+        returned = inspect.signature(function).return_annotation
+        function.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+        about = inspect.cleandoc(function.__doc__ or "")
+        function.__doc__ = f"{about}\n\nsteps is short for max_train_steps. The settings:\n{fields.listed()}"
+        return function
+
+    return described
+
+
+TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n{fields.listed()}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 `train_text_to_image.py`. A description says where a setting is not in that script."""
 
 import ast
+import textwrap
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic._internal._model_construction import ModelMetaclass
 
 EMBEDDED_DATA = ("openmoji", "openmoji-night")  # see data/openmoji.py
 
@@ -56,7 +58,14 @@ def setting(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, **limits)
 
 
-class Settings(BaseModel):
+class _Listed(ModelMetaclass):
+    """`help()` of the settings lists them, and not the methods that they have from pydantic."""
+
+    def __dir__(cls) -> list[str]:
+        return [name for name in super().__dir__() if not (name.startswith("_") or hasattr(BaseModel, name))]
+
+
+class Settings(BaseModel, metaclass=_Listed):
     """A group of settings. Where `affects_result` is true, another value gives other losses or other weights, so a
     checkpoint does not resume with it."""
 
@@ -209,6 +218,19 @@ GROUPS: tuple[type[Settings], ...] = (
     ValidationSettings, OutputSettings, HubSettings, RankSettings,
 )
 # fmt: on
+
+
+def listed() -> str:
+    """All settings in their groups, with their defaults and meaning."""
+    lines = []
+    for group in GROUPS:
+        lines.append(f"\n{group.__name__.removesuffix('Settings')}")
+        for name, field in group.model_fields.items():
+            default = "" if field.is_required() else f" = {field.default!r}"
+            text = f"{name}{default}: {field.description}"
+            lines += textwrap.wrap(text, 110, initial_indent="    ", subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
 
 # Settings of version 0.1 that are gone: they changed no result, so a run folder that has them can still be read.
 RETIRED = frozenset({"onednn_linear", "keep_freed_memory", "channels_last", "cuda_graphs"})

@@ -2,39 +2,91 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from pydantic.fields import FieldInfo
 
 from sdnb.errors import ConfigError
-from sdnb.settings.config import TrainConfig
+from sdnb.places import shipped
+from sdnb.settings.config import TrainConfig, read_yaml
 from sdnb.settings.fields import GROUPS
 
 # Abbreviations that users of the reference write.
 _SHORT = {"resume_from_checkpoint": ["--resume"], "validation_prompts": ["--validation_prompt"]}
 
 
+def _help(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=46, width=120)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError with a hint where argparse prints its usage and exits."""
+
+    def __init__(self, **options: Any) -> None:
+        # An abbreviation is an error: a misspelt flag must not become another one.
+        options.setdefault(
+            "formatter_class", lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=120)
+        )
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        if wrong := re.search(r"invalid choice: '(.*?)'(.*)", message):
+            known = re.findall(r"[\w-]+", wrong[2].partition("choose from")[2])
+        wrong = wrong or re.search(r"unrecognized arguments: ([^\s=]+)", message)
+        near = wrong and [one for one in known if one.startswith(wrong[1])]
+        near = near or (wrong and difflib.get_close_matches(wrong[1], known, n=1))
+        hint = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists what there is"
+        raise ConfigError(f"{message}; {hint}")
+
+
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """Settings from a command line, such as that of diffusers' `train_text_to_image.py`. `--help` prints and exits.
-    Raises ConfigError if a flag is unknown or lacks its value, or a setting is wrong."""
-    parser = _Parser(
+    """Settings from the command line of `python -m sdnb.train`, such as that of diffusers' `train_text_to_image.py`.
+    `--help` prints and exits. Raises ConfigError if a flag is unknown or lacks its value, or a setting is wrong."""
+    parser = Parser(
         prog="python -m sdnb.train",
         usage="python -m sdnb.train --pretrained_model_name_or_path … --dataset_name … [--setting value …]\n"
         "       accelerate launch [its own options] -m sdnb.train --pretrained_model_name_or_path … …",
-        description="Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py. The run "
-        "folder, output_dir, gets the measurements and the trained pipeline.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,  # a misspelt flag must not become another one
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=46, width=120),
+        description=DESCRIPTION,
     )
+    add_settings(parser)
+    return config_of(parser.parse_args(arguments))
+
+
+DESCRIPTION = """Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py. The run folder,
+output_dir, gets the measurements and the trained pipeline."""
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each setting, in groups, and a file of settings as the argument."""
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument("file", nargs="?", help="a YAML file of settings, such as params/demo.yaml; flags override it")
     parser.add_argument("--steps", type=_int, metavar="INT", help="short for --max_train_steps")
     for group in GROUPS:
         shown = parser.add_argument_group(group.__name__.removesuffix("Settings").lower())
         for name, field in group.model_fields.items():
             shown.add_argument(f"--{name}", *_SHORT.get(name, ()), **_options(field))
-    given = vars(parser.parse_args(arguments))
-    return TrainConfig(**{name: None if value == "None" else value for name, value in given.items()})
+
+
+def config_of(given: argparse.Namespace, **defaults: Any) -> TrainConfig:
+    """The settings that `add_settings` has read. `defaults`: where they are not TrainConfig's. Raises ConfigError."""
+    flags = {name: None if value == "None" else value for name, value in vars(given).items()}
+    file = flags.pop("file", None)
+    if file and not file.endswith((".yaml", ".yml")):  # a stray word, as in `--use_ema True`
+        raise ConfigError(f"{file!r} is neither a flag nor a YAML file; --help lists the flags")
+    settings = read_yaml(found(file)) if file else {}
+    if "steps" in flags or "max_train_steps" in flags:
+        settings = {name: value for name, value in settings.items() if name not in ("steps", "max_train_steps")}
+    return TrainConfig(**{**defaults, **settings, **flags})
+
+
+def found(file: str | Path) -> Path:
+    """A parameter file by its path; one that comes with sdnb, if there is none at this path."""
+    path = Path(file).expanduser()
+    return path if path.exists() or not shipped(str(file)).exists() else shipped(str(file))
 
 
 def command_line(settings: dict[str, Any]) -> list[str]:
@@ -79,13 +131,3 @@ def _parts(annotation: Any) -> list[Any]:
     """The types in an annotation, and the texts that it allows."""
     origin = getattr(annotation, "__origin__", annotation)
     return [origin, *(part for argument in get_args(annotation) for part in _parts(argument))]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        unknown = message.rpartition("unrecognized arguments: ")[2].split()[0].partition("=")[0]
-        near = [flag for flag in flags if flag.startswith(unknown)] or difflib.get_close_matches(unknown, flags, n=1)
-        near = near if "unrecognized" in message else []
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-        raise ConfigError(f"{message}; {hint}")

@@ -21,7 +21,7 @@ from sdnb.errors import RunError
 from sdnb.run import folder as run_folder
 from sdnb.run.files import write
 from sdnb.settings.fields import DataSettings
-from sdnb.train.checkpoint_folder import (
+from sdnb.training.checkpoint_folder import (
     MANIFEST,
     Checkpoint,
     FoundCheckpoints,
@@ -31,7 +31,7 @@ from sdnb.train.checkpoint_folder import (
     identity,
     numbered,
 )  # fmt: skip
-from sdnb.train.setup import Training
+from sdnb.training.setup import Training
 
 logger = logging.getLogger("sdnb")
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from sdnb.machine.device import EnergyMeter
 from sdnb.models.encoders import Encoders
-from sdnb.train.stopping import StopRequest
+from sdnb.training.stopping import StopRequest
 
 
 class StepStats:

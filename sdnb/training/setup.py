@@ -29,8 +29,8 @@ from sdnb.models.encoders import WEIGHT_DTYPES, Encoders
 from sdnb.models.pipeline import Parts, load_parts, start_of_ema
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
-from sdnb.train.step_stats import StepStats
-from sdnb.train.stopping import StopRequest, end_with_rank
+from sdnb.training.step_stats import StepStats
+from sdnb.training.stopping import StopRequest, end_with_rank
 
 logger = logging.getLogger("sdnb")
 

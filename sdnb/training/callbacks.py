@@ -14,10 +14,10 @@ from sdnb.machine.device import peak_bytes, release_freed_memory
 from sdnb.models.pipeline import assemble
 from sdnb.run import files, hub
 from sdnb.run import folder as run_folder
-from sdnb.train.checkpoints import Checkpoints
-from sdnb.train.evaluation import HeldOutLoss, draw_samples
-from sdnb.train.setup import Training
-from sdnb.train.stopping import stopped
+from sdnb.training.checkpoints import Checkpoints
+from sdnb.training.evaluation import HeldOutLoss, draw_samples
+from sdnb.training.setup import Training
+from sdnb.training.stopping import stopped
 
 logger = logging.getLogger("sdnb")
 
@@ -103,6 +103,7 @@ class Callbacks:
                 ended=time.time(), total_seconds=run_folder.seconds_since_start(self.folder),
             )  # fmt: skip
             files.write(self.folder / run_folder.SUMMARY, summary)
+            run_folder.write_results(self.folder)
         self._draw()
         if accelerator.is_main_process and self.repository:
             logger.info("uploading to %s", self.repository)

@@ -19,11 +19,11 @@ from sdnb.models.flops import describe_model
 from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
-from sdnb.train.callbacks import Callbacks
-from sdnb.train.checkpoint_folder import find_checkpoints
-from sdnb.train.checkpoints import remove_leftovers, resume
-from sdnb.train.objective import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
-from sdnb.train.setup import Training, build, set_stance, start
+from sdnb.training.callbacks import Callbacks
+from sdnb.training.checkpoint_folder import find_checkpoints
+from sdnb.training.checkpoints import remove_leftovers, resume
+from sdnb.training.objective import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
+from sdnb.training.setup import Training, build, set_stance, start
 
 logger = logging.getLogger("sdnb")
 

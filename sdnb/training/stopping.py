@@ -74,9 +74,18 @@ class StopRequest:
 
 
 def end_with_rank(_: int) -> None:
-    """For a process that loads images: no signal ends it before its rank ends, and nothing keeps it afterwards."""
-    for number in (*SIGNALS, LAUNCHER_GONE):
-        signal.signal(number, signal.SIG_IGN)
+    """For a process that loads images: no signal ends it before its rank ends, and nothing keeps it afterwards. Only
+    its rank may end it with SIGTERM: others send that to all processes of a training."""
+    rank, blocked = os.getppid(), {*SIGNALS, LAUNCHER_GONE}
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+
+    def listen() -> None:
+        received = signal.sigwaitinfo(blocked)
+        while (received.si_signo, received.si_pid) != (signal.SIGTERM, rank):
+            received = signal.sigwaitinfo(blocked)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
     end_with_parent()
 
 
