@@ -36,7 +36,7 @@ help: ## Show this list
 
 train: $(VENV)/.installed ## Train the embedded model on the embedded data, and write an HTML report
 	@mkdir -p "$(RUN)"
-	$(BIN)/papermill notebooks/train.ipynb "$(RUN)/train.ipynb" -p steps $(STEPS) -p output_dir "$(abspath $(RUN))" $(PARAMS)
+	@$(BIN)/papermill --engine sdnb --no-progress-bar notebooks/train.ipynb "$(RUN)/train.ipynb" -p steps $(STEPS) -p output_dir "$(abspath $(RUN))" $(PARAMS)
 	@$(BIN)/sdnb report "$(RUN)/train.ipynb"
 
 sweep: $(VENV)/.installed ## Run the grid of settings in GRID=params/sweep-….yaml, and compare the runs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import shtab
 
-from sdnb.errors import ConfigError, SdnbError
+from sdnb.errors import ConfigError, DataError, SdnbError
 from sdnb.machine.environment import version_of
 from sdnb.places import runs_folder, shipped, workspace
 from sdnb.report.export import FORMATS
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     comparing = command("compare", _compare, "compare runs with the first of them")
     _file(comparing.add_argument("runs", nargs="*", metavar="run", help=f"{_RUN}; default: all runs"))
+    _file(comparing.add_argument("--page", type=Path, help="the HTML page to write; default: one under runs/"))
 
     listing = command("runs", _runs, "list the runs, the newest first")
     _file(listing.add_argument("folder", nargs="?", help="default: runs/, or the variable SDNB_RUNS"))
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     _file(importing.add_argument("--output_dir", type=Path, help="the run folder; default: a new one under runs/"))
     for name, what in _FACTS.items():
         importing.add_argument(f"--{name}", type=int, help=f"{what}, if the log does not contain it")
+
+    captions = command("captions", _captions, "write captions in .txt files beside images into a metadata.jsonl")
+    _file(captions.add_argument("folder", type=Path, help="a folder of images, as in train_data_dir"))
 
     sweeping = command("sweep", _sweep, "run a grid of settings, and compare the runs on one page")
     _file(sweeping.add_argument("grid", help="a YAML file, such as params/sweep-batch.yaml"))
@@ -111,9 +115,14 @@ def _report(given: argparse.Namespace) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
+    from sdnb.report.in_process import executed
+    from sdnb.report.page import write_page
     from sdnb.run.comparison import compare
 
     print(compare(given.runs or None))
+    notebook = executed("compare", {"runs": given.runs or None, "swept": []})
+    page, *_ = write_page(runs_folder(), given.page, notebook=notebook)
+    print(f"report: {page}")
 
 
 def _runs(given: argparse.Namespace) -> None:
@@ -130,6 +139,14 @@ def _import(given: argparse.Namespace) -> None:
     log = importing.read(given.log, **{name: fact for name in _FACTS if (fact := getattr(given, name)) is not None})
     run = importing.write(log, given.output_dir, given.log.name)
     print(measure(run), f"in {run.folder}", sep="\n")
+
+
+def _captions(given: argparse.Namespace) -> None:
+    from sdnb.data.image_folder import write_metadata
+
+    if not given.folder.is_dir():
+        raise DataError(f"{given.folder}: there is no such folder")
+    print(*(f"written: {path}" for path in write_metadata(given.folder)), sep="\n")
 
 
 def _sweep(given: argparse.Namespace) -> None:

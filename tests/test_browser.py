@@ -106,9 +106,14 @@ def test_the_pages_say_what_they_are_of(pages, browser):
         assert "<script>document.title" in text, "what captions say is text"
         for heading in ("Loss", "Time", "Results", "Settings", "Machine and versions", "How to reproduce", "Method"):
             assert page.get_by_role("heading", name=heading, exact=True).count() == 1
-        assert page.locator(".tile").first.inner_text().startswith("images/s per CPU rank")
+        assert re.match(r"\d+\.\d\d\s+images/s per CPU rank\s+95 % interval \d", page.locator(".lead").inner_text())
+        parts = page.locator("figure.time li").all_inner_texts()
+        assert len(parts) >= 4 and parts[0].startswith("start ") and any(part.startswith("train ") for part in parts)
+        for link in page.locator("nav a").all():
+            assert page.locator(link.get_attribute("href")).count() == 1, "each entry of the contents is on the page"
+        assert "████" not in text, "no progress bar of a run that is over"
         command = page.locator("pre.command").inner_text()
-        assert "-m sdnb.train" in command and "--max_train_steps=12" in command
+        assert "sdnb train" in command and "--max_train_steps=12" in command
     with opened(browser, pages["compared"]) as page:
         assert page.title().startswith("sd-v1-4-8-gpus-2024 beside a-run")
         assert "It is unknown whether" in page.inner_text("body")
@@ -116,7 +121,7 @@ def test_the_pages_say_what_they_are_of(pages, browser):
 
 def test_images_have_words_and_code_is_a_click_away(pages, browser):
     with opened(browser, pages["out"]) as page:
-        charts = page.locator("figure.chart[role=img]")
+        charts = page.locator("figure.chart [role=img]:visible")
         said = charts.evaluate_all("all => all.map(one => one.getAttribute('aria-label'))")
         assert len(said) == 5 and all(len(one) > 40 for one in said)
         assert any(one.startswith("Loss of each optimizer step. The running mean ends at") for one in said)
@@ -129,7 +134,7 @@ def test_images_have_words_and_code_is_a_click_away(pages, browser):
 
 def test_tables_sort(pages, browser):
     with opened(browser, pages["out"]) as page:
-        page.locator("details:has(table.facts) summary").click()
+        page.locator("details.all summary").click()
         table = page.locator("details[open] table")
         first = table.locator("tbody tr th").first
         button = table.get_by_role("button", name="Setting")
@@ -151,6 +156,14 @@ def test_it_can_be_read(pages, browser, name, size, scheme):
         screenshot(page, f"{name}-{'phone' if size is PHONE else 'desktop'}-{scheme}")
         assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "nothing sticks out"
         whole = "tables => tables.every(one => one.scrollWidth <= one.clientWidth)"
+        drawn_for = "narrow" if size is PHONE else "wide"
+        assert (
+            page.locator("figure.chart svg:visible").count()
+            == page.locator(f"figure.chart .{drawn_for} svg").count()
+            > 0
+        )
+        right_edges = "all => all.map(one => one.getBoundingClientRect().right)"
+        assert max(page.eval_on_selector_all("figure.chart svg", right_edges)) <= size["width"]
         assert name == "compared" or page.eval_on_selector_all("table.results", whole), "no scrolling"
         ground, ink, drawn = page.evaluate(
             """() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,

@@ -43,7 +43,7 @@ def test_the_ratio_and_whether_it_is_chance(three):
     assert ab.startswith("b trains") and "no significant difference" in ab
     assert ac.startswith("c trains 1.2") and "a significant difference" in ac and "as a (95 % confidence" in ac
     assert bc.startswith("c trains 1.2") and "as b" in bc
-    throughput = compared.results.loc["images/s per CPU rank"]
+    throughput = compared.results.loc["images/s per device"]
     assert "[" not in throughput["a"] and "[×1.2" in throughput["c"]
     assert "[×0." in compared.results.loc["seconds per step"]["c"]
 
@@ -61,9 +61,11 @@ def test_with_a_run_that_sdnb_did_not_train(three):
     assert list(compared.runs) == [label, "a"]
     assert compared.settings.loc["use_ema"][label] == "True"
     assert "adam_beta1" not in compared.settings.index, "what is not known differs from nothing"
-    assert "It is unknown whether" in compared.statements[0]
-    assert "do not do the same work" in compared.statements[-1].lower()
-    assert compared.results.loc["images/s per GPU"][label] == "14.35"
+    assert "do not do the same work" in compared.statements[0].lower(), "before any ranking"
+    assert "It is unknown whether" in compared.statements[1]
+    assert compared.results.loc["images/s per device"][label] == "14.35"
+    assert "do not do the same work" in comparison_plots.throughputs(compared).caption
+    assert compared.environments.loc["devices"][label] == "8 × GPU, kind unknown"
     for draw in (
         comparison_plots.throughputs,
         comparison_plots.losses,

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pretraining import captions
+from sdnb.__main__ import main
 from sdnb.data import openmoji
 from sdnb.data.image_captions import first_caption
 from sdnb.data.loading import load_data
@@ -440,3 +441,45 @@ def test_one_of_several_captions_is_drawn(image_folder):
     images = training_set(folder)
     seen = {tuple(images.collate([images[0]])["input_ids"][0].tolist()) for _ in range(30)}
     assert len(seen) == 2
+
+
+@pytest.fixture
+def with_texts(image_folder):
+    """Captions in .txt files beside the images, as kohya's scripts want them."""
+    folder = image_folder(3)
+    (folder / "metadata.jsonl").unlink()
+    for index in range(3):
+        (folder / f"{index:03}.txt").write_text(f"a picture, {index} ✓\n")
+    return folder
+
+
+def test_captions_in_text_files(with_texts):
+    examples = load_data(config(train_data_dir=str(with_texts))).train
+    assert examples.captions == ["a picture, 0 ✓", "a picture, 1 ✓", "a picture, 2 ✓"]
+    assert examples.image(1).getpixel((0, 0)) == (37, 91, 128)
+
+
+def test_captions_in_text_files_become_a_metadata_file(with_texts, capsys):
+    before = load_data(config(train_data_dir=str(with_texts))).train
+    main(["captions", str(with_texts)])
+    assert f"written: {with_texts / 'metadata.jsonl'}" in capsys.readouterr().out
+    after = load_data(config(train_data_dir=str(with_texts))).train
+    assert after.captions == before.captions and after.digest() == before.digest()
+    assert [after.image(row).tobytes() for row in range(3)] == [before.image(row).tobytes() for row in range(3)]
+    with pytest.raises(SystemExit, match="1"):
+        main(["captions", str(with_texts)])
+    assert "has a metadata file already" in capsys.readouterr().err
+
+
+def test_an_image_without_its_text_file_is_named(with_texts):
+    (with_texts / "001.txt").unlink()
+    with pytest.raises(DataError, match=r"1 of 3 images have no caption: 001\.png\. Others have a \.txt file"):
+        load_data(config(train_data_dir=str(with_texts)))
+
+
+def test_captions_in_text_files_of_two_splits(with_texts, tmp_path):
+    folder = tmp_path / "splits"
+    shutil.copytree(with_texts, folder / "train")
+    shutil.copytree(with_texts, folder / "validation")
+    splits = load_data(config(train_data_dir=str(folder)))
+    assert len(splits.train) == len(splits.held_out) == 3

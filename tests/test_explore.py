@@ -40,9 +40,10 @@ def test_a_survey_finds_what_is_wrong(broken):
     assert "003.png" in surveyed.problem[3]
     assert surveyed.same_as.dropna().to_dict() == {4: 1}
     assert (surveyed.width[5], surveyed.height[5]) == (40, 90)
-    said = explore.overview(surveyed, 64).iloc[:, 0]
-    assert said["images"] == 6 and said["cannot be used"] == 1 and said["same as an earlier one"] == 1
-    assert said["smaller than 64, will be enlarged"] == 1 and said["sizes"] == "40×64 to 64×90"
+    said = explore.overview(surveyed, config(train_data_dir=str(broken))).found
+    assert (said["images"], said["cannot be used"], said["same as an earlier one"]) == ("6", "1", "1")
+    assert said["smaller than 64, will be enlarged"] == "1" and said["sizes"] == "40×64 to 64×90"
+    assert said["words per caption"] == "2 in each"
     assert "20% of the images are smaller" in explore.sizes(surveyed, 64).alt
     listed = explore.problems(surveyed).to_html()
     assert "Repair the file" in listed and "picture 4" in listed and "picture 2" not in listed
@@ -53,7 +54,7 @@ def test_where_nothing_can_be_used(image_folder):
     for path in folder.glob("*.png"):
         path.write_bytes(b"no image")
     surveyed = explore.survey(load_data(config(train_data_dir=str(folder))).train)
-    assert explore.overview(surveyed, 64).iloc[:, 0]["cannot be used"] == 2
+    assert explore.overview(surveyed, config(train_data_dir=str(folder))).found["cannot be used"] == "2"
     explore.sizes(surveyed, 64).svg()
 
 

@@ -35,9 +35,12 @@ def test_the_progress_line():
 def test_before_the_first_step_it_says_what_is_done():
     begun = progress()
     begun.doing = "loading the model"
-    assert begun.line == "step 0/100 · loading the model"
+    begun.began -= 12
+    assert begun.line == "step 0/100 · loading the model · 12 s"
     resumed = progress(records(40), resumed_after=40)
-    assert resumed.line == "step 40/100 · starting", "the steps before say nothing about this machine now"
+    assert resumed.line.startswith("step 40/100 · starting: loading PyTorch"), (
+        "the steps before say nothing about this machine now"
+    )
     resumed.records += [dict(step=41, seconds=1.0, images=32, loss=0.25)]
     assert "step 41/100 · 0:59 left" in resumed.line and "32.0 images/s" in resumed.line
 
@@ -54,7 +57,7 @@ def test_utilisation_where_the_peak_of_the_device_is_known(tmp_path):
 
 
 def test_the_time_left():
-    assert [live._clock(seconds) for seconds in (5, 65.4, 3725)] == ["0:05", "1:05", "1:02:05"]
+    assert [live.clock(seconds) for seconds in (5, 65.4, 3725)] == ["0:05", "1:05", "1:02:05"]
 
 
 def test_the_figures_are_small_and_whole():

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,17 @@ def test_a_rank_that_fails_shows_in_the_notebook(tmp_path, small, image_folder):
     (error,) = [output for output in shown if output.output_type == "error"]
     assert error.ename == "RunError" and "failed: DataError" in error.evalue and "005.png" in error.evalue
     assert len(error.traceback) < 4, "the message, and not where in sdnb it was raised"
+
+
+def test_papermill_with_the_engine_that_shows_the_steps(tmp_path, small):
+    done = papermill(
+        tmp_path / "out.ipynb", "--engine", "sdnb", *given({**small, "steps": 3, "output_dir": tmp_path / "run"})
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "runs on:" in done.stderr and re.search(r"will take: +about \d+:\d\d, ", done.stderr)
+    lines = [line for line in done.stderr.splitlines() if " · " in line]
+    assert lines[0].startswith("step 0/3 · ") and re.search(r"step 3/3 · complete · loss .* images/s", lines[-1])
+    assert "without encryption" not in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

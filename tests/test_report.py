@@ -26,7 +26,7 @@ from sdnb.run import folder as run_folder
 
 ROWS = [
     dict(name="images/s per GPU", text="14.30 (14.20 to 14.40)", how="measured", value=14.3),
-    dict(name="peak memory", text="20 GiB", how="allocator", value=20.0),
+    dict(name="peak memory", text="20 GiB", how="allocator", value=20.0, unit="GiB"),
 ]
 
 
@@ -51,8 +51,8 @@ def test_the_page_is_one_file_that_loads_nothing(executed):
     page, headline, _ = write_page(executed)
     html = page.read_text()
     assert page == executed.with_suffix(".html")
-    assert [row["name"] for row in headline] == ["images/s per GPU"]
-    assert "14.30 (14.20 to 14.40)" in html and "A title" in html
+    assert [row["name"] for row in headline] == ["images/s per GPU", "peak memory"]
+    assert "14.30 (14.20 to 14.40)" in html and "<dd>20 <small>GiB</small></dd>" in html and "A title" in html
     assert 'src="data:image/png;base64,' in html
     assert not re.search(r"<link|@import|url\((?!#)|(src|href)=\"?(http|//)", html)
     assert html.count("<script") == 1 and "addEventListener" in html, "its own, that sorts tables"
@@ -419,7 +419,9 @@ def test_the_page_of_any_run_folder(tmp_path):
     html = page.read_text()
     assert headline[0]["name"] == "images/s per CPU rank" and headline[0]["text"] in html
     sections = re.findall(r"<h2[^>]*>(.*?)<", html)
-    assert sections[:4] == ["Loss", "Time", "Images", "Results"] and "What will run where" not in sections
+    assert (
+        sections[:5] == ["What was run", "Loss", "Time", "Images", "Results"] and "What will run where" not in sections
+    )
     assert html.count("<svg") >= 3 and "sdnb train" in html
 
 

@@ -1,5 +1,7 @@
-"""Checks a folder of images: `datasets` would wait for a FIFO, and skip images without a caption without a word."""
+"""Checks a folder of images: `datasets` would wait for a FIFO, and skip images without a caption without a word. Reads
+captions in .txt files."""
 
+import json
 import logging
 import os
 import stat
@@ -59,6 +61,43 @@ def images_in(folder: Path) -> list[Path]:
             f"folders of images; for a data set in such files, set dataset_name = {folder}"
         )
     return found
+
+
+def text_captions(folder: Path, images: list[Path]) -> list[str] | None:
+    """The captions of images that have a .txt file of the same name beside them, as kohya's scripts want them. None if
+    there are no such files, or there is a metadata file, which `datasets` reads. Raises DataError if some are missing
+    or cannot be read."""
+    if any((parent / name).exists() for parent in {folder, *(path.parent for path in images)} for name in _METADATA):
+        return None
+    beside = {path: path.with_suffix(".txt") for path in images}
+    if not any(text.is_file() for text in beside.values()):
+        return None
+    if without := [str(path.relative_to(folder)) for path, text in beside.items() if not text.is_file()]:
+        raise DataError(
+            f"train_data_dir {folder}: {len(without)} of {len(images)} images have no caption: {_some(without)}. "
+            "Others have a .txt file of the same name: give each one, or remove the image."
+        )
+    try:
+        return [text.read_text(encoding="utf-8-sig").strip() for text in beside.values()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"train_data_dir {folder}: a caption cannot be read: {error}") from None
+
+
+def write_metadata(folder: Path) -> list[Path]:
+    """Write the captions of .txt files into a metadata.jsonl, one for each split, and return the files. Raises
+    DataError if there are none, or there is a metadata file already."""
+    written = []
+    for split, images in splits_of(folder).values():
+        captions = text_captions(split, images)
+        if captions is None:
+            raise DataError(f"{split}: has no .txt files beside its images, or has a metadata file already")
+        lines = [
+            json.dumps({"file_name": path.relative_to(split).as_posix(), "text": caption}, ensure_ascii=False)
+            for path, caption in zip(images, captions)
+        ]
+        written.append(split / "metadata.jsonl")
+        written[-1].write_text("".join(f"{line}\n" for line in lines))
+    return written
 
 
 def _files_in(folder: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ import datasets
 
 from sdnb.data import openmoji
 from sdnb.data.image_captions import ImageCaptions, describe
-from sdnb.data.image_folder import HELD_OUT, check_captions, check_files, splits_of
+from sdnb.data.image_folder import HELD_OUT, check_captions, check_files, splits_of, text_captions
 from sdnb.errors import DataError
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import EMBEDDED_DATA
@@ -45,6 +45,13 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
         raise DataError(f"train_data_dir {folder}: there is no such folder (the current folder is {Path.cwd()})")
     source = {"path": name, "name": config.dataset_config_name, "data_dir": folder}
     images = splits_of(Path(folder).expanduser()) if name is None else {}
+    captions = {split: text_captions(path, files) for split, (path, files) in images.items()}
+    if captions and all(texts is not None for texts in captions.values()):
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_dict({config.image_column: [*map(str, images[split][1])],
+                                                config.caption_column: texts})
+             .cast_column(config.image_column, datasets.Image()) for split, texts in captions.items()}
+        )  # fmt: skip
     folders = {split: path for split, (path, _) in images.items()}
     if name in EMBEDDED_DATA:
         rendered = openmoji.folder(config.resolution, config.cache_dir, name)
@@ -87,5 +94,5 @@ def _advice(config: TrainConfig) -> str:
         return f"Give a hub id, a folder that `datasets` can load, or an embedded one: {', '.join(EMBEDDED_DATA)}."
     return (
         'The folder needs images, and a metadata.jsonl with one line {"file_name": "a.png", '
-        f'"{config.caption_column}": "its caption"}} per image.'
+        f'"{config.caption_column}": "its caption"}} per image, or a .txt file with the caption beside each image.'
     )

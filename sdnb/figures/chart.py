@@ -1,6 +1,7 @@
 """The look of all figures: a title, and a caption with the number that matters."""
 
 import base64
+import copy
 import io
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -10,24 +11,32 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.transforms import Bbox
 from PIL import Image
 
 from sdnb.figures.colours import INK, RED, SOFT
 
 WIDTH = 8.7  # inches: the width of a page, and of a JupyterLab cell beside the file browser
+NARROW = 3.9  # of a phone
+CHART_MIME = "application/vnd.sdnb.chart+json"  # for a page, which writes title and caption as text
 _MOST_POINTS = 2000  # drawn as shapes; more become a bitmap
 
 
 class Chart(Figure):
-    """A figure with a text description, `alt`. A notebook shows it as SVG and as PNG."""
+    """A figure with a text description, `alt`. A notebook shows it as SVG and as PNG. A page has two SVGs of it, for
+    wide and for narrow windows: in a narrow one, panels are below each other if `stacks`."""
 
-    def __init__(self, title: str, caption: str, height: float, width: float = WIDTH) -> None:
+    def __init__(
+        self, title: str, caption: str, height: float, width: float = WIDTH, stacks: bool = False
+    ) -> None:  # fmt: skip
         super().__init__(figsize=(width, height), layout="constrained", dpi=110)
-        self.alt = f"{title}. {caption}"
+        self.title, self.caption, self.alt, self.stacks = title, caption, f"{title}. {caption}", stacks
         words = dict(x=0.01, ha="left", parse_math=False)
-        self.suptitle(textwrap.fill(title, round(9 * width)), fontweight="bold", color=INK, **words)
-        self.supxlabel(textwrap.fill(caption, round(13.1 * width)), fontsize=9, color=SOFT, **words)
+        self.words = (
+            self.suptitle(textwrap.fill(title, round(9 * width)), fontweight="bold", color=INK, **words),
+            self.supxlabel(textwrap.fill(caption, round(13.1 * width)), fontsize=9, color=SOFT, **words),
+        )
 
     def panels(self, rows: int = 1, columns: int = 1, **options: Any) -> np.ndarray:
         """Axes [rows, columns]."""
@@ -52,11 +61,36 @@ class Chart(Figure):
         svg = drawn.getvalue()
         return svg[svg.index("<svg") :].replace(INK, f"var(--ink, {INK})").replace(SOFT, f"var(--soft, {SOFT})")
 
+    def for_page(self) -> dict[str, str]:
+        """Title, caption, and the SVGs without them. The chart is narrow afterwards."""
+        for text in self.words:
+            text.set_visible(False)
+            text.set_in_layout(False)
+        wide = self.svg()
+        width, height = self.get_size_inches()
+        if self.stacks:
+            grid = GridSpec(len(self.axes), 1, figure=self)
+            for axes, place in zip(self.axes, grid):
+                axes.set_subplotspec(place)
+            height *= len(self.axes)
+        elif any(axes.images for axes in self.axes):
+            height *= NARROW / width
+        self.set_size_inches(NARROW, height)
+        for axes in self.axes:
+            axes.tick_params(labelsize=8)
+            columns = axes.get_gridspec().ncols
+            wrapped = textwrap.fill(" ".join(axes.get_title().split()), round(55 / columns))
+            axes.set_title(wrapped, fontsize=7, parse_math=False)
+            if axes.images:
+                axes.yaxis.label.set_fontsize(7)
+        return {"title": self.title, "caption": self.caption, "alt": self.alt, "wide": wide, "narrow": self.svg()}
+
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         drawn = io.BytesIO()
         self.savefig(drawn, format="png")
         png = base64.b64encode(drawn.getvalue()).decode()
         data = {"text/plain": self.alt, "image/svg+xml": self.svg(), "image/png": png}
+        data[CHART_MIME] = copy.deepcopy(self).for_page()
         # JupyterLab then shows a transparent figure on a light background
         about = {"alt": self.alt, "needs_background": "light"}
         return data, {"image/svg+xml": about, "image/png": about}
@@ -104,7 +138,7 @@ def grid_of(
     chart.alt += f" Columns: {', '.join(columns)}.{named}"
     grid = chart.panels(len(rows), len(columns))
     for axes_row, images_row, label in zip(grid, images, rows):
-        axes_row[0].set_ylabel(label)
+        axes_row[0].set_ylabel(textwrap.fill(label, round(10 * side)), parse_math=False)
         for axes, image in zip(axes_row, images_row):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)

@@ -27,16 +27,18 @@ def throughputs(comparison: Comparison) -> Chart:
     estimates = {label: measured.throughput for label, measured in comparison.measured.items()}
     best = max(estimates, key=lambda label: estimates[label].value)
     first, *_ = estimates.values()
-    caption = f"{best} trains the most, {estimates[best]}. Lines: 95 % confidence within the run, if known."
-    chart = Chart("Images per second and device", caption, 1.4 + 0.45 * len(estimates))
+    ranked = comparison.caveat or f"{best} trains the most, {estimates[best]}."
+    caption = f"{ranked} Lines: 95 % confidence within the run, if known."
+    chart = Chart("Images per second and device", caption, 1.4 + 0.6 * len(estimates))
     axes = chart.panel()
     for row, (colour, estimate) in enumerate(zip(itertools.cycle(RUN_COLOURS), estimates.values())):
-        axes.barh(row, estimate.value, color=colour, alpha=0.6)
+        axes.barh(row, estimate.value, height=0.5, color=colour, alpha=0.6)
         axes.plot([estimate.low, estimate.high], [row, row], color=INK, lw=1.5)
         end = max(estimate.value, estimate.high if np.isfinite(estimate.high) else 0)
         axes.text(end, row, f"  {estimate.value:.2f}, ×{estimate.value / first.value:.2f}", va="center", color=INK)
-    axes.set(xlabel="images/s", xlim=(0, axes.get_xlim()[1] * 1.2))
-    axes.set_yticks(range(len(estimates)), estimates)
+    for row, label in enumerate(estimates):  # above its bar: beside it, a long name would take the bars' place
+        axes.text(0, row - 0.32, label, va="bottom", color=INK, fontsize=9, parse_math=False)
+    axes.set(xlabel="images/s", xlim=(0, axes.get_xlim()[1] * 1.35), ylim=(-0.8, len(estimates) - 0.5), yticks=[])
     axes.invert_yaxis()
     return chart
 
@@ -64,7 +66,7 @@ def swept(comparison: Comparison, settings: Sequence[str] | str) -> Chart:
             efficiency = _all_devices(many[1]) / many[0] / (_all_devices(few[1]) / few[0])
             where = f" ({rest})" if rest else ""
             caption += f" Scaling efficiency from {few[0]} to {many[0]} ranks{where}: {efficiency:.0%}."
-    chart = Chart(f"Over {setting}", caption, 3.8)
+    chart = Chart(f"Over {setting}", caption, 3.8, stacks=True)
     ((left, right),) = chart.panels(1, 2)
     values = list(dict.fromkeys(value for line in points.values() for value, _ in line))
     for colour, (rest, line) in zip(itertools.cycle(RUN_COLOURS), points.items()):

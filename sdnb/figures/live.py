@@ -32,7 +32,8 @@ class Progress:
         self.run, self.total_steps, self.resumed_after = run, total_steps, resumed_after
         self.records: list[dict[str, Any]] = []
         self.log: list[str] = []
-        self.doing, self.ended = "starting", False
+        self.doing, self.ended = "starting: loading PyTorch", False
+        self.began = time.monotonic()
         self._known: tuple[dict[str, float], float] | None = None
 
     @property
@@ -48,9 +49,9 @@ class Progress:
     def line(self) -> str:
         """In one line: step, time left, and the rates."""
         step, total, recent = self.step, self.total_steps, self.recent
-        if not recent:
-            return f"step {step}/{total} · {self.doing}"
-        left = _clock((total - step) * sum(record["seconds"] for record in recent) / len(recent))
+        if not recent:  # the seconds show that it is alive
+            return f"step {step}/{total} · {self.doing} · {time.monotonic() - self.began:.0f} s"
+        left = clock((total - step) * sum(record["seconds"] for record in recent) / len(recent))
         rates = (f"{value} {name}" if name == "images/s" else f"{name} {value}" for name, value in self.rates())
         state = f"{left} left" if step < total and not self.ended else self.doing
         return " · ".join([f"{'█' * (20 * step // total):░<20} step {step}/{total}", state, *rates])
@@ -88,7 +89,7 @@ def _counts(record: dict[str, Any]) -> list[int]:
     return [images, record.get("encoded_images", images), record.get("encoded_captions", images)]
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -16,6 +16,7 @@ from sdnb.run.folder import RunFolder
 
 MOST_ROWS = 6
 _MOST_NAMED = 5
+_MOST_SEARCHED = 2000  # steps, for a place that covers none; with more, that takes long
 
 
 def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
@@ -71,7 +72,8 @@ def step_times(measured: Measurements) -> Chart:
     if len(steady):
         axes.axhline(median, color=BLUE, lw=1, alpha=0.6, label="median")
     axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None), xlim=(0.5, len(steps) + 0.5))
-    legend(axes, ncols=5, loc="lower right", bbox_to_anchor=(1, 1), columnspacing=1, handletextpad=0.5)
+    where = "best" if len(steps) < _MOST_SEARCHED else "lower right"
+    legend(axes, ncols=2, loc=where, columnspacing=1, handletextpad=0.5)
     slowest = slow.nlargest(_MOST_NAMED, "extra_seconds")
     name_points(axes, slowest.step, slowest.seconds, [f"{row.step}: {row.because}" for row in slowest.itertuples()])
     return chart
@@ -88,7 +90,7 @@ def where_time_goes(measured: Measurements) -> Chart:
     axes.barh(phases.index, phases, color=[PHASE_COLOURS[phase] for phase in phases.index])
     for row, (seconds, percent) in enumerate(zip(phases, share)):
         axes.text(seconds, row, f" {seconds:.3f} s, {percent:.1f} %", va="center", color=INK)
-    axes.set(xlabel="seconds per optimizer step", xlim=(0, phases.max() * 1.25))
+    axes.set(xlabel="seconds per optimizer step", xlim=(0, phases.max() * 1.5))
     axes.invert_yaxis()
     return chart
 

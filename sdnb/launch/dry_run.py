@@ -52,21 +52,32 @@ class Trace:
 
 def trace_of(config: TrainConfig, on_gpu: bool, gradient_checkpointing: bool) -> Trace:
     """Raises ModelError if the model is missing."""
-    name = config.pretrained_model_name_or_path
-    where = name if name in embedded.ARCHITECTURES else model_folder(config)
     how = config.resolution, config.mixed_precision or "no", on_gpu, gradient_checkpointing
-    return _trace(where, how, config.cache_dir)
+    return _trace(_where(config), how, config.cache_dir)
 
 
-@lru_cache
-def _trace(where: str, how: tuple[int, str, bool, bool], cache_dir: str | None) -> Trace:
+def architecture_of(config: TrainConfig) -> dict[str, Any]:
+    """The configurations of UNet, VAE and text encoder. Raises ModelError if the model is missing."""
+    return _architecture(_where(config))
+
+
+def _where(config: TrainConfig) -> str:
+    name = config.pretrained_model_name_or_path
+    return name if name in embedded.ARCHITECTURES else model_folder(config)
+
+
+def _architecture(where: str) -> dict[str, Any]:
     parts = ("unet", "vae", "text_encoder")
     if where in embedded.ARCHITECTURES:
         # Not from its folder: building that of SD v1-4 would take minutes. tiny has CLIP's vocabulary here, not its
         # own: 12 MiB more.
-        architecture = {part: embedded.ARCHITECTURES[where][part] for part in parts}
-    else:
-        architecture = {part: json.loads((Path(where) / part / "config.json").read_text()) for part in parts}
+        return {part: embedded.ARCHITECTURES[where][part] for part in parts}
+    return {part: json.loads((Path(where) / part / "config.json").read_text()) for part in parts}
+
+
+@lru_cache
+def _trace(where: str, how: tuple[int, str, bool, bool], cache_dir: str | None) -> Trace:
+    architecture = _architecture(where)
     versions = [version_of("sdnb"), torch.__version__, diffusers.__version__, transformers.__version__]
     cached = computed_once("memory", [architecture, how, versions], lambda: _dry_run(architecture, *how), cache_dir)
     arrays = {name: np.array(cached.pop(name)).T for name in ("encoders", "unet")}

@@ -126,7 +126,8 @@ def _follow(
             told = True
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, stop.signal)
-        progress.ended = process.poll() is not None
+        status = process.poll()
+        progress.ended = status is not None
         for record in map(json.loads, recorded.new()):
             while records and records[-1]["step"] >= record["step"]:  # recorded again after a resume
                 records.pop()
@@ -135,6 +136,8 @@ def _follow(
         for line in progress.log:
             if logged := re.search(r" rank 0 INFO (.*)", line):
                 progress.doing = logged[1]
+        if progress.ended:
+            progress.doing = "failed" if status else "complete"
         show(progress)
         if progress.ended:
             return

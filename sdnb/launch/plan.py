@@ -11,7 +11,7 @@ from PIL import Image
 from sdnb.data.image_captions import first_caption
 from sdnb.data.loading import Splits, load_data
 from sdnb.errors import ConfigError
-from sdnb.launch import memory
+from sdnb.launch import duration, memory
 from sdnb.machine import environment
 from sdnb.models.pipeline import model_folder
 from sdnb.settings.config import TrainConfig
@@ -28,6 +28,7 @@ class Plan:
     examples: Splits
     predicted: memory.Prediction | None
     resumes_after: int = 0
+    duration: str = ""
 
     @property
     def facts(self) -> dict[str, str]:
@@ -60,6 +61,8 @@ class Plan:
             facts["memory"] = f"{self.predicted.total_gib:.1f} GiB per rank predicted, {free_gib:.1f} GiB {source}"
         if self.resumes_after:
             facts["resumes"] = f"after step {self.resumes_after}"
+        if self.duration:
+            facts["will take"] = self.duration
         return facts
 
     def sample_examples(self, count: int) -> tuple[list[Image.Image], list[str], int]:
@@ -92,7 +95,9 @@ def prepare(config: TrainConfig) -> Plan:
     examples = load_data(config)
     config.epoch(len(examples.train))  # there may be too few examples
     checkpoints = find_checkpoints(config, examples.train).usable
-    return Plan(config, seen, examples, predicted, checkpoints[0].step if checkpoints else 0)
+    resumes_after = checkpoints[0].step if checkpoints else 0
+    takes = duration.expected(config, seen, config.total_steps(len(examples.train)) - resumes_after)
+    return Plan(config, seen, examples, predicted, resumes_after, takes)
 
 
 def _require_port(config: TrainConfig) -> None:

@@ -252,6 +252,21 @@ def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[
     return Result("total time", f"{total:.0f} s", how, total, "s")
 
 
+def time_by_part(steps: pd.DataFrame, summary: dict[str, Any]) -> dict[str, float]:
+    """Where the total time of a complete run went, in seconds; empty if that was not recorded."""
+    if "spent_seconds" not in summary or summary.get("total_seconds") is None:
+        return {}
+    encode = sum(phases.get("encode", 0) for phases in steps.phase_seconds)
+    parts = {
+        "start": summary["total_seconds"] - summary["training_seconds"] - summary["saving_seconds"],
+        "encode": encode,
+        "train": steps.seconds.sum() - encode,
+        **{name: summary["spent_seconds"].get(name, 0) for name in ("held-out loss", "images", "saving")},
+    }
+    parts["other"] = summary["total_seconds"] - sum(parts.values())
+    return {name: seconds for name, seconds in parts.items() if seconds > 0.005 * summary["total_seconds"]}
+
+
 def _resumed(resumed: list[dict[str, Any]], host: str | None) -> Iterator[Result]:
     if resumed:
         elsewhere = ", on another machine" if any(one.get("host", host) != host for one in resumed) else ""

@@ -3,8 +3,10 @@ model draws."""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,12 +20,14 @@ from sdnb.errors import DataError, RunError
 from sdnb.figures.chart import Chart, grid_of, legend
 from sdnb.figures.colours import BLUE, RED
 from sdnb.machine.device import release_freed_memory
+from sdnb.metrics.results import PAGE_MIME
 from sdnb.models.pipeline import Parts, assemble, load_parts
 from sdnb.places import runs_folder
 from sdnb.report.run import Run
-from sdnb.run.folder import SUMMARY, problems_of
+from sdnb.run.folder import SUMMARY, data_name, problems_of
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import several
+from sdnb.tables import html_table
 from sdnb.training.evaluation import psnr
 
 LATEST = "latest"
@@ -50,27 +54,53 @@ def survey(examples: ImageCaptions) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"width": "Int64", "height": "Int64", "same_as": "Int64"})
 
 
-def overview(surveyed: pd.DataFrame, resolution: int) -> pd.DataFrame:
-    """A summary of `survey`, in a few rows."""
+@dataclass(frozen=True)
+class Overview:
+    """A summary of `survey`, in a few rows. The page of its notebook is named after the data set."""
+
+    config: TrainConfig
+    found: dict[str, str]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:<40}{text}" for name, text in self.found.items())
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        table = pd.DataFrame({"found": self.found.values()}, index=list(self.found))
+        name = data_name(self.config)
+        title = (
+            f"{name}: {self.found['images']} images, looked at for {self.config.resolution}×{self.config.resolution}"
+        )
+        page = dict(kind="data set", name=f"{name}-explored", title=title)
+        return {"text/plain": repr(self), "text/html": html_table(table, header=False), PAGE_MIME: page}
+
+
+def overview(surveyed: pd.DataFrame, config: TrainConfig) -> Overview:
+    """What `survey` found, for a training with these settings."""
     usable = surveyed[surveyed.problem.isna()]
-    smaller = usable[["width", "height"]].min(axis=1) < resolution
+    smaller = usable[["width", "height"]].min(axis=1) < config.resolution
     found = {
         "images": len(surveyed),
         "cannot be used": int(surveyed.problem.notna().sum()),
         "same as an earlier one": int(surveyed.same_as.notna().sum()),
-        f"smaller than {resolution}, will be enlarged": int(smaller.sum()),
+        f"smaller than {config.resolution}, will be enlarged": int(smaller.sum()),
         "sizes": f"{usable.width.min()}×{usable.height.min()} to {usable.width.max()}×{usable.height.max()}",
         "distinct captions": surveyed.caption.nunique(),
         "empty captions": int((surveyed.words == 0).sum()),
-        "words per caption": f"median {surveyed.words.median():g}, {surveyed.words.min()} to {surveyed.words.max()}",
+        "words per caption": _words(surveyed.words),
     }
-    return pd.DataFrame({"found": found})
+    return Overview(config, {name: str(text) for name, text in found.items()})
+
+
+def _words(words: pd.Series) -> str:
+    few, many = words.min(), words.max()
+    return f"{few} in each" if few == many else f"{few} to {many}, median {words.median():g}"
 
 
 def problems(surveyed: pd.DataFrame) -> Styler:
     """The images that cannot be used or are duplicates, with the full message of `survey`."""
-    chosen = surveyed[surveyed.problem.notna() | surveyed.same_as.notna()][["caption", "problem", "same_as"]]
-    return chosen.style.format(escape="html", na_rep="")
+    chosen = surveyed[surveyed.problem.notna() | surveyed.same_as.notna()]
+    columns = {"caption": "caption", "problem": "why it cannot be used", "same_as": "same as image"}
+    return chosen[[*columns]].rename(columns=columns).rename_axis("image").style.format(escape="html", na_rep="")
 
 
 def sizes(surveyed: pd.DataFrame, resolution: int) -> Chart:
@@ -79,9 +109,9 @@ def sizes(surveyed: pd.DataFrame, resolution: int) -> Chart:
     shorter = usable[["width", "height"]].min(axis=1).astype(float)
     caption = (
         f"{(shorter < resolution).mean():.0%} of the images are smaller than the training resolution of {resolution} "
-        f"pixels; half of the captions have more than {surveyed.words.median():g} words."
+        f"pixels. Words per caption: {_words(surveyed.words)}."
     )
-    chart = Chart("Images and captions", caption, 3.2)
+    chart = Chart("Images and captions", caption, 3.2, stacks=True)
     ((left, right),) = chart.panels(1, 2)
     left.hist(shorter, bins=30, color=BLUE)
     left.axvline(resolution, color=RED, ls="--", label=f"resolution {resolution}")

@@ -17,6 +17,7 @@ from nbconvert import HTMLExporter
 from traitlets.config import Config
 
 from sdnb.errors import RunError
+from sdnb.figures.chart import CHART_MIME
 from sdnb.machine.environment import version_of
 from sdnb.metrics.results import PAGE_MIME, RESULTS_MIME
 from sdnb.report.export import export
@@ -27,8 +28,10 @@ from sdnb.report.sanitizer import clean
 from sdnb.run import files
 
 # Of an output's types, the first of these is shown.
-SHOWN = ["text/html", "text/markdown", "image/svg+xml", "text/latex", "image/png", "image/jpeg", "text/plain"]
-HEADLINE = ("images/s per", "nominal IPS", "seconds per step", "final loss", "target", "total time")
+SHOWN = [
+    CHART_MIME, "text/html", "text/markdown", "image/svg+xml", "text/latex", "image/png", "image/jpeg", "text/plain",
+]  # fmt: skip
+HEADLINE = ("images/s per", "nominal IPS", "seconds per step", "final loss", "held-out loss", "peak memory", "total")
 
 
 def shown(notebook: nbformat.NotebookNode, mime: str) -> Any:
@@ -43,21 +46,22 @@ def results(notebook: nbformat.NotebookNode) -> list[dict[str, Any]]:
 
 
 def write_page(
-    source: str | Path, page_path: str | Path | None = None, besides: dict[str, Any] | None = None
-) -> tuple[Path, list[dict[str, Any]], str]:
+    source: str | Path, page_path: str | Path | None = None, besides: dict[str, Any] | None = None,
+    notebook: nbformat.NotebookNode | None = None,
+) -> tuple[Path, list[dict[str, Any]], str]:  # fmt: skip
     """Write the page of an executed notebook or of a run folder, by default beside or in it, with the name of the run
     that it shows, if it shows one. `besides` replaces parts of what the notebook says about its page, such as `title`
-    and `reproduce`. Returns the page's path, the headline results, and what is wrong, see `problem_of`. Raises RunError
-    if there is no such run, or the file is missing, is no notebook, or has not been executed."""
+    and `reproduce`. `notebook`: what to show, if `source` is only the folder where the page goes. Returns the page's
+    path, the headline results, and what is wrong, see `problem_of`. Raises RunError if there is no such run, or the
+    file is missing, is no notebook, or has not been executed."""
     source, redaction = Path(source), Redaction()
     try:
-        notebook = redaction.node(_read(source))
+        notebook = redaction.node(notebook or _read(source))
         about = {**(shown(notebook, PAGE_MIME) or {}), **redaction.node(besides or {})}
         problem = problem_of(notebook, about)
         name = re.sub(r"[^\w.,=+-]+", "-", about.get("name") or "").strip("-.") or source.stem
         headline = about.get("headline") or [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
-        headline = [{"name": row["name"], "text": row["text"]} for row in headline]
-        page = _page(notebook, about, headline, source, redaction)
+        page = _page(notebook, about, [*map(_tile, headline)], source, redaction)
     except RunError:
         raise
     except Exception as error:  # a cell or an output that is not what a notebook may have
@@ -68,6 +72,20 @@ def write_page(
         raise RunError(f"{target}: this is the notebook; give the page another name")
     files.write_text(target, page.encode(errors="replace").decode())
     return target, headline, problem
+
+
+def _tile(row: dict[str, Any]) -> dict[str, str]:
+    """A headline result: the number, and small beside it its unit and interval."""
+    value, text, unit, low, high = (row.get(name) for name in ("value", "text", "unit", "low", "high"))
+    number = text.removesuffix(f" {unit}")
+    if value is not None and ("," in text or low is not None):  # more than a number
+        number = f"{value:.2f}" if low is not None else f"{value:.3g}"
+    return {
+        "name": row["name"],
+        "number": number,
+        "unit": "" if not unit or row["name"].startswith(unit) else unit,
+        "interval": f"{low:.2f} to {high:.2f}" if low is not None else "",
+    }
 
 
 def export_of(source: str | Path, kind: str) -> str:
@@ -106,11 +124,15 @@ def _page(
     title, problem = about.get("title") or redaction.text(_title(notebook, source)), problem_of(notebook, about)
     resources = dict(
         about=about, title=f"{problem}: {title}" if problem else title, headline=headline,
-        source=redaction.text(source.name), version=version_of("sdnb"), script=script,
+        chart_mime=CHART_MIME, source=redaction.text(source.name), version=version_of("sdnb"), script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     resources["redacted"] = str(redaction)
     notebook.cells = _arranged(notebook.cells)
+    resources["sections"] = [
+        cell.source.partition("\n")[0][3:].strip()
+        for cell in notebook.cells if cell.cell_type == "markdown" and cell.source.startswith("## ")
+    ]  # fmt: skip
     notebook.metadata.pop("widgets", None)  # they need scripts, and Colab saves them without what nbconvert expects
     # nbconvert's own templates load scripts from the network.
     options = dict(exclude_input_prompt=True, exclude_output_prompt=True, sanitize_html=True)
@@ -149,7 +171,11 @@ def _arranged(cells: Sequence[nbformat.NotebookNode]) -> list[nbformat.NotebookN
         sections[-1].append(cell)
     later = [section for section in sections if section and "appendix" in _tags(section[0])]
     first = [section for section in sections if section not in later and not _is_empty(section)]
-    return _folded([cell for section in (*first, *later) for cell in section if "not-in-report" not in _tags(cell)])
+    return _folded([cell for section in (*first, *later) for cell in section if _is_shown(cell)])
+
+
+def _is_shown(cell: nbformat.NotebookNode) -> bool:
+    return "not-in-report" not in _tags(cell) or any(one.output_type == "error" for one in cell.get("outputs", ()))
 
 
 def _is_empty(section: Sequence[nbformat.NotebookNode]) -> bool:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 import shlex
 import time
 from functools import partial
@@ -14,13 +15,15 @@ import pandas as pd
 from sdnb.errors import RunError
 from sdnb.figures import run_plots
 from sdnb.figures.chart import Chart
-from sdnb.metrics.results import PAGE_MIME, Measurements, measure
+from sdnb.metrics.results import PAGE_MIME, Measurements, measure, time_by_part
 from sdnb.metrics.step_clock import PHASES
 from sdnb.places import runs_folder
 from sdnb.run.folder import CONFIG, RunFolder, data_name, problems_of
+from sdnb.settings.config import TrainConfig
 from sdnb.settings.flags import command_line
 
 _ON_CARDS = ("images/s per", "nominal IPS", "final loss", "held-out loss", "peak memory")
+_MOST_WARNINGS = 20
 # The location of a run, and what it resumed from, do not change it.
 _NOT_REPEATED = {"output_dir", "cache_dir", "resume_from_checkpoint", "hub_token", "push_to_hub"}
 
@@ -68,16 +71,17 @@ class Run(RunFolder):
     @property
     def title(self) -> str:
         """The run in one line: model, data, size, device, date."""
-        config, devices = self.config, self.environment.get("devices", {}).get("names") or ["unknown device"]
+        config, named = self.config, self.environment.get("devices", {}).get("names")
         ranks = f"{config.num_processes} × " if (config.num_processes or 1) > 1 else ""
+        devices = f"{ranks}{named[0]}" if named else self.devices
         return (
             f"{Path(config.pretrained_model_name_or_path).name} on {data_name(config)}, "
-            f"{config.resolution}×{config.resolution}, {len(self.steps)} steps, {ranks}{devices[0]}, {self._started()}"
+            f"{config.resolution}×{config.resolution}, {len(self.steps)} steps, {devices}, {self._started()}"
         )
 
     def _started(self) -> str:
         began = self.environment.get("started")
-        return time.strftime("%Y-%m-%d", time.localtime(began)) if began else "unknown date"
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(began)) if began else "unknown date"
 
     def reproduce(self) -> list[str]:
         """The commands that repeat the run, in a clone of the project if it was made by one. None for a run that sdnb
@@ -94,12 +98,12 @@ class Run(RunFolder):
         return [*clone, *environment.get("reproduce", [command])]
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        environment = self.environment
         page = dict(
             kind="run", name=self.folder.name, title=self.title, state=self.state, failure=self._failure(),
-            settings=self.config.model_dump(mode="json", exclude=_NOT_REPEATED),
-            machine=_machine(environment, self.summary), reproduce=self.reproduce(),
-            changed=bool(environment.get("git_changed")),
+            badges=self._badges(), facts=self._facts(), time=self._time(), warnings=self._warnings(),
+            settings=self.config.model_dump(mode="json", exclude=_NOT_REPEATED), differ=self._differ(),
+            machine=_machine(self), reproduce=self.reproduce(),
+            changed=bool(self.environment.get("git_changed")),
         )  # fmt: skip
         return {"text/plain": repr(self), "text/html": self._card(), PAGE_MIME: page}
 
@@ -109,6 +113,53 @@ class Run(RunFolder):
             return ""
         log_end = "\n".join(self.log.rstrip().splitlines()[-20:])
         return f"rank {failed['rank']} failed: {failed['what']}\n{failed['details'].rstrip()}\n\n{log_end}"
+
+    def _facts(self) -> dict[str, str]:
+        """What was run."""
+        config, model, steps = self.config, self.model, self.steps
+        data = self.environment.get("data", {})
+        parameters = f"{model['parameters']['unet']:,} parameters in the UNet" if "parameters" in model else ""
+        revision = f"revision {model['revision']}" if "revision" in model else ""
+        digest = f"digest of its weights {model['unet_digest'][:16]}" if "unet_digest" in model else ""
+        started = "random weights" if model.get("random_weights") else ""
+        precision = f", {config.mixed_precision}" if config.mixed_precision not in (None, "no") else ", float32"
+        ranks = f" × {config.num_processes} ranks" if (config.num_processes or 1) > 1 else ""
+        return {
+            "model": _joined(config.pretrained_model_name_or_path, parameters, started, revision, digest),
+            "data": _joined(config.dataset_name or config.train_data_dir, data.get("digest")),
+            "step": f"{config.train_batch_size} images × {config.gradient_accumulation_steps} micro-batches{ranks} "
+            f"= {config.global_batch} images of {config.resolution}×{config.resolution}{precision}",
+            "trained": f"{len(steps)} steps, {steps.images.sum():,} images, {steps.epoch.max() + 1} epochs begun"
+            if len(steps) and "epoch" in steps else f"{len(steps)} steps",
+        }  # fmt: skip
+
+    def _badges(self) -> list[dict[str, str]]:
+        """What a reader must know beside the number, each with its kind: good, or bad."""
+        found = []
+        if len(self.steps) and self.config.target_loss is not None:
+            met = bool(self.results["target"].value)
+            found.append({"text": "target met" if met else "target not met", "kind": "good" if met else "bad"})
+        if self.model.get("random_weights"):
+            found.append({"text": "random weights: the loss means nothing", "kind": "bad"})
+        if self.environment.get("git_changed"):
+            found.append({"text": "uncommitted changes", "kind": "bad"})
+        if resumed := self.environment.get("resumed"):
+            found.append({"text": f"resumed after step {resumed[-1]['after_step']}", "kind": "good"})
+        return found
+
+    def _differ(self) -> list[str]:
+        """The settings that are not the defaults."""
+        fields = {name: field for name, field in TrainConfig.model_fields.items() if name not in _NOT_REPEATED}
+        return [name for name, field in fields.items() if getattr(self.config, name) != field.default]
+
+    def _time(self) -> list[tuple[str, float]]:
+        """Where the total time went, in order: a notebook's file sorts the names of a dictionary."""
+        resumed = self.environment.get("resumed")  # its earlier steps are no part of the total
+        return [] if resumed or self.steps.empty else [*time_by_part(self.steps, self.summary).items()]
+
+    def _warnings(self) -> list[str]:
+        found = re.findall(r" rank \d+ (?:WARNING|ERROR) (.*)", self.log)
+        return list(dict.fromkeys(found))[:_MOST_WARNINGS]
 
     def _card(self) -> str:
         rows = [row for row in self.results.results if row.name.startswith(_ON_CARDS)] if len(self.steps) else []
@@ -134,15 +185,20 @@ class Run(RunFolder):
         return f"<img alt='last image: {prompt}' style='height:96px' src='data:image/png;base64,{encoded}'>"
 
 
-def _machine(environment: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
+def _joined(*facts: str | None) -> str:
+    return ", ".join(fact for fact in facts if fact)
+
+
+def _machine(run: RunFolder) -> dict[str, str]:
+    environment, summary = run.environment, run.summary
     devices = environment.get("devices", {})
-    names, gib = devices.get("names") or ["unknown"], devices.get("memory_gib")
+    gib = devices.get("memory_gib")
     units = {"cpu": "", "cpu_capability": "", "cpu_cores": " cores", "memory_gib": " GiB"}
     cpu = [f"{environment[name]}{unit}" for name, unit in units.items() if environment.get(name)]
     drivers = [str(environment[name]) for name in ("driver", "cuda", "rocm") if environment.get(name)]
     packages = [f"{name} {number}" for name, number in environment.get("packages", {}).items() if number]
     facts = {
-        "devices": f"{len(names)} × {names[0]}" + (f", {gib[0]} GiB" if gib else ""),
+        "devices": run.devices + (f", {gib[0]} GiB" if gib else ""),
         "CPU": ", ".join(cpu),
         "threads": _threads(environment.get("threads"), summary.get("threads") or {}),
         "driver, CUDA, ROCm": ", ".join(drivers),

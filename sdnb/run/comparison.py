@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from sdnb.errors import RunError
-from sdnb.metrics.results import PAGE_MIME, Measurements, measure
+from sdnb.metrics.results import PAGE_MIME, Measurements, Result, measure
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.places import runs_folder
 from sdnb.run.folder import CONFIG, RunFolder, problems_of
@@ -56,9 +57,8 @@ class Comparison:
         columns = {}
         for label, run in self.runs.items():
             seen = run.environment
-            devices = seen.get("devices", {}).get("names") or [UNKNOWN]
             columns[label] = {
-                "devices": f"{len(devices)} × {devices[0]}",
+                "devices": run.devices,
                 "CPU": seen.get("cpu", UNKNOWN),
                 "CPU instructions": seen.get("cpu_capability", UNKNOWN),
                 "CPU cores": _text(seen.get("cpu_cores", UNKNOWN)),
@@ -72,27 +72,31 @@ class Comparison:
     def results(self) -> pd.DataFrame:
         """The results, one per row; in brackets the ratio to the first run."""
         first, *_ = self.measured.values()
-        before = {row.name: row.value for row in first.results}
+        before = {_per_device(row.name): row.value for row in first.results}
         columns: dict[str, dict[str, str]] = {}
         for label, measured in self.measured.items():
             columns[label] = {}
             for row in measured.results:
-                columns[label][row.name] = row.text
-                if measured is not first and row.name.startswith(_HAVE_RATIOS):
-                    ratio = (row.value or math.nan) / (before.get(row.name) or math.nan)
-                    columns[label][row.name] += f" [×{ratio:.2f}]" if math.isfinite(ratio) else ""
+                name = _per_device(row.name)
+                columns[label][name] = row.text
+                if measured is not first and name.startswith(_HAVE_RATIOS):
+                    ratio = (row.value or math.nan) / (before.get(name) or math.nan)
+                    columns[label][name] += f" [×{ratio:.2f}]" if math.isfinite(ratio) else ""
         names = dict.fromkeys(name for column in columns.values() for name in column)
         return pd.DataFrame(columns).reindex(names).fillna("")
+
+    @property
+    def caveat(self) -> str:
+        """A sentence, if the runs do not do the same work per image: their rates then compare more than machines."""
+        differ = [name for name in _WORK if name in self.settings.index]
+        return f"The runs do not do the same work per image: {' and '.join(differ)} differ." if differ else ""
 
     @property
     def statements(self) -> list[str]:
         """For each pair of runs, whether and how much they differ in images/s per device."""
         rates = {label: measured.throughput for label, measured in self.measured.items()}
-        statements = [_compare(one, rates[one], other, rates[other]) for one, other in combinations(rates, 2)]
-        differs = [name for name in _WORK if name in self.settings.index]
-        if differs:
-            statements.append(f"The runs do not do the same work per image: {' and '.join(differs)} differ.")
-        return [*statements, *self.problems]
+        pairs = [_compare(one, rates[one], other, rates[other]) for one, other in combinations(rates, 2)]
+        return [*filter(None, [self.caveat]), *pairs, *self.problems]
 
     def __repr__(self) -> str:
         return "\n".join([self.results.to_string(), "", *self.statements])
@@ -105,15 +109,17 @@ class Comparison:
             listed = f"<details><summary>All {len(statements)} statements about pairs</summary>{listed}</details>"
             by_rate = sorted(labels, key=lambda label: self.measured[label].throughput.value)
             slowest, fastest = by_rate[0], by_rate[-1]
-            shown = f"{table}{listed}"
+            caveat = f"<p>{html.escape(self.caveat)}</p>" if self.caveat else ""
+            shown = f"{caveat}{table}{listed}"
             headlined = {f"fastest: {fastest}": self.measured[fastest], f"slowest: {slowest}": self.measured[slowest]}
         others = f" and {len(labels) - 2} more" if len(labels) > 2 else ""
         folders = json.dumps([BASELINE if run.folder == PUBLISHED else str(run.folder) for run in self.runs.values()])
         page = dict(
             kind="comparison", name=" beside ".join(label.replace("/", "-") for label in labels[:2]) + others,
             title=f"{labels[0]} beside {', '.join(labels[1:])}",
-            headline=[{"name": name, "text": f"{measured.throughput} images/s per device"}
+            headline=[{**_rate_of(measured).row(), "name": name, "unit": "images/s per device"}
                       for name, measured in headlined.items()],
+            badges=[{"text": "different work per image", "kind": "bad"}] if self.caveat else [],
             reproduce=[f"papermill notebooks/compare.ipynb comparison.ipynb -p runs {shlex.quote(folders)}",
                        "sdnb report comparison.ipynb"],
         )  # fmt: skip
@@ -143,6 +149,15 @@ def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison
     labelled = dict(zip(_labels(list(found)), found.values()))
     opened = {label: run for label, (run, _) in labelled.items()}
     return Comparison(opened, {label: measured for label, (_, measured) in labelled.items()}, tuple(problems))
+
+
+def _per_device(name: str) -> str:
+    """The name of a result, whatever the device is called: so the rates of all runs are in one row."""
+    return re.sub(r"\b(GPU|CPU rank|rank)(s?)\b", r"device\2", name) if name.startswith("images/s") else name
+
+
+def _rate_of(measured: Measurements) -> Result:
+    return next(row for row in measured.results if row.name.startswith("images/s per"))
 
 
 def _measured(folder: Path, listed: bool) -> tuple[RunFolder, Measurements] | None:

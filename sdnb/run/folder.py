@@ -299,6 +299,16 @@ class RunFolder:
         return read(self.folder / FAILURE)
 
     @property
+    def devices(self) -> str:
+        """The devices that it ran on, as `8 × NVIDIA A100`."""
+        seen = self.environment.get("devices", {})
+        names, ranks = seen.get("names") or [], self.config.num_processes or 1
+        if names:
+            return f"{len(names)} × {names[0]}"
+        unnamed = {"cuda": "GPU, kind unknown", "cpu": "CPU rank"}
+        return f"{ranks} × {unnamed[seen['type']]}" if seen.get("type") in unnamed else "unknown"
+
+    @property
     def state(self) -> str:
         """`complete`, `failed`, `running`, or `interrupted`: it ended before its last step."""
         if self.summary:

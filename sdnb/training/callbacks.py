@@ -4,7 +4,9 @@ import logging
 import math
 import shutil
 import time
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class Callbacks:
         self.training, self.checkpoints = training, Checkpoints(training)
         self.config, self.accelerator, self.folder = training.config, training.accelerator, training.folder
         self.began, self.diverged = time.perf_counter(), False
+        self.spent: Counter[str] = Counter()  # seconds that no step counts
         self.held_out_loss: HeldOutLoss | None = None
         held_out = training.splits.held_out
         if self.config.validation_loss_steps and held_out is None:
@@ -71,7 +74,8 @@ class Callbacks:
         number = 0 if last else self.training.stats.signal
         save = step % self.config.checkpointing_steps == 0 or number
         if save:
-            self.checkpoints.save(step)
+            with self._counted("saving"):
+                self.checkpoints.save(step)
         if number:
             self._finish_trackers()
             error = stopped(number, self.folder, step)
@@ -96,11 +100,13 @@ class Callbacks:
         if accelerator.is_main_process:
             logger.info("saving the pipeline")
             release_freed_memory()  # saving makes copies
-            self._save_pipeline()
+            with self._counted("saving"):
+                self._save_pipeline()
             summary = dict(
                 world_size=accelerator.num_processes, distributed_type=accelerator.distributed_type.value, ranks=ranks,
                 threads=threads, training_seconds=trained - self.began, saving_seconds=time.perf_counter() - trained,
-                ended=time.time(), total_seconds=run_folder.seconds_since_start(self.folder),
+                spent_seconds=dict(self.spent), ended=time.time(),
+                total_seconds=run_folder.seconds_since_start(self.folder),
             )  # fmt: skip
             files.write(self.folder / run_folder.SUMMARY, summary)
             run_folder.write_results(self.folder)
@@ -143,7 +149,8 @@ class Callbacks:
         if len(drawn) and (drawn.step == step).any():
             return
         ema, unet = self.training.ema, self.training.parts.unet
-        with ema.applied_to(unet) if ema is not None else nullcontext():
+        logger.info("drawing images %s", f"after step {step}" if step else "before the training")
+        with self._counted("images"), ema.applied_to(unet) if ema is not None else nullcontext():
             draw_samples(
                 self.pipeline, self.accelerator, self.folder, step, config.validation_prompts, config.resolution,
                 seed=config.seed or 0, guidance_scale=config.validation_guidance_scale,
@@ -151,9 +158,17 @@ class Callbacks:
 
     def _measure_held_out(self) -> None:
         if self.held_out_loss is not None:
-            with self.accelerator.autocast():
+            if self.training.step == 0:
+                logger.info("measuring the held-out loss before the training")
+            with self._counted("held-out loss"), self.accelerator.autocast():
                 measured = self.held_out_loss(self.accelerator.unwrap_model(self.training.unet))
             files.append(self.folder / run_folder.VALIDATION, dict(step=self.training.step, **measured))
+
+    @contextmanager
+    def _counted(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.spent[what] += time.perf_counter() - began
 
     def _describe_ranks(self) -> list[dict[str, Any]]:
         """Each rank's peak memory, and a checksum of its weights (sum and sum of squares): all ranks must agree."""

@@ -11,6 +11,7 @@ import xxhash
 
 from sdnb.data.image_captions import ImageCaptions
 from sdnb.errors import RunError
+from sdnb.models.pipeline import model_folder
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 
@@ -97,6 +98,15 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     if wrong := [f"{name} has {found} of {size} bytes" for name, found, size in files if found != size]:
         raise RunError(f"{folder}: incomplete: {'; '.join(wrong)}")
     return manifest
+
+
+def fingerprint(config: TrainConfig) -> dict[str, str]:
+    """A digest of the UNet's weights that the run starts from, and the revision if they come from the hub."""
+    folder = Path(model_folder(config))
+    weights = sorted(path for path in (folder / "unet").iterdir() if path.suffix in (".safetensors", ".bin"))
+    digest = xxhash.xxh3_128("".join(map(digest_of, weights)).encode()).hexdigest()
+    from_hub = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
+    return {"unet_digest": digest, **from_hub}
 
 
 def digest_of(path: Path) -> str:

@@ -20,7 +20,7 @@ from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.training.callbacks import Callbacks
-from sdnb.training.checkpoint_folder import find_checkpoints
+from sdnb.training.checkpoint_folder import find_checkpoints, fingerprint
 from sdnb.training.checkpoints import remove_leftovers, resume
 from sdnb.training.objective import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
 from sdnb.training.setup import Training, build, set_stance, start
@@ -134,7 +134,7 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
     found = find_checkpoints(config, training.splits.train)
     if accelerator.is_main_process:
         reached = measured_matmul_tflops(accelerator.device, WEIGHT_DTYPES[config.mixed_precision or "no"])
-        described = {**describe_model(config, training.parts), "reachable_tflops": reached}
+        described = {**describe_model(config, training.parts), **fingerprint(config), "reachable_tflops": reached}
         files.write(training.folder / run_folder.MODEL, described)
     callbacks = Callbacks(training)
     training.step = resume(training, found)
@@ -142,7 +142,8 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
         remove_leftovers(training.folder)
         # An interrupted run may have recorded later steps, which will be recorded again.
         run_folder.go_back(training.folder, training.step)
-        run_folder.add_to_environment(training.folder, threads=waits.now())
+        data = {"images": len(training.splits.train), "digest": training.splits.train.digest()}
+        run_folder.add_to_environment(training.folder, threads=waits.now(), data=data)
     settings = config.model_dump(mode="json", exclude={"validation_prompts", "hub_token"})
     purge = {"tensorboard": {"purge_step": training.step + 1}} if training.step else {}
     try:

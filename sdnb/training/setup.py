@@ -107,6 +107,7 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
     device = accelerator.device
     # One rank fills the caches first; on each machine, as a machine may have caches of its own.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
+        logger.info("loading the model and the data")
         parts = load_parts(config)
         splits = splits or load_data(config)
         encoders = Encoders(parts, splits.train, config, device)
