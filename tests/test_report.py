@@ -52,7 +52,12 @@ def test_the_page_is_one_file_that_loads_nothing(executed):
     html = page.read_text()
     assert page == executed.with_suffix(".html")
     assert [row["name"] for row in headline] == ["images/s per GPU", "peak memory"]
-    assert "14.30 (14.20 to 14.40)" in html and "<dd>20 <small>GiB</small></dd>" in html and "A title" in html
+    assert (
+        '<span class="number">14.30</span>' in html
+        and "95 % interval 14.20 to 14.40" in html
+        and "<dd>20 <small>GiB</small></dd>" in html
+        and "A title" in html
+    )
     assert 'src="data:image/png;base64,' in html
     assert not re.search(r"<link|@import|url\((?!#)|(src|href)=\"?(http|//)", html)
     assert html.count("<script") == 1 and "addEventListener" in html, "its own, that sorts tables"

@@ -1,4 +1,5 @@
 import base64
+import copy
 import itertools
 import re
 
@@ -8,7 +9,9 @@ import pytest
 from made_runs import FakeRun, published_run
 from PIL import Image
 
+from sdnb.figures import chart as chart_module
 from sdnb.figures import run_plots
+from sdnb.figures.chart import CHART_MIME, Chart
 from sdnb.metrics.results import measure
 from sdnb.run import files
 from sdnb.run import folder as run_folder
@@ -125,3 +128,33 @@ def test_names_of_slow_steps_do_not_cover_each_other(measured):
     places = [text.get_window_extent() for text in chart.axes[0].texts]
     assert len(places) == 5
     assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
+
+
+def test_a_page_has_it_wide_and_narrow_with_its_words_as_text(measured):
+    run = FakeRun(published_run())
+    for row in (40, 41, 80):
+        run.steps.loc[row, "seconds"] = 9.0 + row / 1000
+        run.steps.at[row, "phase_seconds"] = {**run.steps.phase_seconds[row], "data": 7.0}
+    chart = run_plots.step_times(measure(run))
+    page = chart._repr_mimebundle_()[0][CHART_MIME]
+    assert page["title"] == "Wall time of each optimizer step" and "3 took much longer" in page["caption"]
+    widths = [float(re.search(r'width="([\d.]+)pt"', page[name])[1]) / 72 for name in ("wide", "narrow")]
+    assert widths == pytest.approx([chart_module.WIDTH, chart_module.NARROW])
+    assert chart.get_figwidth() == chart_module.WIDTH and chart.words[0].get_visible(), "the chart itself is as it was"
+    narrow = copy.deepcopy(chart)
+    narrow.for_page()
+    places = [text.get_window_extent() for text in narrow.axes[0].texts if text.get_visible()]
+    assert len(places) >= 2
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(places, 2))
+
+
+def test_panels_are_below_each_other_in_a_narrow_window():
+    beside = Chart("a", "b", 3.0, stacks=True)
+    ((left, right),) = beside.panels(1, 2)
+    left.plot([1, 2])
+    right.plot([2, 1])
+    narrow = copy.deepcopy(beside)
+    narrow.for_page()
+    narrow.draw_without_rendering()
+    upper, lower = (axes.get_position() for axes in narrow.axes)
+    assert upper.y0 > lower.y1 and upper.width > 0.7

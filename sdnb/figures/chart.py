@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
+from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 from PIL import Image
 
@@ -32,6 +33,7 @@ class Chart(Figure):
     ) -> None:  # fmt: skip
         super().__init__(figsize=(width, height), layout="constrained", dpi=110)
         self.title, self.caption, self.alt, self.stacks = title, caption, f"{title}. {caption}", stacks
+        self.named: list[tuple[Axes, list[tuple[float, float, str]]]] = []
         words = dict(x=0.01, ha="left", parse_math=False)
         self.words = (
             self.suptitle(textwrap.fill(title, round(9 * width)), fontweight="bold", color=INK, **words),
@@ -83,6 +85,12 @@ class Chart(Figure):
             axes.set_title(wrapped, fontsize=7, parse_math=False)
             if axes.images:
                 axes.yaxis.label.set_fontsize(7)
+        named, self.named = self.named, []
+        for axes, points in named:  # the places are others now
+            for text in axes.texts:
+                text.set_visible(text.get_visible() and not isinstance(text, Annotation))
+            if points:
+                name_points(axes, *zip(*points))
         return {"title": self.title, "caption": self.caption, "alt": self.alt, "wide": wide, "narrow": self.svg()}
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -109,9 +117,11 @@ def dots(axes: Axes, x: Any, y: Any, marker: str = "o", **options: Any) -> None:
 def name_points(axes: Axes, x: Iterable[float], y: Iterable[float], names: Iterable[str]) -> None:
     """A name beside each point. It moves up or down if it would cover an earlier one, and is dropped if nothing helps.
     The axes must have their final limits."""
+    points = [*zip(x, y, names)]
+    axes.figure.named.append((axes, points))
     axes.figure.draw_without_rendering()  # fixes the layout, and so the names' positions
     taken: list[Bbox] = []
-    for one_x, one_y, name in zip(x, y, names):
+    for one_x, one_y, name in points:
         left = one_x > np.quantile(axes.get_xlim(), 0.7)
         text = axes.annotate(
             name, (one_x, one_y), (0, 0), textcoords="offset points", ha="right" if left else "left", va="center",

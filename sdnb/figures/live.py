@@ -12,12 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from sdnb.figures.colours import BLUE, ORANGE
-from sdnb.machine.peaks import peak_of
+from sdnb.metrics.recent import RECENT_STEPS, recent_rates, utilisation_of
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS
-from sdnb.metrics.throughput import flop_of
 from sdnb.run.folder import RunFolder
 
-RECENT_STEPS = 20  # that the pace is computed from
 SECONDS_BETWEEN = 1.0
 LOG_LINES = 6
 _MOST_POINTS = 300
@@ -57,36 +55,13 @@ class Progress:
         return " · ".join([f"{'█' * (20 * step // total):░<20} step {step}/{total}", state, *rates])
 
     def rates(self) -> Iterator[tuple[str, str]]:
-        """Loss and learning rate of the last step; over the recent steps images/s, MFU where the peak of the device is
-        known, and the share of the time in which the device waits for data; and the peak memory of rank 0."""
-        recent, last = self.recent, self.records[-1]
-        seconds = sum(record["seconds"] for record in recent)
-        yield "loss", "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
-        if "lr" in last:
-            yield "lr", f"{last['lr']:.3g}"
-        yield "images/s", f"{sum(record['images'] for record in recent) / seconds:.1f}"
-        per_image, peak = self._model()
-        if peak:
-            flop = sum(sum(flop_of(per_image, *_counts(record)).values()) for record in recent)
-            yield "MFU", f"{flop / seconds / peak:.1%}"
-        if "phase_seconds" in last:
-            yield "data", f"{sum(record['phase_seconds'].get('data', 0) for record in recent) / seconds:.0%}"
-        if "peak_memory_gib" in last:
-            yield "memory", f"{last['peak_memory_gib']:.1f} GiB"
+        """As `recent_rates`, of the recent steps."""
+        return recent_rates(self.recent, *self._model())
 
     def _model(self) -> tuple[dict[str, float], float]:
-        """FLOP per image by part of the model, and the peak of all ranks together in FLOP/s; 0 if it is unknown."""
         if self._known is None:
-            config, devices = self.run.config, self.run.environment.get("devices", {})
-            per_image = self.run.model.get("flop_per_image") or {}
-            peak = peak_of(config, (devices.get("names") or [""])[0]) if per_image else None
-            self._known = per_image, (peak or 0.0) * 1e12 * config.ranks
+            self._known = utilisation_of(self.run)
         return self._known
-
-
-def _counts(record: dict[str, Any]) -> list[int]:
-    images = record["images"]
-    return [images, record.get("encoded_images", images), record.get("encoded_captions", images)]
 
 
 def clock(seconds: float) -> str:

@@ -116,7 +116,8 @@ def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
 
 def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) -> None:
     """Train. Rank 0 shows the log and the progress bar, and at the end the results."""
-    from sdnb.figures.live import RECENT_STEPS, Bar, Progress
+    from sdnb.figures.live import Bar, Progress
+    from sdnb.metrics.recent import RECENT_STEPS
     from sdnb.training.loop import train
 
     if rank:

@@ -60,7 +60,8 @@ def write_page(
         about = {**(shown(notebook, PAGE_MIME) or {}), **redaction.node(besides or {})}
         problem = problem_of(notebook, about)
         name = re.sub(r"[^\w.,=+-]+", "-", about.get("name") or "").strip("-.") or source.stem
-        headline = about.get("headline") or [row for row in results(notebook) if row["name"].startswith(HEADLINE)]
+        chosen = (row for row in results(notebook) if row["name"].startswith(HEADLINE) and row["value"] is not None)
+        headline = about.get("headline") or [*chosen]
         page = _page(notebook, about, [*map(_tile, headline)], source, redaction)
     except RunError:
         raise
@@ -76,16 +77,16 @@ def write_page(
 
 def _tile(row: dict[str, Any]) -> dict[str, str]:
     """A headline result: the number, and small beside it its unit and interval."""
-    value, text, unit, low, high = (row.get(name) for name in ("value", "text", "unit", "low", "high"))
+    text, unit, interval = row["text"], row.get("unit") or "", ""
+    if estimate := re.fullmatch(r"(\S+) \((.+ to .+)\)", text):
+        text, interval = estimate.groups()
     number = text.removesuffix(f" {unit}")
-    if value is not None and ("," in text or low is not None):  # more than a number
-        number = f"{value:.2f}" if low is not None else f"{value:.3g}"
+    if re.search("[a-z]", number) and row.get("value") is not None:  # more than a number
+        number = f"{row['value']:.3g}"
     return {
-        "name": row["name"],
-        "number": number,
-        "unit": "" if not unit or row["name"].startswith(unit) else unit,
-        "interval": f"{low:.2f} to {high:.2f}" if low is not None else "",
-    }
+        "name": row["name"], "number": number, "interval": interval,
+        "unit": "" if row["name"].startswith(unit) else unit,
+    }  # fmt: skip
 
 
 def export_of(source: str | Path, kind: str) -> str:

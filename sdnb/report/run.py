@@ -129,8 +129,7 @@ class Run(RunFolder):
             "data": _joined(config.dataset_name or config.train_data_dir, data.get("digest")),
             "step": f"{config.train_batch_size} images × {config.gradient_accumulation_steps} micro-batches{ranks} "
             f"= {config.global_batch} images of {config.resolution}×{config.resolution}{precision}",
-            "trained": f"{len(steps)} steps, {steps.images.sum():,} images, {steps.epoch.max() + 1} epochs begun"
-            if len(steps) and "epoch" in steps else f"{len(steps)} steps",
+            "trained": f"{len(steps)} steps, {steps.images.sum():,} images" if len(steps) else "no step",
         }  # fmt: skip
 
     def _badges(self) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from sdnb.errors import RunError
 from sdnb.machine.device import peak_bytes, release_freed_memory
+from sdnb.metrics.recent import RECENT_STEPS, recent_rates, utilisation_of
 from sdnb.models.pipeline import assemble
 from sdnb.run import files, hub
 from sdnb.run import folder as run_folder
@@ -22,6 +23,7 @@ from sdnb.training.setup import Training
 from sdnb.training.stopping import stopped
 
 logger = logging.getLogger("sdnb")
+SECONDS_BETWEEN_LINES = 30.0  # of the log
 
 
 class Callbacks:
@@ -41,6 +43,8 @@ class Callbacks:
             device = self.accelerator.device
             self.held_out_loss = HeldOutLoss(held_out, training.parts, self.config.train_batch_size, device)
         if self.accelerator.is_main_process:
+            self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT_STEPS)
+            self.utilisation, self.logged = utilisation_of(run_folder.RunFolder(self.folder)), self.began
             self.repository = hub.create(self.config) if self.config.push_to_hub else None
             # Assembled now, so that a missing part is found before the training and not after it.
             with torch.random.fork_rng(devices=[]):  # transformers 4 draws random weights and overwrites them
@@ -62,7 +66,9 @@ class Callbacks:
         step = record["step"]
         if self.accelerator.is_main_process:
             peak_gib = peak_bytes(self.accelerator.device)[0] / 2**30
-            files.append(self.folder / run_folder.STEPS, {**record, "peak_memory_gib": round(peak_gib, 3)})
+            record = {**record, "peak_memory_gib": round(peak_gib, 3)}
+            files.append(self.folder / run_folder.STEPS, record)
+            self._log(record)
             if not math.isfinite(record["loss"]) and not self.diverged:
                 self.diverged = True
                 logger.warning("step %d: the loss is not finite; the steps after it are useless", step)
@@ -163,6 +169,15 @@ class Callbacks:
             with self._counted("held-out loss"), self.accelerator.autocast():
                 measured = self.held_out_loss(self.accelerator.unwrap_model(self.training.unet))
             files.append(self.folder / run_folder.VALIDATION, dict(step=self.training.step, **measured))
+
+    def _log(self, record: dict[str, Any]) -> None:
+        """The rates, in the log, twice a minute at most."""
+        self.recent.append(record)
+        if time.perf_counter() < self.logged + SECONDS_BETWEEN_LINES:
+            return
+        self.logged = time.perf_counter()
+        rates = ", ".join(f"{name} {text}" for name, text in recent_rates(self.recent, *self.utilisation))
+        logger.info("step %d/%d: %s", record["step"], self.training.total_steps, rates)
 
     @contextmanager
     def _counted(self, what: str) -> Iterator[None]:
