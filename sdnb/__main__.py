@@ -9,7 +9,7 @@ from pathlib import Path
 
 import shtab
 
-from sdnb.errors import ConfigError, DataError, SdnbError
+from sdnb.errors import ConfigError, DataError, RunError, SdnbError
 from sdnb.machine.environment import version_of
 from sdnb.places import runs_folder, shipped, workspace
 from sdnb.report.export import FORMATS
@@ -128,6 +128,8 @@ def _compare(given: argparse.Namespace) -> None:
 def _runs(given: argparse.Namespace) -> None:
     from sdnb.report.run import runs
 
+    if given.folder and not Path(given.folder).expanduser().is_dir():
+        raise RunError(f"{given.folder}: there is no such folder")
     listed = runs(given.folder)
     print(listed.to_string() if len(listed) else f"there are no runs in {given.folder or runs_folder()}")
 

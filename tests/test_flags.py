@@ -148,6 +148,8 @@ def test_a_parameter_file_and_flags_that_override_it(tmp_path):
     made = parse([str(file), "--max_train_steps=9", "--seed=4"])
     assert (made.max_train_steps, made.seed, made.use_ema) == (9, 4, True)
     assert parse(["params/demo.yaml", "--steps", "5"]).max_train_steps == 5, "one that comes with sdnb"
+    with pytest.raises(ConfigError, match=r"demo\.yml: there is no such file.* comes with sdnb: .*params/demo\.yaml"):
+        parse(["params/demo.yml"])
     with pytest.raises(ConfigError, match="'True' is neither a flag nor a YAML file"):
         parse([*MODEL_AND_DATA, "--use_ema", "True"])
 

@@ -99,8 +99,9 @@ def _words(words: pd.Series) -> str:
 def problems(surveyed: pd.DataFrame) -> Styler:
     """The images that cannot be used or are duplicates, with the full message of `survey`."""
     chosen = surveyed[surveyed.problem.notna() | surveyed.same_as.notna()]
-    columns = {"caption": "caption", "problem": "why it cannot be used", "same_as": "same as image"}
-    return chosen[[*columns]].rename(columns=columns).rename_axis("image").style.format(escape="html", na_rep="")
+    words = {"caption": "caption", "problem": "why it cannot be used", "same_as": "same as image"}
+    table = chosen[[*words]].rename(columns=words).reset_index(names="image")
+    return table.style.format(escape="html", na_rep="").hide(axis="index")
 
 
 def sizes(surveyed: pd.DataFrame, resolution: int) -> Chart:
@@ -118,7 +119,7 @@ def sizes(surveyed: pd.DataFrame, resolution: int) -> Chart:
     left.set(xlabel="shorter side, pixels", ylabel="images")
     legend(left)
     right.hist(surveyed.words, bins=range(surveyed.words.max() + 2), color=BLUE, align="left")
-    right.set(xlabel="words in a caption")
+    right.set(xlabel="words in a caption", ylabel="captions")
     return chart
 
 

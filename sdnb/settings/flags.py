@@ -84,9 +84,12 @@ def config_of(given: argparse.Namespace, **defaults: Any) -> TrainConfig:
 
 
 def found(file: str | Path) -> Path:
-    """A parameter file by its path; one that comes with sdnb, if there is none at this path."""
-    path = Path(file).expanduser()
-    return path if path.exists() or not shipped(str(file)).exists() else shipped(str(file))
+    """A parameter file by its path, or one that comes with sdnb. Raises ConfigError if there is neither."""
+    path, ours = Path(file).expanduser(), shipped(str(file))
+    if path.exists() or ours.exists():
+        return path if path.exists() else ours
+    known = ", ".join(f"params/{one.name}" for one in sorted(shipped("params").glob("[!a]*.yaml")))  # not accelerate's
+    raise ConfigError(f"{file}: there is no such file, and none of this name comes with sdnb: {known}")
 
 
 def command_line(settings: dict[str, Any]) -> list[str]:
