@@ -15,6 +15,7 @@ from sdnb.figures.chart import CHART_MIME, Chart
 from sdnb.metrics.results import measure
 from sdnb.run import files
 from sdnb.run import folder as run_folder
+from sdnb.run.importing import PUBLISHED
 from sdnb.settings.config import TrainConfig
 
 
@@ -158,3 +159,10 @@ def test_panels_are_below_each_other_in_a_narrow_window():
     narrow.draw_without_rendering()
     upper, lower = (axes.get_position() for axes in narrow.axes)
     assert upper.y0 > lower.y1 and upper.width > 0.7
+
+
+def test_a_log_that_shows_few_steps():
+    measured = measure(run_folder.RunFolder(PUBLISHED))
+    chart = run_plots.loss(measured)
+    assert chart.caption == "The log has 3 of 101 losses; that of step 101 is 0.0560."
+    assert "median" not in run_plots.step_times(measured).caption, "of a single step after the warm-up"

@@ -23,13 +23,21 @@ def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
     """The loss of each step in a faint colour, its running mean, the held-out loss with its 95 % interval, and the
     target. `what` is the label of the loss axis."""
     steps, validation, target = measured.steps, measured.validation, measured.config.target_loss
+    with_gaps = steps.loss.isna().mean() > 0.5  # a log shows few of them
     caption = f"The running mean ends at {steps.running_loss.iloc[-1]:.4f} (step 1: {steps.loss.iloc[0]:.4f})"
+    if with_gaps:
+        known = steps[steps.loss.notna()]
+        caption = f"The log has {len(known)} of {len(steps)} losses"
+        caption += f"; that of step {known.step.iloc[-1]} is {known.loss.iloc[-1]:.4f}" if len(known) else ""
     if len(validation):
         caption += f"; the held-out loss goes from {validation.loss.iloc[0]:.4f} to {validation.loss.iloc[-1]:.4f}"
     chart = Chart("Loss of each optimizer step", caption + ".", 4.0)
     axes = chart.panel()
-    axes.plot(steps.step, steps.loss, color=BLUE, alpha=0.3, lw=1, label="each step")
-    axes.plot(steps.step, steps.running_loss, color=BLUE, lw=2, label=f"mean of {RUNNING_MEAN_STEPS} steps")
+    if with_gaps:
+        dots(axes, steps.step, steps.loss, "x", color=BLUE, ms=5, label="in the log")
+    else:
+        axes.plot(steps.step, steps.loss, color=BLUE, alpha=0.3, lw=1, label="each step")
+        axes.plot(steps.step, steps.running_loss, color=BLUE, lw=2, label=f"mean of {RUNNING_MEAN_STEPS} steps")
     if len(validation):
         label = f"{int(validation.images.iloc[-1])} held-out images, 95 % interval"
         held_out(axes, validation, fmt="o-", color=RED, lw=1.2, label=label)
@@ -54,9 +62,9 @@ def step_times(measured: Measurements) -> Chart:
     cached = (full.encoded_images < full.images).any()  # else every step encodes, and the mark means nothing
     encoding = full[(full.encoded_images > 0) & cached]
     plain = full[~full.step.isin(encoding.step)]
-    steady = full[full.steady]
+    steady = full[full.steady & full.seconds.notna()]
     warmup, median = int((~steps.steady).sum()), steady.seconds.median()
-    caption = f"{median:.3f} s is the median of the full steps after the warm-up; " if len(steady) else ""
+    caption = f"{median:.3f} s is the median of the full steps after the warm-up; " if len(steady) > 1 else ""
     caption += f"{len(short)} of {len(steps)} steps are short; {warmup} are warm-up."
     if len(slow):
         caption += f" {len(slow)} took much longer than similar steps; the slowest are named."
@@ -69,7 +77,7 @@ def step_times(measured: Measurements) -> Chart:
         dots(axes, short.step, short.seconds, "D", color=ORANGE, ms=5, label="short step")
     if warmup:
         axes.axvspan(0.5, warmup + 0.5, color=GREY, alpha=0.2, lw=0, label="warm-up")
-    if len(steady):
+    if len(steady) > 1:
         axes.axhline(median, color=BLUE, lw=1, alpha=0.6, label="median")
     axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None), xlim=(0.5, len(steps) + 0.5))
     where = "best" if len(steps) < _MOST_SEARCHED else "lower right"

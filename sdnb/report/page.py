@@ -207,8 +207,9 @@ def write_and_print(source: str, page: str | None = None) -> None:
     notebook failed or was not completed."""
     logging.getLogger("traitlets").setLevel(logging.CRITICAL)  # what is wrong with a notebook is said in one line
     written, headline, problem = write_page(source, page)
+    width = max((len(row["name"]) for row in headline), default=0)
     for row in headline:
-        print(f"{row['name']:<24}{row['text']}")
+        print(f"{row['name']:<{width}}  {row['text']}")
     print(f"report: {written.resolve()}")
     if problem:
         sys.exit(f"error: {source}: {problem}, as the page's title says")
