@@ -1,12 +1,15 @@
 """The command line: the reference's flags, all of them, with its defaults."""
 
+import gc
 import pydoc
 import re
+import sys
 
 import pytest
 import yaml
 
 import sdnb
+from sdnb.__main__ import main
 from sdnb.errors import ConfigError
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import GROUPS
@@ -161,3 +164,33 @@ def test_help_lists_the_settings_in_their_groups():
     assert "model_dump" not in said and "model_config" not in said
     said = pydoc.render_doc(sdnb.train, renderer=pydoc.plaintext)
     assert "train_batch_size=16" in said and "train_batch_size = 16: " in said and "steps=None" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, status, said",
+    [
+        (["trian"], 2, "did you mean train?"),
+        (["train"], 2, "there are no settings.* sdnb train params/demo.yaml"),
+        (["train", *MODEL_AND_DATA, "--steps", "ten"], 2, "steps = 'ten': input should be a valid integer"),
+        (["report", "nothing.ipynb"], 1, "nothing.ipynb: cannot be read"),
+        (["report", "a", "--format", "jsn"], 2, "did you mean json?"),
+        (["runs", "nowhere"], 1, "nowhere: there is no such folder"),
+        (["compare", "published"], 1, "a comparison needs two runs"),
+        (["import", "nothing.log", "--exmples", "3"], 2, "unrecognized arguments: --exmples 3"),
+    ],
+)
+def test_wrong_usage_and_failures_have_their_status_and_one_line(capsys, monkeypatch, arguments, status, said):
+    monkeypatch.setattr("os._exit", sys.exit)  # of a rank
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    gc.enable()  # a rank does without until it trains
+    errors = capsys.readouterr().err
+    assert ended.value.code == status
+    assert re.search(said, errors) and len(errors.splitlines()) == 1 and errors.startswith("error: ")
+
+
+def test_a_shell_completes_commands_and_flags(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert "--train_batch_size" in script and "captions" in script
