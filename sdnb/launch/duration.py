@@ -27,8 +27,9 @@ _KIND = (
 )  # fmt: skip
 _MOST_RUNS = 20  # of the latest, that are looked at
 _START_SECONDS = 20  # until the first step, and from the last one to the end
-# Measured: 0.67 of a plain matrix product's rate on two cores, 0.3 to 0.4 of a GPU's peak in published runs.
-_OF_MATMUL, _OF_PEAK = 0.5, 0.35
+# The embedded model reached 0.67 to 0.78 of a plain matrix product's rate on two cores. A published run of June 2024
+# trained 13.74 images/s per A100, of 3.54 TFLOP each; the peak is 312 TFLOP/s.
+_OF_MATMUL, _OF_PEAK = 0.5, 0.16
 
 
 def expected(config: TrainConfig, environment: dict[str, Any], steps: int) -> str:
