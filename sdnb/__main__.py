@@ -66,11 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     listing = command("runs", _runs, "list the runs, the newest first")
     _file(listing.add_argument("folder", nargs="?", help="default: runs/, or the variable SDNB_RUNS"))
 
-    importing = command("import", _import, "make a run folder from a log of diffusers' train_text_to_image.py")
-    _file(importing.add_argument("log", type=Path, help="its console log, or its TensorBoard events (file or folder)"))
+    importing = command("import", _import, "make a run folder from a log of another program")
+    _log(importing)
     _file(importing.add_argument("--output_dir", type=Path, help="the run folder; default: a new one under runs/"))
-    for name, what in _FACTS.items():
-        importing.add_argument(f"--{name}", type=int, help=f"{what}, if the log does not contain it")
 
     captions = command("captions", _captions, "write captions in .txt files beside images into a metadata.jsonl")
     _file(captions.add_argument("folder", type=Path, help="a folder of images, as in train_data_dir"))
@@ -83,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     what = "open JupyterLab on the notebooks"
     command("lab", _lab, what, f"{what}. Other options, such as --no-browser, are JupyterLab's.")
     return parser
+
+
+def _log(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that reads a log."""
+    _file(parser.add_argument("log", type=Path, help="a console log, TensorBoard events, or a tracker's file"))
+    parser.add_argument("--run", type=int, help="which run, from 1, if the log has several; default: the last complete")
+    for name, what in _FACTS.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{what}, if the log does not contain it")
 
 
 def _file(argument: argparse.Action) -> None:
@@ -135,12 +141,17 @@ def _runs(given: argparse.Namespace) -> None:
 
 
 def _import(given: argparse.Namespace) -> None:
+    from sdnb.logs import importing
     from sdnb.metrics.results import measure
-    from sdnb.run import importing
 
-    log = importing.read(given.log, **{name: fact for name in _FACTS if (fact := getattr(given, name)) is not None})
+    log = importing.read(given.log, given.run, **_facts_of(given))
+    print(*log.what_was_read(), "", sep="\n")
     run = importing.write(log, given.output_dir, given.log.name)
     print(measure(run), f"in {run.folder}", sep="\n")
+
+
+def _facts_of(given: argparse.Namespace) -> dict[str, int]:
+    return {name: fact for name in _FACTS if (fact := getattr(given, name)) is not None}
 
 
 def _captions(given: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from sdnb.metrics.results import PAGE_MIME
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.report.page import write_page
 from sdnb.run import folder as run_folder
-from sdnb.run import importing
+from sdnb.run.baselines import PUBLISHED
 from sdnb.run.comparison import compare
 
 
@@ -57,7 +57,7 @@ def test_the_interval_of_a_ratio():
 
 def test_with_a_run_that_sdnb_did_not_train(three):
     compared = compare(["published", three[0]])
-    label = importing.PUBLISHED.name
+    label = PUBLISHED.name
     assert list(compared.runs) == [label, "a"]
     assert compared.settings.loc["use_ema"][label] == "True"
     assert "adam_beta1" not in compared.settings.index, "what is not known differs from nothing"

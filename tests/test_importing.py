@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from sdnb.__main__ import main
 from sdnb.errors import RunError
+from sdnb.logs import console, importing
 from sdnb.metrics.results import measure
 from sdnb.run import folder as run_folder
-from sdnb.run import importing
+from sdnb.run.baselines import PUBLISHED
 
 HEADER = """\
 03/06/2024 17:32:04 - INFO - __main__ - Distributed environment: MULTI_GPU  Backend: nccl
@@ -57,7 +58,7 @@ Steps: 100%|██████████| 101/101 [03:32<00:00,  2.11s/it, lr=
 
 
 def read(text, **settings):
-    return importing.read_console(text, "a log", settings)
+    return console.read(text.splitlines(), "a log", settings)
 
 
 def trained(steps, sizes, seconds_of, losses):
@@ -85,7 +86,7 @@ def test_a_log_with_a_gap(tmp_path):
     config, log = run.config, run.environment["imported"]
     assert (config.num_processes, config.global_batch, config.max_train_steps) == (8, 256, 101)
     assert (config.mixed_precision, config.learning_rate, log["examples"]) == ("fp16", 1e-5, 833)
-    assert (log["at_step"], log["shown_seconds_per_step"], log["micro_batches_at_step"]) == (100, 1.79, 2)
+    assert (log["at_step"], log["shown_seconds_per_step"], run.steps.micro_batches[99]) == (100, 1.79, 2)
     assert len(run.steps) == 101
     assert run.steps.step_loss.iloc[-1] == 0.0456
     assert run.steps.loss.iloc[0] == pytest.approx((0.08 + 0.02 + 0.06 + 0.04) / 4)
@@ -98,6 +99,7 @@ def test_a_log_with_a_gap(tmp_path):
     assert measured["images/s per GPU"].value == pytest.approx(14.3, abs=0.05)
     assert measured["images/s, all GPUs"].value == pytest.approx(8 * 14.3, abs=0.5)
     assert measured["images/s per GPU, whole log"].value == pytest.approx((25 * (3 * 256 + 128) + 256) / 212 / 8)
+    assert measured["images/s per GPU, whole training"].value == pytest.approx((25 * (3 * 256 + 128) + 256) / 203 / 8)
     assert measured["short steps"].text == "25 of 101"
     assert measured["total time"].text == "212 s"
     assert not any(row.text == "nan" for row in measured.results)
@@ -134,7 +136,7 @@ def test_the_times_and_losses_of_a_whole_log(tmp_path, separator):
 
 def test_fast_steps_are_shown_as_steps_per_second(tmp_path):
     bars, _ = trained(20, [1] * 20, lambda step: 0.12, iter(lambda: 0.5, 2))
-    log = importing.read_console(bars, "a log", dict(
+    log = console.read(bars.splitlines(), "a log", dict(
         examples=100, train_batch_size=4, gradient_accumulation_steps=1, num_processes=1))  # fmt: skip
     run = importing.write(log, tmp_path / "run", "its.log")
     assert list(run.steps.seconds) == pytest.approx([0.12] * 20, rel=0.01)
@@ -144,7 +146,7 @@ def test_fast_steps_are_shown_as_steps_per_second(tmp_path):
 def test_what_is_wrong_with_a_log(tmp_path):
     with pytest.raises(RunError, match="no progress bar"):
         read("hello")
-    with pytest.raises(RunError, match="header.*--examples, --gradient_accumulation_steps, --train_batch_size"):
+    with pytest.raises(RunError, match="no header.*--examples, --train_batch_size, --gradient_accumulation_steps"):
         read("Steps:  50%|█| 1/2 [00:01<00:01,  1.00s/it, lr=1e-5, step_loss=0.1]")
     with pytest.raises(RunError, match="no such file"):
         importing.read(tmp_path / "missing.log")
@@ -168,7 +170,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_the_published_run_comes_with_the_package():
-    measured = measure(run_folder.RunFolder(importing.PUBLISHED))
+    measured = measure(run_folder.RunFolder(PUBLISHED))
     assert measured["nominal IPS"].text == "17.88"
     assert measured["images/s per GPU"].value == pytest.approx(14.35, abs=0.01)
     assert measured["final step_loss"].text == "0.0456"

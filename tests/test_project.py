@@ -126,7 +126,7 @@ def test_notebooks_are_committed_without_outputs(path):
 
 
 def test_whoever_reads_runs_does_not_wait_for_torch():
-    rooms = "sdnb.report.run, sdnb.report.page, sdnb.figures.comparison_plots, sdnb.run.importing"
+    rooms = "sdnb.report.run, sdnb.report.page, sdnb.figures.comparison_plots, sdnb.logs.importing"
     loaded = f"import sys, {rooms}; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert "sdnb.run.comparison" in modules and not {"torch", "diffusers", "transformers"} & set(modules)

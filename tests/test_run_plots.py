@@ -15,7 +15,7 @@ from sdnb.figures.chart import CHART_MIME, Chart
 from sdnb.metrics.results import measure
 from sdnb.run import files
 from sdnb.run import folder as run_folder
-from sdnb.run.importing import PUBLISHED
+from sdnb.run.baselines import PUBLISHED
 from sdnb.settings.config import TrainConfig
 
 

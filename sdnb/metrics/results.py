@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from sdnb.machine.peaks import peak_of
+from sdnb.metrics.logged import rate_of_a_log, seconds_per_micro_batch_of, short_at
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS, mark, slow_steps, warmup_steps
 from sdnb.metrics.throughput import Estimate, flop_of, images_per_second, nominal_ips
 from sdnb.settings.config import TrainConfig
@@ -70,64 +71,80 @@ class Measurements:
 def measure(run: Any) -> Measurements:
     """All results of a run, complete or not, from its `RunFolder`. It needs at least one step."""
     config, environment, model, summary = run.config, run.environment, run.model, run.summary
-    resumed = environment.get("resumed", [])
-    steps = mark(run.steps, config, [one["after_step"] for one in resumed])
+    resumed, log = environment.get("resumed", []), environment.get("imported")
+    examples = (log or {}).get("examples") or environment.get("data", {}).get("images")
+    steps = mark(run.steps, config, [one["after_step"] for one in resumed], examples)
     devices = environment.get("devices", {})  # unknown if environment.json is damaged
-    on_gpu = devices.get("type", "cpu") != "cpu"
-    noun = "GPU" if on_gpu else "CPU rank" if devices else "rank"
+    on_gpu = devices.get("type", "cpu") not in ("cpu", "unknown")
+    noun = "GPU" if on_gpu else "CPU rank" if devices.get("type") == "cpu" else "rank"
     steady = steps[steps.steady & steps.seconds.notna()]
-    together = images_per_second(steady.images, steady.seconds)
-    each = Estimate(*(part / config.ranks for part in (together.value, together.low, together.high)))
-    log = environment.get("imported")
     if log:
-        each, throughput = _throughput_of_a_log(steps, config, noun, each, log, summary["total_seconds"])
+        each, throughput = _throughput_of_a_log(steps, config, noun, log, summary.get("total_seconds"))
     else:
+        together = images_per_second(steady.images, steady.seconds)
+        each = together.scaled(1 / config.ranks)
         throughput = [*_throughput(steps, config, noun, each, together)]
     short = int(steps.short.sum())
     how = f"steps with fewer images than the global batch{', by the header' if log else ''}"
     results = (
         *throughput,
+        *_unique(steps, noun, each),
         Result("short steps", f"{short} of {len(steps)}", how, short, "steps", len(steps)),
         *_mfu(model, config, devices.get("names"), steady),
-        *_encodings(steady),
+        *([] if log else _encodings(steady)),
         *_energy(steady, config),
         *([] if log else [_memory(summary, on_gpu)]),
         *_losses(steps, run.validation, config, model, bool(log)),
-        _total_time(steps, summary, environment),
+        *([] if log and summary.get("total_seconds") is None else [_total_time(steps, summary, environment)]),
         *_resumed(resumed, environment.get("host")),
     )
     return Measurements(steps, run.validation, config, each, results)
 
 
 def _throughput_of_a_log(
-    steps: pd.DataFrame, config: TrainConfig, noun: str, measured: Estimate, log: dict[str, Any], seconds: float
+    steps: pd.DataFrame, config: TrainConfig, noun: str, log: dict[str, Any], seconds: float | None
 ) -> tuple[Estimate, list[Result]]:
-    """Of a run that sdnb did not make: from the times of its steps if the log has most of them, else from the progress
-    bar near the end."""
-    shown, ranks = log.get("shown_seconds_per_step"), config.ranks
-    full_size, known = config.gradient_accumulation_steps, steps.seconds.notna().sum()
-    each, how = measured, f"images / time / {noun}s, over the {known} steps with a time in the log, without the warm-up"
-    rows = []
-    if shown:
-        micro_batch, size, at = log["seconds_per_micro_batch"], log["micro_batches_at_step"], log["at_step"]
-        solved = f"from tqdm's {shown:.2f} s/it at step {at}, with its smoothing undone"
-        short = f"; step {at} was a short one, {size} of {full_size} micro-batches" if size < full_size else ""
-        if known < (config.max_train_steps or len(steps)) / 2:
-            each, how = Estimate(config.train_batch_size / micro_batch, math.nan, math.nan), solved + short
-        nominal = config.global_batch / shown / ranks
-        counted = f"{config.global_batch} / {shown:.2f} s/it at step {at} / {ranks} {noun}s"
-        counted += f"; counts every step as a full one{short}"
-        rows.append(Result("nominal IPS", f"{nominal:.2f}", counted, nominal, RATE, 1))
-        rows.append(Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch, "s"))
-    rows.insert(0, _rate("images/s per " + noun, each, how, known))
+    """Of a run that sdnb did not make."""
+    ranks, images, rows = config.ranks, steps.images.sum(), list[Result]()
+    whole = None
+    if trained := log.get("trained_seconds"):
+        whole = Estimate(images / trained / ranks, math.nan, math.nan)
+        how = f"{images:.0f} images / {trained:.0f} s / {noun}s, from the start to the last step, with the warm-up"
+        rows.append(_rate(f"images/s per {noun}, whole training", whole, how, len(steps)))
+    if seconds and seconds > (trained or 0) + 1:
+        rate = Estimate(images / seconds / ranks, math.nan, math.nan)
+        how = f"{images:.0f} images / {seconds:.0f} s / {noun}s, with all pauses and what follows the last step"
+        rows.append(_rate(f"images/s per {noun}, whole log", rate, how, len(steps)))
+    each, how, known = rate_of_a_log(steps, config, log, whole)
     if ranks > 1:
-        all_ranks = each.value * ranks
-        rows.append(Result(f"images/s, all {noun}s", f"{all_ranks:.2f}", f"{ranks} times that", all_ranks, RATE))
-    if seconds:
-        whole = steps.images.sum() / seconds / ranks
-        how = f"{steps.images.sum():.0f} images / {seconds:.0f} s / {noun}s, with the start and all pauses"
-        rows.append(Result(f"images/s per {noun}, whole log", f"{whole:.2f}", how, whole, RATE, len(steps)))
+        how_all = f"{ranks} times that of one {noun}"
+        rows.insert(0, _rate(f"images/s, all {noun}s", each.scaled(ranks), how_all, known))
+    if each is not whole:
+        rows.insert(0, _rate(f"images/s per {noun}", each, f"images / time / {noun}s, {how}", known))
+    else:  # it is the headline
+        rows.sort(key=lambda row: not row.name.endswith("whole training"))
+    if shown := log.get("shown_seconds_per_step"):
+        at = log["at_step"]
+        nominal = config.global_batch / shown / ranks
+        counted = (
+            f"{config.global_batch} / {shown:.4g} s/it at step {at} / {ranks} {noun}s; counts every step as a full "
+        )
+        counted += f"one{short_at(steps, config, at)}"
+        rows.append(Result("nominal IPS", f"{nominal:.2f}", counted, nominal, RATE, 1))
+        micro_batch = seconds_per_micro_batch_of(steps, log)
+        solved = f"from tqdm's s/it at step {at}, with its smoothing undone"
+        rows.append(Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch, "s"))
     return each, rows
+
+
+def _unique(steps: pd.DataFrame, noun: str, each: Estimate) -> Iterator[Result]:
+    """Images/s without the images that an epoch repeats."""
+    images, unique = steps.images.sum(), steps.unique_images.sum()
+    if steps.unique_images.notna().all():
+        repeats = images - unique
+        how = f"each image once an epoch: {repeats:.0f} of {images:.0f} images ({repeats / images:.1%}) are repeats"
+        how += ", with which accelerate fills the last round of an epoch" if repeats else ""
+        yield _rate(f"unique images/s per {noun}", each.scaled(unique / images), how, len(steps))
 
 
 def _throughput(

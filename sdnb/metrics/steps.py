@@ -1,5 +1,6 @@
 """The step records, classified: warm-up, short steps, slow steps, phases. Reads no files and draws nothing."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,12 +13,17 @@ RUNNING_MEAN_STEPS = 10
 _ENOUGH_STEPS = 5  # to know the usual time
 
 
-def mark(steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] = ()) -> pd.DataFrame:
-    """The step records with three more columns: `short` (fewer images than the global batch), `steady` (after the
-    warm-up, and not the first step after a resume), and `running_loss` (the mean of `loss` over the last ten steps,
-    weighted by images). If a run did not record `encoded_images` and `encoded_captions`, it encoded all images."""
+def mark(
+    steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] = (), examples: int | None = None
+) -> pd.DataFrame:
+    """The step records with four more columns: `short` (fewer images than the global batch), `steady` (after the
+    warm-up, and not the first step after a resume), `running_loss` (the mean of `loss` over the last ten steps,
+    weighted by images), and `unique_images` (without those that accelerate repeats at the end of an epoch; NaN if the
+    number of examples is unknown). If a run did not record `encoded_images` and `encoded_captions`, it encoded all
+    images."""
     if steps.empty:
-        return steps.assign(short=[], steady=[], running_loss=[])
+        return steps.assign(short=[], steady=[], running_loss=[], unique_images=[])
+    epoch = config.epoch(examples) if examples else None
     windows = pd.DataFrame({"images": steps.images, "loss": steps.loss * steps.images, "unknown": steps.loss.isna()})
     sums = windows.rolling(RUNNING_MEAN_STEPS, min_periods=1).sum()
     return steps.assign(
@@ -26,6 +32,7 @@ def mark(steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] 
         short=steps.images < config.global_batch,
         steady=(np.arange(len(steps)) >= warmup_steps(len(steps))) & ~(steps.step - 1).isin(resumed_after),
         running_loss=(sums.loss / sums.images).where(sums.unknown == 0),
+        unique_images=[epoch.unique_images_in(int(step)) if epoch else math.nan for step in steps.step],
     )
 
 

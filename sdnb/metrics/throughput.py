@@ -28,6 +28,9 @@ class Estimate:
         interval = f" ({self.low:.2f} to {self.high:.2f})" if math.isfinite(self.low) else ""
         return f"{self.value:.2f}{interval}"
 
+    def scaled(self, factor: float) -> "Estimate":
+        return Estimate(*(factor * part for part in (self.value, self.low, self.high)))
+
 
 def images_per_second(images: np.ndarray, seconds: np.ndarray) -> Estimate:
     """Σ images / Σ seconds over steps, with its 95 % confidence interval.

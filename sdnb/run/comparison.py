@@ -18,8 +18,8 @@ from sdnb.errors import RunError
 from sdnb.metrics.results import PAGE_MIME, Measurements, Result, measure
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.places import runs_folder
+from sdnb.run.baselines import PUBLISHED, UNKNOWN
 from sdnb.run.folder import CONFIG, RunFolder, problems_of
-from sdnb.run.importing import PUBLISHED, UNKNOWN
 from sdnb.settings.fields import several
 
 BASELINE = "published"
@@ -28,7 +28,7 @@ _NOT_COMPARED = {"output_dir", "cache_dir", "logging_dir", "resume_from_checkpoi
 # These decide the work per image. If they differ, a ratio of speeds compares more than machines.
 _WORK = ("pretrained_model_name_or_path", "resolution")
 MANY = 4  # with more runs, the statements about pairs are folded
-_HAVE_RATIOS = ("images", "nominal", "seconds", "peak memory", "total time", "final loss", "held-out loss")
+_HAVE_RATIOS = ("images", "unique", "nominal", "seconds", "peak memory", "total time", "final loss", "held-out loss")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison
 
 def _per_device(name: str) -> str:
     """The name of a result, whatever the device is called: so the rates of all runs are in one row."""
-    return re.sub(r"\b(GPU|CPU rank|rank)(s?)\b", r"device\2", name) if name.startswith("images/s") else name
+    return re.sub(r"\b(GPU|CPU rank|rank)(s?)\b", r"device\2", name) if "images/s" in name else name
 
 
 def _rate_of(measured: Measurements) -> Result:

@@ -44,12 +44,27 @@ class Epoch:
         return self.micro_batches * self.ranks * self.batch_size
 
     @property
-    def short_steps(self) -> int:
-        global_batch = self.batch_size * self.accumulation_steps * self.ranks
-        return 0 if self.whole_steps else int(self.steps) - self.images // global_batch
+    def global_batch(self) -> int:
+        """Images in a full optimizer step, of all ranks."""
+        return self.batch_size * self.accumulation_steps * self.ranks
 
-    def micro_batches_of(self, steps: int) -> list[int]:
-        """Micro-batches of one rank in each of the first optimizer steps, without `whole_steps`."""
-        full, epoch = self.accumulation_steps, self.micro_batches
-        sizes = [min(full, epoch - start) for start in range(0, epoch, full)]
-        return [sizes[step % len(sizes)] for step in range(steps)]
+    @property
+    def short_steps(self) -> int:
+        return 0 if self.whole_steps else int(self.steps) - self.images // self.global_batch
+
+    def micro_batches_in(self, step: int) -> int:
+        """Micro-batches of one rank in an optimizer step. Steps are counted from 1."""
+        full = self.accumulation_steps
+        return full if self.whole_steps or step % self.steps else self.micro_batches - (int(self.steps) - 1) * full
+
+    def images_in(self, step: int) -> int:
+        """Images that all ranks train on in an optimizer step, repeats included."""
+        full = self.global_batch
+        return full if self.whole_steps or step % self.steps else self.images - (int(self.steps) - 1) * full
+
+    def unique_images_in(self, step: int) -> int:
+        """As `images_in`, without the images that accelerate repeats at the end of an epoch."""
+        if self.whole_steps:
+            return self.global_batch
+        before = (step - 1) % int(self.steps) * self.global_batch
+        return max(0, min(self.images_in(step), self.examples - before))

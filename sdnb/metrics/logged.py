@@ -1,0 +1,61 @@
+"""The throughput of a run that sdnb did not make, from what its log shows. A log rarely has the time of each step."""
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from sdnb.metrics.steps import warmup_steps
+from sdnb.metrics.throughput import Estimate, images_per_second, seconds_per_micro_batch
+from sdnb.settings.config import TrainConfig
+
+_LEAST_STEPS, _LEAST_SECONDS = 10, 50  # of a stretch between two readings of a clock that shows whole seconds
+
+
+def rate_of_a_log(
+    steps: pd.DataFrame, config: TrainConfig, log: dict[str, Any], whole: Estimate | None
+) -> tuple[Estimate, str, int]:
+    """Images/s of a rank, where it comes from, and from how many steps. It is that of the longest stretch after the
+    warm-up that the log shows: the steps with a time, if they are half of all; else the time between two readings of
+    the clock; else the bar near the end; else the `whole`. A step of the warm-up alone is never taken. `steps` are
+    marked; `log` is what was imported."""
+    after = steps[steps.steady]
+    timed = after[after.seconds.notna()]
+    if len(timed) and len(timed) >= len(after) / 2:
+        each = images_per_second(timed.images, timed.seconds).scaled(1 / config.ranks)
+        return each, f"over the {len(timed)} steps with a time in the log, without the warm-up", len(timed)
+    read = steps.iloc[max(0, warmup_steps(len(steps)) - 1) :]
+    read = read[read.elapsed.notna()] if "elapsed" in read else read[:0]
+    if len(read):
+        begin, end = read.iloc[0], read.iloc[-1]
+        seconds, count = end.elapsed - begin.elapsed, int(end.step - begin.step)
+        if count >= _LEAST_STEPS and seconds >= _LEAST_SECONDS:
+            images = steps.images[(steps.step > begin.step) & (steps.step <= end.step)].sum()
+            between = f"on the log's clock from step {begin.step:.0f} to step {end.step:.0f}"
+            how = f"{images:.0f} images in {seconds:.0f} s, {between}"
+            return _certain(images / seconds / config.ranks), how, count
+    if (at := log.get("at_step", 0)) and (after.step <= at).any():
+        rate = config.train_batch_size / seconds_per_micro_batch_of(steps, log)
+        shown = log["shown_seconds_per_step"]
+        how = f"from tqdm's {shown:.4g} s/it at step {at}, with its smoothing undone{short_at(steps, config, at)}"
+        return _certain(rate), how, 1
+    if whole is not None:
+        return whole, "over the whole training, warm-up included: the log shows no stretch after it", len(steps)
+    return _certain(math.nan), "unknown: the log has no time of a step after the warm-up", 0
+
+
+def short_at(steps: pd.DataFrame, config: TrainConfig, at: int) -> str:
+    """A remark if this step was a short one."""
+    size, full = steps.micro_batches[steps.step == at].iloc[0], config.gradient_accumulation_steps
+    return f"; step {at} was a short one, {size:.0f} of {full} micro-batches" if size < full else ""
+
+
+def seconds_per_micro_batch_of(steps: pd.DataFrame, log: dict[str, Any]) -> float:
+    """Seconds of a micro-batch, from what the progress bar shows near the end."""
+    sizes = steps.micro_batches[steps.step <= log["at_step"]]
+    return seconds_per_micro_batch(log["shown_seconds_per_step"], [*sizes])
+
+
+def _certain(rate: float) -> Estimate:
+    """A rate whose interval is unknown."""
+    return Estimate(rate, math.nan, math.nan)
