@@ -1,7 +1,8 @@
 """sdnb: fine-tune Stable Diffusion from a notebook, and measure how fast a machine does it.
 
 `sdnb.train(…)` trains and returns a `Run`; `sdnb.Run(folder)` is an earlier one; `sdnb.runs()` is a table of all runs;
-`sdnb.compare(…)` compares some of them.
+`sdnb.compare(…)` compares some of them, also with what others published: `sdnb.published()`.
+`sdnb.audit(…)` checks claims about a training against its log.
 """
 
 import importlib
@@ -10,9 +11,11 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdnb.auditing.audit import audit as audit
     from sdnb.launch.notebook import train as train
     from sdnb.report.run import Run as Run
     from sdnb.report.run import runs as runs
+    from sdnb.run.baselines import published as published
     from sdnb.run.comparison import compare as compare
 
 __version__ = "0.2.0"
@@ -25,7 +28,10 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 # Imported only when they are used: a rank has no use for them.
-_PUBLIC = {"Run": "report.run", "compare": "run.comparison", "runs": "report.run", "train": "launch.notebook"}
+_PUBLIC = {
+    "Run": "report.run", "audit": "auditing.audit", "compare": "run.comparison", "published": "run.baselines",
+    "runs": "report.run", "train": "launch.notebook",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

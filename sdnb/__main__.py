@@ -70,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     _log(importing)
     _file(importing.add_argument("--output_dir", type=Path, help="the run folder; default: a new one under runs/"))
 
+    auditing = command("audit", _audit, "check claims about a training against its log")
+    _log(auditing, nargs="?", help="a log as for `sdnb import`, a run folder, or a name that `sdnb.published()` lists")
+    what = "such as '17.88 images/s per GPU', '2.040 s/it' or 'loss 0.0456'; default: what such a log usually claims"
+    auditing.add_argument("--claim", action="append", default=[], help=what)
+    auditing.add_argument("--gpus", type=int, help="how many devices are claimed")
+    auditing.add_argument("--device", help="the device that is claimed, such as 'NVIDIA A100'")
+    auditing.add_argument("--resolution", type=int, help="of the images, if the log does not contain it")
+    auditing.add_argument("--steps", type=int, help="optimizer steps, if there is no log")
+    auditing.add_argument("--format", choices=("markdown", "json"), help="print in this form, and make no page")
+    _file(auditing.add_argument("--page", type=Path, help="the HTML page to write; default: one under runs/"))
+
     captions = command("captions", _captions, "write captions in .txt files beside images into a metadata.jsonl")
     _file(captions.add_argument("folder", type=Path, help="a folder of images, as in train_data_dir"))
 
@@ -83,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _log(parser: argparse.ArgumentParser) -> None:
+def _log(parser: argparse.ArgumentParser, **log: str) -> None:
     """The arguments of a command that reads a log."""
-    _file(parser.add_argument("log", type=Path, help="a console log, TensorBoard events, or a tracker's file"))
+    _file(parser.add_argument("log", **{"help": "a console log, TensorBoard events, or a tracker's file", **log}))
     parser.add_argument("--run", type=int, help="which run, from 1, if the log has several; default: the last complete")
     for name, what in _FACTS.items():
         parser.add_argument(f"--{name}", type=int, help=f"{what}, if the log does not contain it")
@@ -146,8 +157,26 @@ def _import(given: argparse.Namespace) -> None:
 
     log = importing.read(given.log, given.run, **_facts_of(given))
     print(*log.what_was_read(), "", sep="\n")
-    run = importing.write(log, given.output_dir, given.log.name)
+    run = importing.write(log, given.output_dir, Path(given.log).name)
     print(measure(run), f"in {run.folder}", sep="\n")
+
+
+def _audit(given: argparse.Namespace) -> None:
+    from sdnb.auditing.audit import audit
+    from sdnb.report.in_process import executed
+    from sdnb.report.page import write_page
+
+    facts = _facts_of(given) | ({"resolution": given.resolution} if given.resolution else {})
+    about = dict(gpus=given.gpus, device=given.device, run=given.run, steps=given.steps, **facts)
+    audited = audit(given.log, given.claim, **about)
+    if given.format:
+        print(audited.export(given.format))
+    else:
+        print(audited)
+        page, *_ = write_page(runs_folder(), given.page, notebook=executed("audit", {"audited": audited}))
+        print(f"report: {page}")
+    if not audited.holds:
+        sys.exit(1)
 
 
 def _facts_of(given: argparse.Namespace) -> dict[str, int]:

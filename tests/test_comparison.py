@@ -17,7 +17,7 @@ from sdnb.metrics.results import PAGE_MIME
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.report.page import write_page
 from sdnb.run import folder as run_folder
-from sdnb.run.baselines import PUBLISHED
+from sdnb.run.baselines import PUBLISHED, baselines, published
 from sdnb.run.comparison import compare
 
 
@@ -140,3 +140,28 @@ def test_the_notebook_and_its_page(three, tmp_path):
     page, *_ = write_page(out)
     text = page.read_text()
     assert "a significant difference" in text and "learning_rate" in text
+
+
+def test_published_measurements_by_name():
+    listed = published()
+    assert listed.loc["suite-2024-06-v1-4-8-gpus", "images trained/s"] == pytest.approx(354 * 8 / 101 / 2.040)
+    assert listed.loc["suite-2024-06-v1-5-32-gpus", "images trained/s"] == pytest.approx(3.732, abs=1e-3)
+    for name, one in baselines().items():
+        facts = listed.loc[name]
+        assert facts["source"].startswith("https://") and facts["hardware"] == f"{one.devices_used} × {one.device}"
+        if one.seconds_per_step:
+            per_device = one.config.train_batch_size * one.config.gradient_accumulation_steps
+            assert per_device / one.seconds_per_step == pytest.approx(one.images_per_second, abs=5e-3), "as published"
+    names = ["published", "suite-2024-06-v1-4-8-gpus", "mlperf-5.0-b200"]
+    compared = compare(names)
+    assert compared.results.loc["images/s per device"].tolist() == [
+        "14.35", "13.74, whole training [×0.96]", "274.40 [×19.12]",
+    ]  # fmt: skip
+    assert (
+        "unknown" in compared.environments.loc["devices"].iloc[0]
+        and "B200" in compared.environments.loc["devices"].iloc[2]
+    )
+    assert "pretrained_model_name_or_path differ" in compared.caveat and "UNet alone" in compared.caveat
+    for figure in (comparison_plots.throughputs, comparison_plots.losses, comparison_plots.step_times):
+        assert figure(compared) is not None
+    assert comparison_plots.samples(compared) is None

@@ -92,14 +92,15 @@ def _peak_gib(measured: Measurements) -> float:
 def losses(comparison: Comparison) -> Chart:
     """The running means of the loss, and the held-out losses with their 95 % intervals, over the optimizer steps. For a
     log with gaps, single losses."""
-    ends = {label: measured.steps.running_loss.iloc[-1] for label, measured in comparison.measured.items()}
+    known_steps = {label: measured for label, measured in comparison.measured.items() if len(measured.steps)}
+    ends = {label: measured.steps.running_loss.iloc[-1] for label, measured in known_steps.items()}
     known = ", ".join(f"{label} {end:.4f}" for label, end in ends.items() if np.isfinite(end))
     caption = f"Running means of {RUNNING_MEAN_STEPS} steps end at: {known or 'unknown'}."
     if any(len(measured.validation) for measured in comparison.measured.values()):
         caption += " Dots: held-out images, with 95 % intervals."
     chart = Chart("Loss", caption, 4.0)
     axes = chart.panel()
-    for colour, (label, measured) in zip(itertools.cycle(RUN_COLOURS), comparison.measured.items()):
+    for colour, (label, measured) in zip(itertools.cycle(RUN_COLOURS), known_steps.items()):
         steps, validation = measured.steps, measured.validation
         if steps.loss.isna().mean() > 0.5:  # a log with gaps
             dots(axes, steps.step, steps.loss, "x", color=colour, alpha=0.8, ms=4)
@@ -114,7 +115,7 @@ def losses(comparison: Comparison) -> Chart:
 
 def step_times(comparison: Comparison) -> Chart:
     """The wall time of each step; short steps as diamonds."""
-    runs = {label: measured.steps for label, measured in comparison.measured.items()}
+    runs = {label: measured.steps for label, measured in comparison.measured.items() if len(measured.steps)}
     full = {label: steps[steps.steady & ~steps.short].seconds.dropna() for label, steps in runs.items()}
     known = ", ".join(f"{label} {seconds.median():.3f} s" for label, seconds in full.items() if len(seconds) > 2)
     caption = f"Medians of the full steps after the warm-up: {known or 'unknown'}. Diamonds are short steps."

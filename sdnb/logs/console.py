@@ -14,8 +14,9 @@ from typing import Any
 
 from sdnb.errors import RunError
 from sdnb.logs import progress_bar
-from sdnb.logs.log import Log, checked, chosen, empty_records, require
+from sdnb.logs.facts import checked, chosen, require
 from sdnb.logs.progress_bar import State
+from sdnb.run.log import Log, empty_records
 
 REFERENCE = "console log of diffusers' train_text_to_image.py"
 KOHYA = "console log of kohya's sd-scripts"

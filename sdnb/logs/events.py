@@ -7,8 +7,8 @@ from typing import Any
 
 from sdnb.errors import RunError
 from sdnb.logs import sessions
-from sdnb.logs.log import Log
 from sdnb.logs.sessions import Logged, Session
+from sdnb.run.log import Log
 from sdnb.settings.config import TrainConfig, read_yaml
 
 _NAMES = "events.out.tfevents*"

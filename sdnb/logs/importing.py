@@ -6,10 +6,10 @@ from typing import Any
 
 from sdnb.errors import RunError
 from sdnb.logs import console, events, mlperf, trackers
-from sdnb.logs.log import Log
 from sdnb.logs.text import lines_of
 from sdnb.run import files
 from sdnb.run import folder as run_folder
+from sdnb.run.log import Log
 
 
 def read(path: str | Path, run: int | None = None, **settings: Any) -> Log:

@@ -9,7 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from sdnb.errors import RunError
-from sdnb.logs.log import Log, checked, chosen, require
+from sdnb.logs.facts import checked, chosen, require
+from sdnb.run.log import Log
 
 MARK = ":::MLLOG"
 _MEMBER = re.compile(r"MEMBER: \d+/(\d+)")

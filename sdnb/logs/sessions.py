@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from sdnb.logs.log import Log, checked, chosen, empty_records, require
+from sdnb.logs.facts import checked, chosen, require
+from sdnb.run.log import Log, empty_records
 
 _PAUSE_SECONDS = 600  # a longer one that is also many times a usual step is a gap between sessions
 
@@ -66,9 +67,11 @@ def read(name: str, form: str, sessions: Sequence[Session], settings: Sequence[d
     log = Log(form, given, given.pop("examples"), run=which + 1, runs=len(runs))
     if not complete[which]:
         log.remarks.append(f"incomplete: it ends at step {lengths[which]} of {given['max_train_steps']}")
-    if len(runs[which]) > 1:
-        log.remarks.append(f"it has {len(runs[which])} sessions; the time between them is no step's")
-    _follow(log, [sessions[number] for number in runs[which]])
+    own = [sessions[number] for number in runs[which]]
+    if len(own) > 1:
+        log.remarks.append(f"it has {len(own)} sessions; the time between them is no step's")
+        log.header["steps_logged_again"] = sum(max(before) - min(later) + 1 for before, later in pairwise(own))
+    _follow(log, own)
     return log
 
 

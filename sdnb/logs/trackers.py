@@ -11,9 +11,9 @@ from typing import Any
 
 from sdnb.errors import RunError
 from sdnb.logs import sessions
-from sdnb.logs.log import Log
 from sdnb.logs.sessions import Logged
 from sdnb.run import files
+from sdnb.run.log import Log
 from sdnb.settings.config import TrainConfig
 
 # The names of the columns, in the order of preference.

@@ -16,6 +16,7 @@ from sdnb.tables import html_table
 
 RESULTS_MIME = "application/vnd.sdnb.results+json"  # the rows of the results table
 RATE = "images/s"
+MFU_NAME = "MFU"
 PAGE_MIME = "application/vnd.sdnb.page+json"  # what a page says besides the notebook's outputs
 
 
@@ -188,10 +189,10 @@ def _mfu(model: dict[str, Any], config: TrainConfig, names: list[str] | None, st
         rate += f"; {tflops / reachable:.0%} of the {reachable:.3g} TFLOP/s that a plain matrix product reaches here"
     peak = peak_of(config, (names or [""])[0])
     if peak is None:
-        yield Result("MFU", "unknown peak: set device_peak_tflops", rate)
+        yield Result(MFU_NAME, "unknown peak: set device_peak_tflops", rate)
     else:
         yield Result(
-            "MFU",
+            MFU_NAME,
             f"{100 * tflops / peak:.1f} %",
             f"of {peak:g} TFLOP/s peak: {rate}",
             tflops / peak,

@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -18,8 +18,9 @@ from sdnb.errors import RunError
 from sdnb.metrics.results import PAGE_MIME, Measurements, Result, measure
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.places import runs_folder
-from sdnb.run.baselines import PUBLISHED, UNKNOWN
+from sdnb.run.baselines import PUBLISHED, Baseline, baselines
 from sdnb.run.folder import CONFIG, RunFolder, problems_of
+from sdnb.run.log import UNKNOWN
 from sdnb.settings.fields import several
 
 BASELINE = "published"
@@ -35,7 +36,7 @@ _HAVE_RATIOS = ("images", "unique", "nominal", "seconds", "peak memory", "total 
 class Comparison:
     """Runs by label. The first is the one that the others are compared with."""
 
-    runs: dict[str, RunFolder]
+    runs: dict[str, RunFolder | Baseline]
     measured: dict[str, Measurements]
     problems: tuple[str, ...] = ()  # runs that were left out, and files that cannot be read
 
@@ -72,11 +73,11 @@ class Comparison:
     def results(self) -> pd.DataFrame:
         """The results, one per row; in brackets the ratio to the first run."""
         first, *_ = self.measured.values()
-        before = {_per_device(row.name): row.value for row in first.results}
+        before = {_per_device(row.name): row.value for row in self._rows(first)}
         columns: dict[str, dict[str, str]] = {}
         for label, measured in self.measured.items():
             columns[label] = {}
-            for row in measured.results:
+            for row in self._rows(measured):
                 name = _per_device(row.name)
                 columns[label][name] = row.text
                 if measured is not first and name.startswith(_HAVE_RATIOS):
@@ -85,11 +86,22 @@ class Comparison:
         names = dict.fromkeys(name for column in columns.values() for name in column)
         return pd.DataFrame(columns).reindex(names).fillna("")
 
+    @staticmethod
+    def _rows(measured: Measurements) -> list[Result]:
+        """The results; the rate of a log that shows only the whole stands in the row of the others' rates."""
+        first = _rate_of(measured)
+        renamed = replace(first, name=first.name.partition(",")[0], text=f"{first.text}, whole training")
+        return [*measured.results] if renamed.name == first.name else [renamed, *measured.results]
+
     @property
     def caveat(self) -> str:
         """A sentence, if the runs do not do the same work per image: their rates then compare more than machines."""
         differ = [name for name in _WORK if name in self.settings.index]
-        return f"The runs do not do the same work per image: {' and '.join(differ)} differ." if differ else ""
+        said = [f"The runs do not do the same work per image: {' and '.join(differ)} differ."] if differ else []
+        for label, run in self.runs.items():
+            if isinstance(run, Baseline):
+                said.append(f"{label} differs from a run of the script: {'; '.join(run.not_comparable)}.")
+        return " ".join(said)
 
     @property
     def statements(self) -> list[str]:
@@ -128,11 +140,11 @@ class Comparison:
 
 def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison:
     """Compare the runs in a list of run folders with the first of them, or the runs in one folder, by default the
-    project's `runs/`. `published` stands for the published measurement that comes with the package. Raises RunError if
-    a run in the list is missing, has no steps or cannot be read, or there are fewer than two. In a folder, such a run
-    is left out; if it cannot be read, `problems` says so."""
+    project's `runs/`. `published` stands for the published measurement that comes with the package, and so do the
+    names that `sdnb.published()` lists. Raises RunError if a run in the list is missing, has no steps or cannot be
+    read, or there are fewer than two. In a folder, such a run is left out; if it cannot be read, `problems` says so."""
     folders, listed = _find(runs_folder() if runs is None else runs)
-    found: dict[Path, tuple[RunFolder, Measurements]] = {}
+    found: dict[Path, tuple[RunFolder | Baseline, Measurements]] = {}
     problems = []
     for folder in folders:
         one, problem = problems_of(partial(_measured, folder, listed))
@@ -160,7 +172,9 @@ def _rate_of(measured: Measurements) -> Result:
     return next(row for row in measured.results if row.name.startswith("images/s per"))
 
 
-def _measured(folder: Path, listed: bool) -> tuple[RunFolder, Measurements] | None:
+def _measured(folder: Path, listed: bool) -> tuple[RunFolder | Baseline, Measurements] | None:
+    if baseline := baselines().get(str(folder)):
+        return baseline, baseline.measured
     run = RunFolder(folder)
     if len(run.steps):
         return run, measure(run)
@@ -182,10 +196,16 @@ def _find(given: Sequence[str | Path] | str | Path) -> tuple[list[Path], bool]:
         if (folder / CONFIG).exists():
             return [folder], True
         return sorted(path.parent for path in folder.glob(f"*/{CONFIG}")), False
-    listed = [PUBLISHED if one == BASELINE else Path(one).expanduser().resolve() for one in given]
+    listed = [_path_of(one) for one in given]
     if twice := sorted({str(folder) for folder in listed if listed.count(folder) > 1}):
         raise RunError(f"the same run is given twice: {', '.join(twice)}")
     return listed, True
+
+
+def _path_of(given: str | Path) -> Path:
+    if given == BASELINE:
+        return PUBLISHED
+    return Path(given) if str(given) in baselines() else Path(given).expanduser().resolve()
 
 
 def _labels(paths: list[Path]) -> list[str]:

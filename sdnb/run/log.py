@@ -1,7 +1,7 @@
-"""What a log of another program contains, in the form of a run: what `measure` needs of a run folder."""
+"""A run that sdnb did not make and that has no folder: what a log contains, in the form that `measure` needs."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,6 @@ from sdnb.metrics.steps import warmup_steps
 from sdnb.settings.config import TrainConfig
 
 UNKNOWN = "unknown"
-MOST_STEPS = 1_000_000  # Stable Diffusion v1 was trained for about half of it
-MOST_EXAMPLES = 100_000_000_000
 
 
 @dataclass
@@ -31,6 +29,7 @@ class Log:
     total_seconds: float | None = None  # to the end of the log: saving the pipeline is in it
     seconds_shown: dict[int, float] = field(default_factory=dict)  # by the progress bar after each step, s/it
     device_type: str = UNKNOWN
+    device_names: list[str] = field(default_factory=list)
     header: dict[str, int] = field(default_factory=dict)  # what the header says, for whoever checks it
     run: int = 1  # which of the runs in the log this is
     runs: int = 1
@@ -73,10 +72,10 @@ class Log:
         }  # fmt: skip
         first = self.steps.step.iloc[0] + warmup_steps(len(self.records))
         shown = {step: seconds for step, seconds in self.seconds_shown.items()
-                 if first <= step < self.settings["max_train_steps"]}  # fmt: skip
+                 if first <= step < self.settings.get("max_train_steps", math.inf)}  # fmt: skip
         if shown:
             imported |= {"at_step": max(shown), "shown_seconds_per_step": shown[max(shown)]}
-        devices = dict(type=self.device_type, names=[], memory_gib=[], free_gib=[], bf16=False)
+        devices = dict(type=self.device_type, names=self.device_names, memory_gib=[], free_gib=[], bf16=False)
         return dict(devices=devices, packages={}, started=self.began, resumed=[], imported=imported)
 
     def what_was_read(self) -> list[str]:
@@ -117,27 +116,3 @@ def empty_records(steps: Iterable[int], config: TrainConfig, examples: int | Non
                    images=epoch.images_in(step), **unknown)
         for step in steps
     }  # fmt: skip
-
-
-def checked(name: str, **counts: int | None) -> None:
-    """Raise RunError if a count is beyond what a training can have, so that nothing is computed from it."""
-    for what, count in counts.items():
-        most = MOST_EXAMPLES if what == "examples" else MOST_STEPS
-        if count is not None and not 1 <= count <= most:
-            raise RunError(f"{name}: {what} = {count:,}, and sdnb reads logs with 1 to {most:,}")
-
-
-def require(name: str, given: dict[str, Any], *needed: str) -> None:
-    """Raise RunError if a fact is neither in the log nor given as a flag."""
-    if absent := [one for one in needed if one not in given]:
-        flags = ", ".join(f"--{one}" for one in absent)
-        raise RunError(f"{name}: has no header or hyperparameters with {', '.join(absent)}; give {flags}")
-
-
-def chosen(runs: Sequence[Any], run: int | None, complete: Sequence[bool], name: str) -> int:
-    """Which of the runs in a log to import, from 0: the one that was asked for, else the last complete one, else the
-    last."""
-    if run is not None and not 1 <= run <= len(runs):
-        raise RunError(f"{name}: --run {run}: the log has {len(runs)} run{'s' if len(runs) > 1 else ''}")
-    ended = [number for number, one in enumerate(complete) if one]
-    return run - 1 if run is not None else ended[-1] if ended else len(runs) - 1
