@@ -9,10 +9,11 @@ import pytest
 from test_importing import HEADER, trained
 from torch.utils.tensorboard import SummaryWriter
 
+import sdnb
 from sdnb.__main__ import main
 from sdnb.errors import RunError
 from sdnb.logs import importing
-from sdnb.metrics.results import measure
+from sdnb.metrics.results import PAGE_MIME, measure
 
 FACTS = dict(examples=80, num_processes=2, train_batch_size=4, gradient_accumulation_steps=1)
 
@@ -396,7 +397,10 @@ def test_mlperf(tmp_path):
     log = imported(tmp_path, [*mlperf(), "noise", ":::MLLOG {broken"])
     assert (log.config.num_processes, log.config.global_batch, log.config.train_batch_size) == (8, 256, 32)
     assert rate(log) == pytest.approx(25600 / 20 / 8) and len(log.records) == 20
-    assert log.records[-1]["step"] == 2000 and log.trained_seconds == pytest.approx(21 * 20)
+    assert (
+        "it has 20 blocks of 100 steps, read as if each was a step" in log.remarks
+        and log.trained_seconds == pytest.approx(21 * 20)
+    )
 
 
 @pytest.mark.parametrize(("keep", "said"), [
@@ -415,3 +419,16 @@ def test_every_import_can_be_written_and_read_again(tmp_path):
         run = importing.write(log, tmp_path / str(number), "its.log")
         assert [row.text for row in measure(run).results] == [row.text for row in measure(log).results]
         shutil.rmtree(run.folder)
+
+
+def test_a_page_says_only_what_the_log_says(tmp_path):
+    """The defaults of settings that a log does not contain are no facts."""
+    log = imported(tmp_path, [line for line in mlperf()])
+    run = sdnb.Run(importing.write(log, tmp_path / "run", "its.log").folder)
+    assert run.title.startswith("its.log: MLPerf stable_diffusion on unknown, 20 steps, 8 × GPU, kind unknown")
+    facts = run._repr_mimebundle_()[PAGE_MIME]
+    assert "512×512" not in str(facts) and "float32" not in str(facts)
+    assert {*facts["settings"]} == {*run.known_settings} == {*log.settings}
+    with pytest.raises(RunError, match="no loss was recorded"):
+        run.plot_loss()
+    assert run.plot_step_times() and sdnb.runs(tmp_path).loc["run", "images/s per device"] == pytest.approx(160)

@@ -72,7 +72,7 @@ class Evidence:
             how = f"{images:.0f} images / {self.trained_seconds:.1f} s / {ranks}"
             found = [Way(_WHOLE, rate, how, frozenset({WARMUP}))]
         elif "smoothing undone" in self.measured.results[0].how:
-            micro_batch = self.measured["seconds per micro-batch"].value
+            micro_batch = self.measured.value_of("seconds per micro-batch")
             found = [Way("near the end", rate, f"{self.config.train_batch_size} / {micro_batch:.4f} s per micro-batch")]
         else:
             found = [Way("after the warm-up", rate, f"images / seconds of these steps / {ranks}")]
@@ -97,9 +97,10 @@ class Evidence:
         if shown := log.get("shown_seconds_per_step"):
             how = f"{full} / {shown:.4g} s/it, smoothed, at step {log['at_step']} / {ranks}"
             yield Way("progress bar, all steps full", full / shown / ranks, how, frozenset({*short, SMOOTHING}))
-        elif self.is_own and any(row.name == "nominal IPS" and row.value for row in self.measured.results):
-            row = self.measured["nominal IPS"]
-            yield Way("progress bar, all steps full", row.value or 0, row.how, frozenset({*short, SMOOTHING}))
+        elif self.is_own:
+            nominal = self.measured.value_of("nominal IPS")
+            how = f"{full} / s/it at step {count - 1}, smoothed as by tqdm / {ranks}"
+            yield Way("progress bar, all steps full", nominal, how, frozenset({*short, SMOOTHING}))
         steady = self.steps[self.steps.steady & self.steps.seconds.notna()]
         if short and len(steady) > count / 2:
             mean = steady.seconds.mean()

@@ -72,7 +72,7 @@ def swept(comparison: Comparison, settings: Sequence[str] | str) -> Chart:
     for colour, (rest, line) in zip(itertools.cycle(RUN_COLOURS), points.items()):
         across = [values.index(value) for value, _ in line]
         left.plot(across, [_all_devices(measured) for _, measured in line], "o-", color=colour, label=rest or None)
-        right.plot(across, [_peak_gib(measured) for _, measured in line], "o-", color=colour)
+        right.plot(across, [measured.value_of("peak memory") for _, measured in line], "o-", color=colour)
     left.plot(values.index(getattr(best.config, setting)), _all_devices(best), "*", color=INK, ms=13, label="the most")
     for axes, label in ((left, "images/s, all devices"), (right, "peak memory of a rank, GiB")):
         axes.set(xlabel=setting, ylabel=label, ylim=(0, None))
@@ -83,10 +83,6 @@ def swept(comparison: Comparison, settings: Sequence[str] | str) -> Chart:
 
 def _all_devices(measured: Measurements) -> float:
     return measured.throughput.value * measured.config.num_processes
-
-
-def _peak_gib(measured: Measurements) -> float:
-    return next((row.value for row in measured.results if row.name == "peak memory" and row.value), float("nan"))
 
 
 def losses(comparison: Comparison) -> Chart:

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from PIL import Image
 
+from sdnb.errors import RunError
 from sdnb.figures.chart import Chart, dots, grid_of, legend, name_points
 from sdnb.figures.colours import BLUE, GREY, INK, ORANGE, PHASE_COLOURS, RED
 from sdnb.metrics.results import Measurements
@@ -21,8 +22,10 @@ _MOST_SEARCHED = 2000  # steps, for a place that covers none; with more, that ta
 
 def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
     """The loss of each step in a faint colour, its running mean, the held-out loss with its 95 % interval, and the
-    target. `what` is the label of the loss axis."""
+    target. `what` is the label of the loss axis. Raises RunError if no loss is known."""
     steps, validation, target = measured.steps, measured.validation, measured.config.target_loss
+    if steps.loss.isna().all():
+        raise RunError("no loss was recorded")
     with_gaps = steps.loss.isna().mean() > 0.5  # a log shows few of them
     caption = f"The running mean ends at {steps.running_loss.iloc[-1]:.4f} (step 1: {steps.loss.iloc[0]:.4f})"
     if with_gaps:
@@ -56,14 +59,16 @@ def held_out(axes: Axes, validation: pd.DataFrame, **options: Any) -> None:
 
 def step_times(measured: Measurements) -> Chart:
     """The wall time of each step. Short steps, the warm-up, and steps that encode new images are marked. The slowest of
-    the others are named with the reason."""
+    the others are named with the reason. Raises RunError if no time of a step after the warm-up is known."""
     steps, slow = measured.steps, measured.slow_steps
     full, short = steps[~steps.short], steps[steps.short]
     cached = (full.encoded_images < full.images).any()  # else every step encodes, and the mark means nothing
     encoding = full[(full.encoded_images > 0) & cached]
     plain = full[~full.step.isin(encoding.step)]
+    if steps.seconds[steps.steady].isna().all():
+        raise RunError("no time of a step after the warm-up was recorded")
     steady = full[full.steady & full.seconds.notna()]
-    warmup, median = int((~steps.steady).sum()), steady.seconds.median()
+    warmup, median, begin = int((~steps.steady).sum()), steady.seconds.median(), steps.step.iloc[0] - 0.5
     caption = f"{median:.3f} s is the median of the full steps after the warm-up; " if len(steady) > 1 else ""
     caption += f"{len(short)} of {len(steps)} steps are short; {warmup} are warm-up."
     if len(slow):
@@ -76,10 +81,10 @@ def step_times(measured: Measurements) -> Chart:
     if len(short):
         dots(axes, short.step, short.seconds, "D", color=ORANGE, ms=5, label="short step")
     if warmup:
-        axes.axvspan(0.5, warmup + 0.5, color=GREY, alpha=0.2, lw=0, label="warm-up")
+        axes.axvspan(begin, begin + warmup, color=GREY, alpha=0.2, lw=0, label="warm-up")
     if len(steady) > 1:
         axes.axhline(median, color=BLUE, lw=1, alpha=0.6, label="median")
-    axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None), xlim=(0.5, len(steps) + 0.5))
+    axes.set(xlabel="optimizer step", ylabel="seconds", ylim=(0, None), xlim=(begin, steps.step.iloc[-1] + 0.5))
     where = "best" if len(steps) < _MOST_SEARCHED else "lower right"
     legend(axes, ncols=2, loc=where, columnspacing=1, handletextpad=0.5)
     slowest = slow.nlargest(_MOST_NAMED, "extra_seconds")

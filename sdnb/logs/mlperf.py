@@ -18,8 +18,8 @@ _PREFIX = re.compile(r"^\s*(\d{1,5}): *:::MLLOG")
 
 
 def read(lines: Iterable[str], name: str, settings: dict[str, Any], run: int | None = None) -> Log:
-    """Read such a log: a record is a block, with the steps up to its end, its images and its seconds. `settings`: facts
-    that it does not contain. Raises RunError if it has no blocks of training, or there is no such `run` in it."""
+    """Read such a log: a record is a block, with its images and seconds. `settings`: facts that it does not contain.
+    Raises RunError if it has no blocks of training, or there is no such `run` in it."""
     events, ranks = [], set[int]()
     for line in lines:
         if member := _MEMBER.search(line):
@@ -55,18 +55,17 @@ def read(lines: Iterable[str], name: str, settings: dict[str, Any], run: int | N
     if "train_batch_size" not in given and together % per_step:
         raise RunError(f"{name}: global_batch_size {together} is no multiple of {per_step}: give --train_batch_size")
     given.setdefault("train_batch_size", together // per_step)
-    records = _blocks(runs[number], together, given)
+    records = _blocks(runs[number], given)
     if not records:
         raise RunError(f"{name}: has no block_start and block_stop of training with a count of images")
-    given["max_train_steps"] = records[-1]["step"]
-    checked(name, max_train_steps=given["max_train_steps"])
     if benchmark := said.get("submission_benchmark"):
         given.setdefault("pretrained_model_name_or_path", f"MLPerf {benchmark}")
     log = Log("MLPerf Training log", given, None, records, header={"global_batch": together}, run=number + 1,
               runs=len(runs), device_type="cuda")  # fmt: skip
     log.began = runs[number][0]["time_ms"] / 1000
     log.trained_seconds = sum(record["seconds"] for record in records)
-    log.remarks.append(f"its {len(records)} blocks of training are read as if each was a step")
+    per_block = records[-1]["images"] / together
+    log.remarks.append(f"it has {len(records)} blocks of {per_block:g} steps, read as if each was a step")
     return log
 
 
@@ -79,7 +78,7 @@ def _event(text: str) -> list[dict[str, Any]]:
     return []
 
 
-def _blocks(events: Iterable[dict[str, Any]], together: int, given: dict[str, Any]) -> list[dict[str, Any]]:
+def _blocks(events: Iterable[dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     begun: dict[str, Any] | None = None
     for event in events:
@@ -94,7 +93,7 @@ def _blocks(events: Iterable[dict[str, Any]], together: int, given: dict[str, An
             if all(isinstance(count, int) for count in counts) and counts[1] > counts[0] and seconds > 0:
                 images = counts[1] - counts[0]
                 records.append(dict(
-                    step=max(1, round(counts[1] / together)), epoch=0, images=images, seconds=seconds, loss=math.nan,
+                    step=len(records) + 1, epoch=0, images=images, seconds=seconds, loss=math.nan,
                     micro_batches=round(images / given["train_batch_size"] / given["num_processes"]),
                     step_loss=math.nan, lr=math.nan, elapsed=math.nan,
                 ))  # fmt: skip

@@ -51,7 +51,11 @@ class Measurements:
     results: tuple[Result, ...]
 
     def __getitem__(self, name: str) -> Result:
-        return next(result for result in self.results if result.name == name)
+        return {result.name: result for result in self.results}[name]
+
+    def value_of(self, name: str) -> float:
+        """The number of a result; NaN if the run has no such result."""
+        return next((row.value for row in self.results if row.name == name and row.value is not None), math.nan)
 
     @property
     def slow_steps(self) -> pd.DataFrame:

@@ -74,10 +74,11 @@ class Run(RunFolder):
         config, named = self.config, self.environment.get("devices", {}).get("names")
         ranks = f"{config.num_processes} × " if (config.num_processes or 1) > 1 else ""
         devices = f"{ranks}{named[0]}" if named else self.devices
-        return (
-            f"{Path(config.pretrained_model_name_or_path).name} on {data_name(config)}, "
-            f"{config.resolution}×{config.resolution}, {len(self.steps)} steps, {devices}, {self._started()}"
-        )
+        size = f"{config.resolution}×{config.resolution}" if "resolution" in self.known_settings else ""
+        what = f"{Path(config.pretrained_model_name_or_path).name} on {data_name(config)}"
+        if "imported" in self.environment:  # the name of the log says more than «unknown»
+            what = f"{self.environment['imported'].get('from', 'a log')}: {what}"
+        return _joined(what, size, f"{len(self.steps)} steps", devices, self._started())
 
     def _started(self) -> str:
         began = self.environment.get("started")
@@ -101,7 +102,8 @@ class Run(RunFolder):
         page = dict(
             kind="run", name=self.folder.name, title=self.title, state=self.state, failure=self._failure(),
             badges=self._badges(), facts=self._facts(), time=self._time(), warnings=self._warnings(),
-            settings=self.config.model_dump(mode="json", exclude=_NOT_REPEATED), differ=self._differ(),
+            settings={name: value for name, value in self.known_settings.items() if name not in _NOT_REPEATED},
+            differ=self._differ(),
             machine=_machine(self), reproduce=self.reproduce(),
             changed=bool(self.environment.get("git_changed")),
         )  # fmt: skip
@@ -122,13 +124,16 @@ class Run(RunFolder):
         revision = f"revision {model['revision']}" if "revision" in model else ""
         digest = f"digest of its weights {model['unet_digest'][:16]}" if "unet_digest" in model else ""
         started = "random weights" if model.get("random_weights") else ""
+        known = self.known_settings
+        size = f" of {config.resolution}×{config.resolution}" if "resolution" in known else ""
         precision = f", {config.mixed_precision}" if config.mixed_precision not in (None, "no") else ", float32"
+        precision = precision if "mixed_precision" in known else ""
         ranks = f" × {config.num_processes} ranks" if (config.num_processes or 1) > 1 else ""
         return {
             "model": _joined(config.pretrained_model_name_or_path, parameters, started, revision, digest),
             "data": _joined(config.dataset_name or config.train_data_dir, data.get("digest")),
             "step": f"{config.train_batch_size} images × {config.gradient_accumulation_steps} micro-batches{ranks} "
-            f"= {config.global_batch} images of {config.resolution}×{config.resolution}{precision}",
+            f"= {config.global_batch} images{size}{precision}",
             "trained": f"{len(steps)} steps, {steps.images.sum():,} images" if len(steps) else "no step",
         }  # fmt: skip
 
@@ -148,8 +153,9 @@ class Run(RunFolder):
 
     def _differ(self) -> list[str]:
         """The settings that are not the defaults."""
-        fields = {name: field for name, field in TrainConfig.model_fields.items() if name not in _NOT_REPEATED}
-        return [name for name, field in fields.items() if getattr(self.config, name) != field.default]
+        defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
+        known = self.known_settings
+        return [name for name in known if name not in _NOT_REPEATED and getattr(self.config, name) != defaults[name]]
 
     def _time(self) -> list[tuple[str, float]]:
         """Where the total time went, in order: a notebook's file sorts the names of a dictionary."""
@@ -251,5 +257,5 @@ def _row(run: Run) -> dict[str, Any]:
     }
     if steps:
         results = run.results
-        row |= {"images/s per device": results.throughput.value, "final loss": results["final loss"].value}
+        row |= {"images/s per device": results.throughput.value, "final loss": results.value_of("final loss")}
     return row

@@ -76,6 +76,11 @@ class Baseline:
         return self.log.config
 
     @property
+    def known_settings(self) -> dict[str, Any]:
+        settings = self.config.model_dump(mode="json")
+        return {name: settings[name] for name in self.log.settings}
+
+    @property
     def environment(self) -> dict[str, Any]:
         return self.log.environment
 

@@ -45,11 +45,9 @@ class Comparison:
         """The settings that differ, one per row; for an imported run, those that are known."""
         columns = {}
         for label, run in self.runs.items():
-            known = run.environment.get("imported", {}).get("known_settings")
-            columns[label] = {
-                name: _text(value) if known is None or name in known else UNKNOWN
-                for name, value in run.config.model_dump(mode="json", exclude=_NOT_COMPARED).items()
-            }
+            known = run.known_settings
+            names = run.config.model_dump(exclude=_NOT_COMPARED)
+            columns[label] = {name: _text(known[name]) if name in known else UNKNOWN for name in names}
         return _differing(pd.DataFrame(columns))
 
     @property
@@ -97,18 +95,22 @@ class Comparison:
     def caveat(self) -> str:
         """A sentence, if the runs do not do the same work per image: their rates then compare more than machines."""
         differ = [name for name in _WORK if name in self.settings.index]
-        said = [f"The runs do not do the same work per image: {' and '.join(differ)} differ."] if differ else []
-        for label, run in self.runs.items():
-            if isinstance(run, Baseline):
-                said.append(f"{label} differs from a run of the script: {'; '.join(run.not_comparable)}.")
-        return " ".join(said)
+        return f"The runs do not do the same work per image: {' and '.join(differ)} differ." if differ else ""
+
+    @property
+    def _published(self) -> list[str]:
+        """In what published measurements are not comparable."""
+        return [
+            f"{label} differs from a run of diffusers' script: {'; '.join(run.not_comparable)}."
+            for label, run in self.runs.items() if isinstance(run, Baseline)
+        ]  # fmt: skip
 
     @property
     def statements(self) -> list[str]:
         """For each pair of runs, whether and how much they differ in images/s per device."""
         rates = {label: measured.throughput for label, measured in self.measured.items()}
         pairs = [_compare(one, rates[one], other, rates[other]) for one, other in combinations(rates, 2)]
-        return [*filter(None, [self.caveat]), *pairs, *self.problems]
+        return [*filter(None, [self.caveat]), *self._published, *pairs, *self.problems]
 
     def __repr__(self) -> str:
         return "\n".join([self.results.to_string(), "", *self.statements])
@@ -121,7 +123,7 @@ class Comparison:
             listed = f"<details><summary>All {len(statements)} statements about pairs</summary>{listed}</details>"
             by_rate = sorted(labels, key=lambda label: self.measured[label].throughput.value)
             slowest, fastest = by_rate[0], by_rate[-1]
-            caveat = f"<p>{html.escape(self.caveat)}</p>" if self.caveat else ""
+            caveat = "".join(f"<p>{html.escape(text)}</p>" for text in (self.caveat, *self._published) if text)
             shown = f"{caveat}{table}{listed}"
             headlined = {f"fastest: {fastest}": self.measured[fastest], f"slowest: {slowest}": self.measured[slowest]}
         others = f" and {len(labels) - 2} more" if len(labels) > 2 else ""

@@ -299,6 +299,13 @@ class RunFolder:
         return read(self.folder / FAILURE)
 
     @property
+    def known_settings(self) -> dict[str, Any]:
+        """The settings, without those that an imported log did not contain: there the defaults say nothing."""
+        settings = self.config.model_dump(mode="json")
+        known = self.environment.get("imported", {}).get("known_settings")
+        return settings if known is None else {name: settings[name] for name in settings if name in known}
+
+    @property
     def devices(self) -> str:
         """The devices that it ran on, as `8 × NVIDIA A100`."""
         seen = self.environment.get("devices", {})

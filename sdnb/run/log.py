@@ -86,7 +86,7 @@ class Log:
             "images in the data set": f"{self.examples:,}" if self.examples else UNKNOWN,
             "global batch": f"{config.train_batch_size} images × {config.gradient_accumulation_steps} micro-batches × "
             f"{config.ranks} ranks = {config.global_batch}",
-            "steps": f"{steps.step.iloc[0]} to {steps.step.iloc[-1]} of {config.max_train_steps}, "
+            "steps": f"{steps.step.iloc[0]} to {steps.step.iloc[-1]} of {config.max_train_steps or len(steps)}, "
             f"{steps.seconds.notna().sum()} with a time, {steps.loss.notna().sum()} with a loss",
         }
         imported = self.environment["imported"]
