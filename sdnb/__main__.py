@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # as of `sdnb runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _parser() -> argparse.ArgumentParser:

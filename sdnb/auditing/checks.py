@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sdnb.auditing.claim import LOSS, PER_DEVICE, SECONDS, TOGETHER, Claim
 from sdnb.auditing.evidence import SAVING, SHORT, SMOOTHING, WARMUP, Evidence, Way
-from sdnb.metrics.results import MFU_NAME
+from sdnb.metrics.results import MFU_NAME, examples_of
 from sdnb.metrics.throughput import images_per_second
 from sdnb.run.baselines import baselines
 
@@ -108,7 +108,7 @@ def _fault(case: Case, fault: str, applies: bool | None, wrong: str, right: str)
 def _short_steps(case: Case) -> Iterator[Finding]:
     evidence, config = case.evidence, case.evidence.config
     steps, full = evidence.steps, config.global_batch
-    if evidence.log.get("examples") is None and not evidence.is_own:
+    if examples_of(evidence.environment) is None and not evidence.is_own:
         if case.rate is not None:
             yield Finding(SHORT, UNKNOWN, "the log does not say how many images an epoch has")
         return
@@ -187,7 +187,7 @@ def _world_size(case: Case) -> Iterator[Finding]:
 def _global_batch(case: Case) -> Iterator[Finding]:
     evidence, config = case.evidence, case.evidence.config
     if evidence.is_own:
-        examples = evidence.environment.get("data", {}).get("images")
+        examples = examples_of(evidence.environment)
         epoch = config.epoch(examples) if examples else None
         wrong = [int(step) for step, images in zip(evidence.steps.step, evidence.steps.images)
                  if images > config.global_batch or (epoch and images != epoch.images_in(int(step)))]  # fmt: skip
@@ -236,9 +236,10 @@ def _drift(case: Case) -> Iterator[Finding]:
     first, rest = (images_per_second(part.images, part.seconds) for part in (timed[:cut], timed[cut:]))
     ratio = first.value / rest.value
     margin = math.hypot(*((each.high - each.low) / 2 / each.value for each in (first, rest)))
-    why = f"the first quarter after the warm-up trained ×{ratio:.3f} as fast as the rest"
-    fails = ratio > 1 + _DRIFT and math.log(ratio) > _SURE * margin
-    yield Finding("drift", FAILS if fails else HOLDS, why)
+    interval = f"95 % interval {ratio * math.exp(-margin):.3f} to {ratio * math.exp(margin):.3f}"
+    why = f"the first quarter after the warm-up trained ×{ratio:.3f} as fast as the rest ({interval})"
+    is_sure = math.log(ratio) > _SURE * margin
+    yield Finding("drift", HOLDS if ratio <= 1 + _DRIFT else FAILS if is_sure else UNKNOWN, why)
 
 
 def _utilisation(case: Case) -> Iterator[Finding]:

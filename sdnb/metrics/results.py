@@ -77,8 +77,7 @@ def measure(run: Any) -> Measurements:
     """All results of a run, complete or not, from its `RunFolder`. It needs at least one step."""
     config, environment, model, summary = run.config, run.environment, run.model, run.summary
     resumed, log = environment.get("resumed", []), environment.get("imported")
-    examples = (log or {}).get("examples") or environment.get("data", {}).get("images")
-    steps = mark(run.steps, config, [one["after_step"] for one in resumed], examples)
+    steps = mark(run.steps, config, [one["after_step"] for one in resumed], examples_of(environment))
     devices = environment.get("devices", {})  # unknown if environment.json is damaged
     on_gpu = devices.get("type", "cpu") not in ("cpu", "unknown")
     noun = "GPU" if on_gpu else "CPU rank" if devices.get("type") == "cpu" else "rank"
@@ -104,6 +103,12 @@ def measure(run: Any) -> Measurements:
         *_resumed(resumed, environment.get("host")),
     )
     return Measurements(steps, run.validation, config, each, results)
+
+
+def examples_of(environment: dict[str, Any]) -> int | None:
+    """Images in the data set that a run was trained on; None if that is not known."""
+    data = environment.get("imported") or environment.get("data")
+    return (data.get("examples") or data.get("images")) if isinstance(data, dict) else None  # 0.1 had the data's name
 
 
 def _throughput_of_a_log(

@@ -53,6 +53,7 @@ def slow_steps(steps: pd.DataFrame, measured_at: Sequence[int], checkpointing_st
     are marked, and the held-out loss was measured after those in `measured_at`. The result has the columns `step`,
     `seconds`, `extra_seconds` over the median, and `because`, the reason as far as it is known."""
     steady = steps[steps.steady & ~steps.short]
+    begins_epoch = {*steps.step[steps.epoch.diff() > 0]} if "epoch" in steps else set()
     found = []
     for similar in (steady[steady.encoded_images > 0], steady[steady.encoded_images == 0]):
         if len(similar) < _ENOUGH_STEPS:
@@ -68,6 +69,8 @@ def slow_steps(steps: pd.DataFrame, measured_at: Sequence[int], checkpointing_st
                 because = "after a held-out measurement"
             elif (step - 1) % checkpointing_steps == 0:
                 because = "after a checkpoint"
+            elif step in begins_epoch:
+                because = "begins an epoch"
             elif len(extra) and extra.iloc[row].max() > 0:
                 because = f"{extra.iloc[row].idxmax()} took longer"
             else:

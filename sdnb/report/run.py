@@ -103,7 +103,7 @@ class Run(RunFolder):
             kind="run", name=self.folder.name, title=self.title, state=self.state, failure=self._failure(),
             badges=self._badges(), facts=self._facts(), time=self._time(), warnings=self._warnings(),
             settings={name: value for name, value in self.known_settings.items() if name not in _NOT_REPEATED},
-            differ=self._differ(),
+            differ=self._differ(), imported="imported" in self.environment,
             machine=_machine(self), reproduce=self.reproduce(),
             changed=bool(self.environment.get("git_changed")),
         )  # fmt: skip
