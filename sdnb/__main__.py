@@ -10,6 +10,7 @@ from pathlib import Path
 import shtab
 
 from sdnb.errors import ConfigError, DataError, RunError, SdnbError
+from sdnb.logs.facts import MOST_EXAMPLES
 from sdnb.machine.environment import version_of
 from sdnb.places import runs_folder, shipped, workspace
 from sdnb.report.export import FORMATS
@@ -77,10 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     _log(auditing, nargs="?", help="a log as for `sdnb import`, a run folder, or a name that `sdnb.published()` lists")
     what = "such as '17.88 images/s per GPU', '2.040 s/it' or 'loss 0.0456'; default: what such a log usually claims"
     auditing.add_argument("--claim", action="append", default=[], help=what)
-    auditing.add_argument("--gpus", type=int, help="how many devices are claimed")
+    auditing.add_argument("--gpus", type=_count, help="how many devices are claimed")
     auditing.add_argument("--device", help="the device that is claimed, such as 'NVIDIA A100'")
-    auditing.add_argument("--resolution", type=int, help="of the images, if the log does not contain it")
-    auditing.add_argument("--steps", type=int, help="optimizer steps, if there is no log")
+    auditing.add_argument("--resolution", type=_count, help="of the images, if the log does not contain it")
+    auditing.add_argument("--steps", type=_count, help="optimizer steps, if there is no log")
     auditing.add_argument("--format", choices=("markdown", "json"), help="print in this form, and make no page")
     _file(auditing.add_argument("--page", type=Path, help="the HTML page to write; default: one under runs/"))
 
@@ -100,9 +101,18 @@ def _parser() -> argparse.ArgumentParser:
 def _log(parser: argparse.ArgumentParser, **log: str) -> None:
     """The arguments of a command that reads a log."""
     _file(parser.add_argument("log", **{"help": "a console log, TensorBoard events, or a tracker's file", **log}))
-    parser.add_argument("--run", type=int, help="which run, from 1, if the log has several; default: the last complete")
+    parser.add_argument(
+        "--run", type=_count, help="which run, from 1, if the log has several; default: the last complete"
+    )
     for name, what in _FACTS.items():
-        parser.add_argument(f"--{name}", type=int, help=f"{what}, if the log does not contain it")
+        parser.add_argument(f"--{name}", type=_count, help=f"{what}, if the log does not contain it")
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on, of which a log can have as many."""
+    if not text.isdecimal() or not 1 <= int(text[:20]) <= MOST_EXAMPLES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST_EXAMPLES:,}")
+    return int(text)
 
 
 def _file(argument: argparse.Action) -> None:

@@ -20,6 +20,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from processes import ROOT, end_with_parent, free_port, none_left, wait_for
 from training import small_data, small_model
 
+import sdnb
+from sdnb.report.in_process import executed
 from sdnb.report.page import write_page
 from sdnb.run import folder as run_folder
 
@@ -173,6 +175,20 @@ def test_it_can_be_read(pages, browser, name, size, scheme):
         light, dark = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ground, ink))
         assert (light - dark) * (1 if scheme == "light" else -1) > 400, "ink stands out from the page"
         assert drawn == ink, "in the figures, too"
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_page_of_an_audit_can_be_read(tmp_path, browser, size):
+    audited = sdnb.audit("published", ["17.88 images/s per GPU"], gpus=8)
+    page_path, *_ = write_page(tmp_path, notebook=executed("audit", {"audited": audited}))
+    with opened(browser, page_path, size) as page:
+        screenshot(page, f"audit-{'phone' if size is PHONE else 'desktop'}")
+        assert page.title().startswith("Audit of sd-v1-4-8-gpus-2024: 17.88 images/s per GPU")
+        assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], "nothing sticks out"
+        assert "✗ does not hold" in page.locator("table.audit").inner_text()
+        assert page.eval_on_selector_all("table.audit", "all => all.every(one => one.scrollWidth <= one.clientWidth)")
+        for link in page.locator("nav a").all():
+            assert page.locator(link.get_attribute("href")).count() == 1
 
 
 def test_it_prints(pages, browser):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import shutil
 import struct
 
@@ -206,7 +207,51 @@ def test_a_wrong_average_gives_way_to_the_clock(tmp_path):
     states = [line.replace("2.00s/it", "9.00s/it") for line in bar(60, lambda step: 2.0)]
     log = imported(tmp_path, header(800, 1, 8, 1, 60) + "\n".join(states))
     assert rate(log) == pytest.approx(4.0, rel=0.02) and log.steps.seconds.isna().all()
-    assert any("contradict" in remark for remark in log.remarks)
+    assert any("not of single steps" in remark for remark in log.remarks)
+
+
+def test_fast_steps_are_too_fast_for_the_bar(tmp_path):
+    """tqdm draws a bar at most ten times a second: its average is of several steps, and 5 s are few on its clock."""
+    bars, _ = trained(100, [1] * 100, lambda step: 3.0 if step == 0 else 0.02, iter(lambda: 0.5, 2))
+    log = imported(tmp_path, header(800, 1, 8, 1, 100) + bars)
+    measured = measure(log)
+    assert measured.results[0].name == "images/s per GPU, whole training" and log.steps.seconds.isna().all()
+    assert measured.throughput.low <= 800 / 4.98 <= measured.throughput.high, "between 4 and 5 seconds"
+
+
+def test_near_the_end_with_a_small_last_micro_batch(tmp_path):
+    """One rank's epoch of 49 images has micro-batches of 16, 16, 16 and 1."""
+    states = bar(300, lambda step: 2.0)
+    log = imported(tmp_path, header(49, 1, 16, 4, 300) + "\n".join([*states[:3], *states[-3:]]))
+    assert rate(log) == pytest.approx(49 / 2.0, rel=0.01) and "smoothing undone" in measure(log).results[0].how
+
+
+def test_the_bar_near_the_end_of_a_short_log_still_has_the_warm_up_in_it(tmp_path):
+    states = bar(8, lambda step: 60.0 if step == 1 else 2.0)
+    log = imported(tmp_path, header(800, 1, 8, 1, 8) + "\n".join([states[0], *states[-2:]]))
+    assert measure(log).results[0].name.endswith("whole training")
+
+
+@pytest.mark.parametrize("lost", range(2, 7))
+def test_a_lost_line_makes_no_loss_wrong(tmp_path, lost):
+    draw = random.Random(lost)
+    bars, truth = trained(12, [3] * 12, lambda step: 2.0, iter(lambda: round(draw.uniform(0.1, 0.9), 3), 2))
+    states = bars.split("\r")
+    kept = [state for number, state in enumerate(states) if number % 17 != lost]
+    log = imported(tmp_path, header(36, 1, 1, 3, 12) + "\r".join(kept))
+    own = {step: losses for step, (_, losses) in enumerate(truth, 1)}
+    for row in log.steps.itertuples():
+        assert math.isnan(row.step_loss) or row.step_loss == pytest.approx(own[row.step][-1], rel=5e-3)
+        assert math.isnan(row.loss) or row.loss == pytest.approx(sum(own[row.step]) / 3, rel=5e-3)
+    assert log.steps.loss.notna().sum() >= 3, "the others are known"
+
+
+def test_a_global_batch_that_does_not_add_up(tmp_path):
+    text = header(800, 2, 8, 1, 30) + "\n".join(bar(30, lambda step: 2.0))
+    with pytest.raises(RunError, match="global batch of 16 is no multiple of 7 images × 1 micro-batches"):
+        imported(tmp_path, text, train_batch_size=7)
+    log = imported(tmp_path, text.replace("accumulation) = 16", "accumulation) = 32"))
+    assert log.config.num_processes == 4 and "it says 2 processes" in log.remarks[0]
 
 
 # ---- limits
@@ -233,7 +278,7 @@ def events(folder, times, began=1.7e9, value=0.1):
 
 def test_an_event_at_an_absurd_step(tmp_path):
     events(tmp_path, [(1, 0), (10**9, 2)])
-    with pytest.raises(RunError, match=r"step = 1,000,000,000, and sdnb reads logs with 1 to 1,000,000"):
+    with pytest.raises(RunError, match=r"step = 1,000,000,000, and sdnb reads logs with 1 to 200,000"):
         importing.read(tmp_path, **FACTS)
 
 
@@ -294,6 +339,35 @@ def test_tables_of_trackers(tmp_path, name):
     log = imported(tmp_path, TABLES[name], name=name, **FACTS)
     assert len(log.records) == 20 and rate(log) == pytest.approx(8 / 2 / 2, rel=1e-6)
     assert log.steps.loss.tolist() == [0.5] * 20 and math.isnan(log.steps.seconds[0])
+
+
+def test_a_table_of_each_tenth_step(tmp_path):
+    lines = [json.dumps({"step": step, "timestamp": 1.7e9 + 2 * step, "loss": 0.5}) for step in range(10, 500, 10)]
+    log = imported(tmp_path, lines, name="a.jsonl", **FACTS)
+    assert len(log.records) == 481 and rate(log) == pytest.approx(8 / 2 / 2)
+    assert "it logged each 10th step" in log.remarks[0]
+
+
+def test_times_in_other_units(tmp_path):
+    for scale in (1e6, 1e9):
+        times = [int(scale * (1.7e9 + 2 * step)) for step in range(1, 21)]
+        lines = [json.dumps({"step": step, "time": time, "loss": 0.5}) for step, time in enumerate(times, 1)]
+        assert rate(imported(tmp_path, lines, name="a.jsonl", **FACTS)) == pytest.approx(2.0)
+    lines = [json.dumps({"step": step, "time": 1e6 * 60 * step, "loss": 0.5}) for step in range(1, 21)]
+    with pytest.raises(RunError, match="a step takes 6e.07 s: the times are not in seconds"):
+        imported(tmp_path, lines, name="a.jsonl", **FACTS)
+
+
+def test_only_the_settings_of_the_work_are_imported(tmp_path):
+    events(tmp_path / "logs", [(step, 2 * step) for step in range(1, 21)])
+    known = tmp_path / "logs" / "1.0" / "hparams.yml"
+    known.parent.mkdir()
+    known.write_text("resume_from_checkpoint: latest\nnum_machines: 3\nresolution: 256\n")
+    log = importing.read(tmp_path / "logs", **FACTS)
+    assert log.config.resolution == 256 and log.config.resume_from_checkpoint is None
+    importing.write(log, tmp_path / "run", "a")
+    with pytest.raises(RunError, match="there is a run in it already"):
+        importing.write(log, tmp_path / "run", "a")
 
 
 def test_simpletuner_says_its_settings_beside(tmp_path):

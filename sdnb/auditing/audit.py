@@ -1,13 +1,13 @@
 """Checks claims about a training against its log: `sdnb audit LOG --claim "17.88 images/s per GPU" --gpus 8`."""
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sdnb.auditing.checks import FAILS, HOLDS, UNKNOWN, Case, Finding, case_of, findings
@@ -15,10 +15,11 @@ from sdnb.auditing.claim import SECONDS, Claim, claim_of
 from sdnb.auditing.evidence import Evidence
 from sdnb.errors import ConfigError, RunError
 from sdnb.logs import importing
+from sdnb.logs.facts import MOST_EXAMPLES, checked
 from sdnb.metrics.results import PAGE_MIME, RATE, measure
 from sdnb.run import files
 from sdnb.run.baselines import PUBLISHED, baselines
-from sdnb.run.folder import CONFIG, RESULTS, RunFolder
+from sdnb.run.folder import CONFIG, RESULTS, RunFolder, problems_of
 from sdnb.run.log import Log, empty_records
 from sdnb.tables import html_table
 
@@ -32,6 +33,7 @@ class Audit:
     case: Case
     read: tuple[str, ...]
     findings: tuple[Finding, ...]
+    assumed: bool = False  # whether nobody made the claims: they are what is usually published from such a log
 
     @property
     def holds(self) -> bool:
@@ -55,7 +57,12 @@ class Audit:
     def __repr__(self) -> str:
         width, wide = (max(map(len, texts)) for texts in zip(*((one.check, one.verdict) for one in self.findings)))
         lines = [f"{one.check:<{width}}  {one.verdict:<{wide}}  {one.why}" for one in self.findings]
-        return "\n".join([*self.read, "", *(f"claim: {claim.text}" for claim in self.case.claims), "", *lines])
+        return "\n".join([*self.read, "", *self._claims, "", *lines])
+
+    @property
+    def _claims(self) -> list[str]:
+        word = "assumed claim" if self.assumed else "claim"
+        return [f"{word}: {claim.text}" for claim in self.case.claims]
 
     def export(self, kind: str) -> str:
         """As `json` or `markdown`."""
@@ -114,12 +121,24 @@ def audit(
     `device`: what is claimed of the machine. `run`, `facts`: as for `sdnb import`; also `resolution`. Without a source,
     the `steps` and facts that tell the work of each step. Raises ConfigError for claims that cannot be read, RunError
     for a log that cannot be read."""
+    for name, count in {"gpus": gpus, "steps": steps, **facts}.items():
+        if count is not None and not 1 <= count <= MOST_EXAMPLES:
+            raise ConfigError(f"{name} = {count}: give a number from 1 on")
     given = [claim_of(text) for text in ([claims] if isinstance(claims, str) else claims)]
     resolution = facts.pop("resolution", None)
-    shown, evidence, usual = _evidence(source, given, gpus, run, steps, facts)
-    stated = given or [claim_of(text) for text in usual]
-    case = case_of(evidence, stated, gpus, device, resolution)
-    return Audit(case, tuple(shown), tuple(findings(case)))
+
+    def judged() -> Audit:
+        shown, evidence, usual = _evidence(source, given, gpus, run, steps, facts)
+        stated = given or [claim_of(text) for text in usual]
+        case = case_of(evidence, stated, gpus, device, resolution)
+        return Audit(case, tuple(shown), tuple(findings(case)), assumed=not given and bool(usual))
+
+    if source is None or not _is_run(Path(source)):
+        return judged()
+    found, problem = problems_of(judged, passed=(ConfigError,))
+    if found is None:
+        raise RunError(f"{source}: {problem}")
+    return replace(found, read=(*found.read, problem)) if problem else found
 
 
 def _evidence(
@@ -135,12 +154,19 @@ def _evidence(
         usual = [f"{baseline.images_per_second} images/s per GPU"]
         usual += [f"{baseline.seconds_per_step:.3f} s/it"] if baseline.seconds_per_step else []
         return log.what_was_read(), _of_log(baseline.name, log), usual
-    folder = PUBLISHED if str(source) == "published" else Path(source).expanduser()
-    if (folder / CONFIG).is_file():
+    folder = PUBLISHED if str(source) == "published" else Path(source)
+    if _is_run(folder):
         return _of_folder(RunFolder(folder))
-    log = importing.read(folder, run, **facts)
+    log = importing.read(source, run, **facts)
     evidence = _of_log(str(source), log)
     return log.what_was_read(), evidence, _usual(evidence)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / CONFIG).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _of_log(name: str, log: Log) -> Evidence:
@@ -160,13 +186,17 @@ def _of_folder(run: RunFolder) -> tuple[list[str], Evidence, list[str]]:
     if not is_own:
         return read, evidence, _usual(evidence)
     rate = next((row["value"] for row in recorded if row["name"].startswith("images/s per")), None)
-    return read, evidence, [f"{rate or evidence.ways[0].rate:.6g} images/s per device"]
+    return read, evidence, [f"{_plain(rate or evidence.ways[0].rate, 6)} images/s per device"] if evidence.ways else []
 
 
 def _usual(evidence: Evidence) -> list[str]:
     """The figure that is usually published from a log: that of its progress bar, all steps counted as full."""
     named = [way for way in evidence.ways if way.name.endswith("full")] or evidence.ways
-    return [f"{named[0].rate:.4f} images/s per device"] if named and math.isfinite(named[0].rate) else []
+    return [f"{_plain(named[0].rate)} images/s per device"] if named else []
+
+
+def _plain(rate: float, digits: int = 4) -> str:
+    return np.format_float_positional(rate, digits, fractional=False, trim="-")
 
 
 def _claimed_log(claims: Sequence[Claim], gpus: int | None, steps: int | None, facts: dict[str, int]) -> Log:
@@ -178,6 +208,7 @@ def _claimed_log(claims: Sequence[Claim], gpus: int | None, steps: int | None, f
     if missing or per_step is None:
         flags = [*(f"--{name}" for name in missing), *([] if per_step else ["--claim with s/it"])]
         raise ConfigError(f"there is no log: then the work of each step must be known: give {', '.join(flags)}")
+    checked("no log", steps=steps, num_processes=ranks)
     settings = {**facts, "num_processes": ranks, "max_train_steps": steps}
     examples = settings.pop("examples")
     log = Log("no log: the claims alone", settings, examples)

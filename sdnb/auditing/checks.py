@@ -7,15 +7,22 @@ from dataclasses import dataclass
 
 from sdnb.auditing.claim import LOSS, PER_DEVICE, SECONDS, TOGETHER, Claim
 from sdnb.auditing.evidence import SAVING, SHORT, SMOOTHING, WARMUP, Evidence, Way
+from sdnb.errors import ConfigError
 from sdnb.metrics.results import MFU_NAME, examples_of
 from sdnb.metrics.throughput import images_per_second
 from sdnb.run.baselines import baselines
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be known"
+# The names of the checks say what holds.
+RATE, SECONDS_PER_STEP, FINAL_LOSS, OWN_IMAGES = "rate", "s/it", "loss", "each step with its own images"
+NO_SMOOTHING, NO_WARMUP, NO_SAVING, NO_REPEATS = "no moving average", "no warm-up", "no saving", "no repeats"
+DEVICES, GLOBAL_BATCH, EACH_STEP, NO_DRIFT = "number of devices", "global batch", "each step once", "no drift"
+POSSIBLE, RECORDED = "within reach", "recorded results"
 _SAME = 0.005  # two rates this close are one: a bar has whole seconds, and figures are rounded
 _WORTH_SAYING = 0.01  # of the images, for repeats; of the rate
 _DRIFT, _SURE = 0.02, 2.5  # of the rate; in half-widths of a 95 % interval, so that honest runs give no alarm
 _LEAST_FOR_DRIFT = 20  # steps
+_LONGEST_WARMUP = 3  # times the rest of a training
 
 # TFLOP of the UNet alone, forward and backward, for one image: counted with torch's FlopCounterMode in the layers of
 # Stable Diffusion 1 (859,520,964 parameters) and 2 (865,910,724). A test counts one of them again.
@@ -55,6 +62,9 @@ def case_of(
     evidence: Evidence, claims: Sequence[Claim], gpus: int | None, device: str | None, resolution: int | None
 ) -> Case:
     """Find how the claimed rate is computed from the log: of all ways that give it, the one with the fewest faults."""
+    for kinds in ((PER_DEVICE, TOGETHER), (SECONDS,), (LOSS,)):
+        if len(same := [claim.text for claim in claims if claim.kind in kinds]) > 1:
+            raise ConfigError(f"claims = {' and '.join(same)}: audit one after the other")
     devices = gpus or evidence.config.ranks
     rates = [(claim.value / (devices if claim.kind == TOGETHER else 1), claim.rounding)
              for claim in claims if claim.kind in (PER_DEVICE, TOGETHER)]  # fmt: skip
@@ -62,7 +72,8 @@ def case_of(
         return Case(evidence, claims, gpus, device, resolution, None, None)
     rate, rounding = rates[0]
     allowed = max(_SAME * rate, rounding)
-    near = [way for way in evidence.ways if abs(way.rate - rate) <= allowed + _interval(evidence, way)]
+    near = [way for way in evidence.ways
+            if abs(way.rate - rate) <= allowed + way.tolerance * way.rate + _interval(evidence, way)]  # fmt: skip
     way = min(near, key=lambda way: (len(way.faults), abs(way.rate - rate)), default=None)
     return Case(evidence, claims, gpus, device, resolution, rate, way)
 
@@ -84,25 +95,32 @@ def _rate(case: Case) -> Iterator[Finding]:
     shown = ", ".join(f"{way.rate:.2f} {way.name}" for way in case.evidence.ways if not way.faults - {WARMUP, SAVING})
     claimed = f"{case.rate:.4g} images/s per device; the log shows {shown or 'no rate'}"
     if not case.evidence.ways:
-        yield Finding("rate", UNKNOWN, claimed)
+        yield Finding(RATE, UNKNOWN, claimed)
     elif case.way is case.evidence.ways[0]:
-        yield Finding("rate", HOLDS, claimed)
+        yield Finding(RATE, HOLDS, claimed)
+    elif case.way is None and _may_be_warmup(case, case.rate / case.evidence.ways[0].rate):
+        yield Finding(RATE, UNKNOWN, f"{claimed}, and not how long its warm-up was")
     else:
         true = case.evidence.ways[0].rate
         found = f"It is computed as {case.way.how}" if case.way else "No way to compute it from this log gives it"
-        yield Finding("rate", FAILS, f"{claimed}: ×{case.rate / true:.3f}. {found}")
+        yield Finding(RATE, FAILS, f"{claimed}: ×{case.rate / true:.3f}. {found}")
 
 
-def _fault(case: Case, fault: str, applies: bool | None, wrong: str, right: str) -> Iterator[Finding]:
+def _may_be_warmup(case: Case, faster: float) -> bool:
+    """Whether a claim, so many times faster than the log, may be that of its steps after the warm-up."""
+    return case.evidence.only_whole_is_known and 1 < faster < _LONGEST_WARMUP
+
+
+def _fault(case: Case, check: str, fault: str, applies: bool | None, wrong: str, right: str) -> Iterator[Finding]:
     """A fault in how the claimed rate is computed. `applies`: whether this log could have it; None if unknown."""
     if case.rate is None:
         return
     if case.way is not None:
-        yield Finding(fault, *((FAILS, wrong) if fault in case.way.faults else (HOLDS, right)))
+        yield Finding(check, *((FAILS, wrong) if fault in case.way.faults else (HOLDS, right)))
     elif applies is False:
-        yield Finding(fault, HOLDS, right)
+        yield Finding(check, HOLDS, right)
     else:
-        yield Finding(fault, UNKNOWN, "no way to compute the claimed rate from this log gives it")
+        yield Finding(check, UNKNOWN, "no way to compute the claimed rate from this log gives it")
 
 
 def _short_steps(case: Case) -> Iterator[Finding]:
@@ -110,7 +128,7 @@ def _short_steps(case: Case) -> Iterator[Finding]:
     steps, full = evidence.steps, config.global_batch
     if examples_of(evidence.environment) is None and not evidence.is_own:
         if case.rate is not None:
-            yield Finding(SHORT, UNKNOWN, "the log does not say how many images an epoch has")
+            yield Finding(OWN_IMAGES, UNKNOWN, "the log does not say how many images an epoch has")
         return
     short, count = int(steps.short.sum()), len(steps)
     micro = f"{steps.micro_batches.sum():.0f} micro-batches of {config.train_batch_size}"
@@ -121,7 +139,7 @@ def _short_steps(case: Case) -> Iterator[Finding]:
         wrong += f"; in {seconds:.1f} s that is {rate:.2f} images/s per device"
     wrong += f". The claim counts {full} images in each step"
     right = f"{short} of {count} steps are short, and counted with their own images" if short else "no step is short"
-    yield from _fault(case, SHORT, bool(short), wrong, right)
+    yield from _fault(case, OWN_IMAGES, SHORT, bool(short), wrong, right)
 
 
 def _smoothing(case: Case) -> Iterator[Finding]:
@@ -132,7 +150,7 @@ def _smoothing(case: Case) -> Iterator[Finding]:
         if case.evidence.trained_seconds:
             mean = case.evidence.trained_seconds / len(case.evidence.steps)
             wrong += f"; the mean of all {len(case.evidence.steps)} steps is {mean:.4g} s"
-    yield from _fault(case, SMOOTHING, bool(shown) or case.evidence.is_own, wrong, right)
+    yield from _fault(case, NO_SMOOTHING, SMOOTHING, bool(shown) or case.evidence.is_own, wrong, right)
 
 
 def _warmup(case: Case) -> Iterator[Finding]:
@@ -142,31 +160,36 @@ def _warmup(case: Case) -> Iterator[Finding]:
         wrong += (
             f": step 1 took {steps.seconds.iloc[0]:.1f} s, all {len(steps)} steps {seconds / len(steps):.2f} s each"
         )
-    yield from _fault(case, WARMUP, None, wrong, "the warm-up is not in it")
+    slow_start = bool(seconds) and steps.seconds.iloc[0] > 2 * (seconds or 0) / len(steps)
+    if case.evidence.only_whole_is_known and case.way is case.evidence.ways[0] and not slow_start:
+        yield Finding(NO_WARMUP, UNKNOWN, "the log shows only the whole training, and not how its first steps went")
+    else:
+        yield from _fault(case, NO_WARMUP, WARMUP, None, wrong, "the warm-up is not in it")
 
 
 def _saving(case: Case) -> Iterator[Finding]:
     evidence = case.evidence
     pause = (evidence.total_seconds or 0) - (evidence.trained_seconds or evidence.total_seconds or 0)
     wrong = f"{pause:.1f} s after the last step, in which the pipeline was saved, are counted as training"
-    yield from _fault(case, SAVING, None if pause > 1 else False, wrong, "no time after the last step is in it")
+    right = "no time after the last step is in it"
+    yield from _fault(case, NO_SAVING, SAVING, None if pause > 1 else False, wrong, right)
 
 
 def _repeats(case: Case) -> Iterator[Finding]:
     steps = case.evidence.steps
     if not steps.unique_images.notna().all():
-        yield Finding("repeats", UNKNOWN, "the log does not say how many images an epoch has")
+        yield Finding(NO_REPEATS, UNKNOWN, "the log does not say how many images an epoch has")
         return
     images, unique = steps.images.sum(), steps.unique_images.sum()
     share = 1 - unique / images
     why = f"{images - unique:.0f} of {images:.0f} images ({share:.1%}) are repeats that fill the last round of an epoch"
     if share < _WORTH_SAYING:
-        yield Finding("repeats", HOLDS, why)
+        yield Finding(NO_REPEATS, HOLDS, why)
     elif case.evidence.is_own:
-        yield Finding("repeats", HOLDS, f"{why}; the results say it, with the unique images/s")
+        yield Finding(NO_REPEATS, HOLDS, f"{why}; the results say it, with the unique images/s")
     else:
         rate = f"; {case.evidence.ways[0].rate * (1 - share):.2f} unique images/s" if case.evidence.ways else ""
-        yield Finding("repeats", FAILS, why + rate)
+        yield Finding(NO_REPEATS, FAILS, why + rate)
 
 
 def _world_size(case: Case) -> Iterator[Finding]:
@@ -176,12 +199,12 @@ def _world_size(case: Case) -> Iterator[Finding]:
     if case.gpus is None:
         return
     if known is None:
-        yield Finding("world size", UNKNOWN, f"{case.gpus} devices are claimed; the log does not say how many it had")
+        yield Finding(DEVICES, UNKNOWN, f"{case.gpus} devices are claimed; the log does not say how many it had")
     elif case.gpus != known:
         batch = f" and a global batch of {evidence.config.global_batch}"
-        yield Finding("world size", FAILS, f"{case.gpus} devices are claimed; the log has {known} processes{batch}")
+        yield Finding(DEVICES, FAILS, f"{case.gpus} devices are claimed; the log has {known} processes{batch}")
     else:
-        yield Finding("world size", HOLDS, f"{known} processes")
+        yield Finding(DEVICES, HOLDS, f"{known} processes")
 
 
 def _global_batch(case: Case) -> Iterator[Finding]:
@@ -193,18 +216,18 @@ def _global_batch(case: Case) -> Iterator[Finding]:
                  if images > config.global_batch or (epoch and images != epoch.images_in(int(step)))]  # fmt: skip
         product = f"{config.train_batch_size} × {config.gradient_accumulation_steps} × {config.ranks}"
         if wrong:
-            yield Finding("global batch", FAILS, f"the images of step {_listed(wrong)} are not those of {product}")
+            yield Finding(GLOBAL_BATCH, FAILS, f"the images of {_steps_in_words(wrong)} are not those of {product}")
         else:
-            yield Finding("global batch", HOLDS, f"{product} = {config.global_batch}")
+            yield Finding(GLOBAL_BATCH, HOLDS, f"{product} = {config.global_batch}")
         return
     header = evidence.log.get("header", {})
     names = ("train_batch_size", "gradient_accumulation_steps", "num_processes", "global_batch")
     if any(name not in header for name in names):
-        yield Finding("global batch", UNKNOWN, "the log does not name batch, accumulation, ranks and global batch")
+        yield Finding(GLOBAL_BATCH, UNKNOWN, "the log does not name batch, accumulation, ranks and global batch")
         return
     batch, accumulation, ranks, together = (header[name] for name in names)
     why = f"{batch} × {accumulation} × {ranks} = {batch * accumulation * ranks}; the header says {together}"
-    yield Finding("global batch", HOLDS if batch * accumulation * ranks == together else FAILS, why)
+    yield Finding(GLOBAL_BATCH, HOLDS if batch * accumulation * ranks == together else FAILS, why)
 
 
 def _steps(case: Case) -> Iterator[Finding]:
@@ -215,22 +238,25 @@ def _steps(case: Case) -> Iterator[Finding]:
     absent = sorted({*expected} - {*numbers}) if not evidence.log.get("form", "").startswith("MLPerf") else []
     logged_again = evidence.log.get("header", {}).get("steps_logged_again", 0)
     timed = int(steps.seconds.notna().sum())
+    not_shown = evidence.log.get("not_shown", ())
     if again or absent or logged_again:
-        parts = [f"step {_listed(absent)} missing"] if absent else []
-        parts += [f"step {_listed(again)} there twice"] if again else []
-        parts += [f"{logged_again} steps logged again after a resume"] if logged_again else []
-        yield Finding("steps", FAILS, "; ".join(parts))
+        parts = [f"without {_steps_in_words(absent)}"] if absent else []
+        parts += [f"twice {_steps_in_words(again)}"] if again else []
+        parts += [f"{logged_again} of the steps logged again, as after a resume"] if logged_again else []
+        yield Finding(EACH_STEP, FAILS, "; ".join(parts))
+    elif 0 < len(not_shown) < 0.1 * len(numbers):
+        yield Finding(EACH_STEP, UNKNOWN, f"the log shows nothing of {_steps_in_words(not_shown)}")
     elif timed < 0.9 * (len(numbers) - 1):
-        yield Finding("steps", UNKNOWN, f"the log shows the times of {timed} of {len(numbers)} steps")
+        yield Finding(EACH_STEP, UNKNOWN, f"the log shows the times of {timed} of {len(numbers)} steps")
     else:
-        yield Finding("steps", HOLDS, f"steps {numbers[0]} to {numbers[-1]}, each once")
+        yield Finding(EACH_STEP, HOLDS, f"steps {numbers[0]} to {numbers[-1]}, each once")
 
 
 def _drift(case: Case) -> Iterator[Finding]:
     steps = case.evidence.steps
     timed = steps[steps.steady & steps.seconds.notna()]
     if len(timed) < _LEAST_FOR_DRIFT:
-        yield Finding("drift", UNKNOWN, f"the log shows the times of {len(timed)} of the steps after the warm-up")
+        yield Finding(NO_DRIFT, UNKNOWN, f"the log shows the times of {len(timed)} of the steps after the warm-up")
         return
     cut = len(timed) // 4
     first, rest = (images_per_second(part.images, part.seconds) for part in (timed[:cut], timed[cut:]))
@@ -239,31 +265,31 @@ def _drift(case: Case) -> Iterator[Finding]:
     interval = f"95 % interval {ratio * math.exp(-margin):.3f} to {ratio * math.exp(margin):.3f}"
     why = f"the first quarter after the warm-up trained ×{ratio:.3f} as fast as the rest ({interval})"
     is_sure = math.log(ratio) > _SURE * margin
-    yield Finding("drift", HOLDS if ratio <= 1 + _DRIFT else FAILS if is_sure else UNKNOWN, why)
+    yield Finding(NO_DRIFT, HOLDS if ratio <= 1 + _DRIFT else FAILS if is_sure else UNKNOWN, why)
 
 
 def _utilisation(case: Case) -> Iterator[Finding]:
     evidence, config = case.evidence, case.evidence.config
     own = next((row for row in evidence.measured.results if row.name == MFU_NAME and row.value is not None), None)
     if own is not None and own.value is not None:
-        yield Finding("utilisation", FAILS if own.value > 1 else HOLDS, f"MFU {own.text} {own.how}")
+        yield Finding(POSSIBLE, FAILS if own.value > 1 else HOLDS, f"MFU {own.text} {own.how}")
         return
     rate = case.rate or (evidence.ways[0].rate if evidence.ways else None)
     tflop = UNET_TFLOP.get(_architecture(config.pretrained_model_name_or_path), {}).get(_resolution(case) or 0)
     kind = _kind_of(case.device or next(iter(evidence.environment.get("devices", {}).get("names") or []), ""))
     if not (rate and tflop and kind):
-        yield Finding("utilisation", UNKNOWN, "it needs a known model, its resolution and a known device")
+        yield Finding(POSSIBLE, UNKNOWN, "it needs a known model, its resolution and a known device")
         return
     peak, most, who = _limits(kind, config.mixed_precision or "fp16")
     least = rate * tflop
     why = f"{rate:.4g} images/s × {tflop:.4g} TFLOP, UNet alone = {least:.1f} TFLOP/s"
     if peak and least > peak:
-        yield Finding("utilisation", FAILS, f"{why}, above the peak of {kind}, {peak:g}")
+        yield Finding(POSSIBLE, FAILS, f"{why}, above the peak of {kind}, {peak:g}")
     elif least > most * (1 + _WORTH_SAYING):
-        yield Finding("utilisation", FAILS, f"{why}, above the most that is published for {kind}, {most:.1f} ({who})")
+        yield Finding(POSSIBLE, FAILS, f"{why}, above the most that is published for {kind}, {most:.1f} ({who})")
     else:
         of_peak = f", {least / peak:.0%} of the peak" if peak else ""
-        yield Finding("utilisation", HOLDS, f"{why}{of_peak}; {most:.1f} is published for {kind} ({who})")
+        yield Finding(POSSIBLE, HOLDS, f"{why}{of_peak}; {most:.1f} is published for {kind} ({who})")
 
 
 def _resolution(case: Case) -> int | None:
@@ -306,12 +332,14 @@ def _seconds_per_step(case: Case) -> Iterator[Finding]:
     smoothed = log.get("shown_seconds_per_step")
     said = ", ".join(f"{value:.4g} s is {name}" for name, value in known.items()) or "the log shows no time of a step"
     if any(abs(value - claim.value) <= max(_SAME * value, claim.rounding) for value in known.values()):
-        yield Finding("s/it", HOLDS, f"{claim.text}: {said}")
+        yield Finding(SECONDS_PER_STEP, HOLDS, f"{claim.text}: {said}")
     elif smoothed and abs(smoothed - claim.value) <= max(_SAME * smoothed, claim.rounding):
         average = f"it is the bar's moving average at step {log['at_step']}"
-        yield Finding("s/it", FAILS, f"{claim.text}: {average}; {said}")
+        yield Finding(SECONDS_PER_STEP, FAILS, f"{claim.text}: {average}; {said}")
     else:
-        yield Finding("s/it", FAILS if known else UNKNOWN, f"{claim.text}: {said}")
+        mean = known.get("the mean of all steps", math.nan)
+        is_unknown = not known or _may_be_warmup(case, mean / claim.value)
+        yield Finding(SECONDS_PER_STEP, UNKNOWN if is_unknown else FAILS, f"{claim.text}: {said}")
 
 
 def _loss(case: Case) -> Iterator[Finding]:
@@ -321,16 +349,16 @@ def _loss(case: Case) -> Iterator[Finding]:
     last, mean = steps.iloc[-1], steps.running_loss.iloc[-1]
     rounding = max(claim.rounding, 1e-3 * claim.value)
     if math.isfinite(mean) and abs(mean - claim.value) <= rounding:
-        yield Finding("loss", HOLDS, f"{claim.text}: the mean of the last ten steps is {mean:.4f}")
+        yield Finding(FINAL_LOSS, HOLDS, f"{claim.text}: the mean of the last ten steps is {mean:.4f}")
     elif math.isfinite(last.get("step_loss", math.nan)) and abs(last.step_loss - claim.value) <= rounding:
         known = f"; the mean of the last step is {last.loss:.4f}" if math.isfinite(last.loss) else ""
         known += f", of the last ten steps {mean:.4f}" if math.isfinite(mean) else ""
         one = f"the loss of one micro-batch of one rank at step {last.step:.0f}"
-        yield Finding("loss", FAILS, f"{claim.text} is {one}{known}")
+        yield Finding(FINAL_LOSS, FAILS, f"{claim.text} is {one}{known}")
     elif math.isfinite(mean):
-        yield Finding("loss", FAILS, f"{claim.text}: the mean of the last ten steps is {mean:.4f}")
+        yield Finding(FINAL_LOSS, FAILS, f"{claim.text}: the mean of the last ten steps is {mean:.4f}")
     else:
-        yield Finding("loss", UNKNOWN, f"{claim.text}: the log does not have the losses of the last ten steps")
+        yield Finding(FINAL_LOSS, UNKNOWN, f"{claim.text}: the log does not have the losses of the last ten steps")
 
 
 def _recorded(case: Case) -> Iterator[Finding]:
@@ -345,13 +373,14 @@ def _recorded(case: Case) -> Iterator[Finding]:
         and not math.isclose(row["value"], now[row["name"]] or 0, rel_tol=1e-6)
     ]  # fmt: skip
     if changed:
-        yield Finding("recorded results", FAILS, f"results.json says {'; '.join(changed)}")
+        yield Finding(RECORDED, FAILS, f"results.json says {'; '.join(changed)}")
     else:
-        yield Finding("recorded results", HOLDS, "results.json agrees with the records of the steps")
+        yield Finding(RECORDED, HOLDS, "results.json agrees with the records of the steps")
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+def _steps_in_words(numbers: Sequence[int]) -> str:
+    listed = "step " if len(numbers) == 1 else "steps "
+    return listed + ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
 
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (

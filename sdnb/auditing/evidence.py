@@ -12,7 +12,9 @@ from sdnb.metrics.results import Measurements
 from sdnb.settings.config import TrainConfig
 
 _WHOLE = "over the whole training"
-SHORT, SMOOTHING, WARMUP, SAVING = "short steps", "smoothing", "warm-up", "saving"
+# What can be wrong with a way to compute images/s.
+SHORT, SMOOTHING, WARMUP, SAVING = "short steps as full", "moving average", "warm-up in it", "saving in it"
+_READING = 0.02  # of the rate: what one reading of a moving average says about the steps
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Way:
     rate: float
     how: str
     faults: frozenset[str] = frozenset()
+    tolerance: float = 0.0  # how far the rate may be off, as a share of it, for what the log shows is rounded
 
 
 @dataclass(frozen=True)
@@ -70,24 +73,31 @@ class Evidence:
         rate, ranks, images = self.measured.throughput.value, self.config.ranks, self.steps.images.sum()
         if self.only_whole_is_known:
             how = f"{images:.0f} images / {self.trained_seconds:.1f} s / {ranks}"
-            found = [Way(_WHOLE, rate, how, frozenset({WARMUP}))]
+            found = [Way(_WHOLE, rate, how, frozenset({WARMUP}), self._by_clock(self.trained_seconds))]
         elif "smoothing undone" in self.measured.results[0].how:
-            micro_batch = self.measured.value_of("seconds per micro-batch")
-            found = [Way("near the end", rate, f"{self.config.train_batch_size} / {micro_batch:.4f} s per micro-batch")]
+            shown = self.log["shown_seconds_per_step"]
+            how = f"{rate * shown * ranks:.4g} images, averaged as the seconds / {shown:.4g} s / {ranks}"
+            found = [Way("near the end", rate, how, tolerance=_READING + 0.005 / shown)]
         else:
             found = [Way("after the warm-up", rate, f"images / seconds of these steps / {ranks}")]
         found += self._of_the_whole(images, ranks)
         found += self._of_full_steps(ranks)
         return [way for way in found if np.isfinite(way.rate)]
 
+    @staticmethod
+    def _by_clock(seconds: float | None) -> float:
+        """The tolerance of a time on a clock that shows whole seconds."""
+        return 1 / seconds if seconds and float(seconds).is_integer() else 0.0
+
     def _of_the_whole(self, images: float, ranks: int) -> Iterator[Way]:
         trained, total = self.trained_seconds, self.total_seconds
         if trained and not self.only_whole_is_known:
             how = f"{images:.0f} images / {trained:.1f} s / {ranks}"
-            yield Way(_WHOLE, images / trained / ranks, how, frozenset({WARMUP}))
+            yield Way(_WHOLE, images / trained / ranks, how, frozenset({WARMUP}), self._by_clock(trained))
         if total and total > (trained or 0) + 1:
             how = f"{images:.0f} images / {total:.1f} s / {ranks}"
-            yield Way("with the saving", images / total / ranks, how, frozenset({WARMUP, SAVING}))
+            faults = frozenset({WARMUP, SAVING})
+            yield Way("with the saving", images / total / ranks, how, faults, self._by_clock(total))
 
     def _of_full_steps(self, ranks: int) -> Iterator[Way]:
         """As if all steps had the global batch."""
@@ -108,8 +118,11 @@ class Evidence:
             yield Way("mean step, all full", full / mean / ranks, how, frozenset(short))
         if trained and short:
             how = f"{full} × {count} steps / {trained:.1f} s / {ranks}"
-            yield Way("mean of all steps, all full", full * count / trained / ranks, how, frozenset({*short, WARMUP}))
+            faults = frozenset({*short, WARMUP})
+            rate = full * count / trained / ranks
+            yield Way("mean of all steps, all full", rate, how, faults, self._by_clock(trained))
         if total and total > (trained or 0) + 1:
             how = f"{full} × {count} steps / {total:.1f} s / {ranks}"
             faults = frozenset({*short, WARMUP, SAVING})
-            yield Way("closing bar, all steps full", full * count / total / ranks, how, faults)
+            rate = full * count / total / ranks
+            yield Way("closing bar, all steps full", rate, how, faults, self._by_clock(total))

@@ -5,7 +5,7 @@ from typing import Any
 
 from sdnb.errors import RunError
 
-MOST_STEPS = 1_000_000  # Stable Diffusion v1 was trained for about half of it
+MOST_STEPS = 200_000
 MOST_EXAMPLES = 100_000_000_000
 
 

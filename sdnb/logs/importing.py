@@ -16,15 +16,21 @@ def read(path: str | Path, run: int | None = None, **settings: Any) -> Log:
     """Read a log, whatever its form. `settings`: those of the run, if the log does not contain them; also `examples`,
     the number of images. `run`: which one, from 1, if the log has several; default: the last complete one. Raises
     RunError if the log contains no run."""
-    source = Path(path).expanduser()
-    if not source.exists():
-        raise RunError(f"{source}: there is no such file or folder")
+    try:
+        source = Path(path).expanduser()
+        there = bool(str(path)) and source.exists()
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have, or `~nobody`
+        there = False
+    if not there:
+        raise RunError(f"{path}: there is no such file or folder")
     if events.is_events(source):
         return events.read(source, settings, run)
     if (source / "training_metrics.jsonl").exists():
         source /= "training_metrics.jsonl"
     if source.is_dir():
         raise RunError(f"{source}: has no TensorBoard events; give a log, an event file, or a folder of event files")
+    if not source.is_file():
+        raise RunError(f"{source}: is no file; write what it gives into one")
     start = "\n".join(islice(lines_of(source), 20))
     if trackers.is_table(source, start) and mlperf.MARK not in start:
         return trackers.read(source, lines_of(source), settings, run)

@@ -9,11 +9,12 @@ from contextlib import suppress
 from typing import Any
 
 from sdnb.errors import RunError
-from sdnb.logs.facts import checked, chosen, require
+from sdnb.logs.facts import MOST_EXAMPLES, checked, chosen, require
 from sdnb.run.log import Log
 
 MARK = ":::MLLOG"
-_MEMBER = re.compile(r"MEMBER: \d+/(\d+)")
+_MEMBER = re.compile(r"MEMBER: \d{1,9}/(\d{1,9})(?!\d)")
+_LATEST = 10**14  # milliseconds
 _PREFIX = re.compile(r"^\s*(\d{1,5}): *:::MLLOG")
 
 
@@ -36,6 +37,7 @@ def read(lines: Iterable[str], name: str, settings: dict[str, Any], run: int | N
     said = {event["key"]: event.get("value") for event in [*before, *runs[number]]}
     started = sum(event["key"] == "init_start" for event in before)
     given: dict[str, Any] = {"num_processes": max(max(ranks, default=0) + 1, started), **settings}
+    given.pop("examples", None)  # its blocks are no epochs
     if given["num_processes"] == 1 and "num_processes" not in settings:
         del given["num_processes"]  # one process may have written for all
     if "global_batch_size" not in said:
@@ -55,6 +57,7 @@ def read(lines: Iterable[str], name: str, settings: dict[str, Any], run: int | N
     if "train_batch_size" not in given and together % per_step:
         raise RunError(f"{name}: global_batch_size {together} is no multiple of {per_step}: give --train_batch_size")
     given.setdefault("train_batch_size", together // per_step)
+    checked(name, train_batch_size=given["train_batch_size"])
     records = _blocks(runs[number], given)
     if not records:
         raise RunError(f"{name}: has no block_start and block_stop of training with a count of images")
@@ -73,8 +76,8 @@ def _event(text: str) -> list[dict[str, Any]]:
     """The event that a line has; none if the lines of two ranks are in one."""
     with suppress(ValueError, RecursionError):
         event = json.loads(text)
-        if isinstance(event, dict) and isinstance(event.get("key"), str) and isinstance(event.get("time_ms"), int):
-            return [event]
+        if isinstance(event, dict) and isinstance(event.get("key"), str) and type(event.get("time_ms")) is int:
+            return [event] if 0 <= event["time_ms"] < _LATEST else []
     return []
 
 
@@ -90,7 +93,11 @@ def _blocks(events: Iterable[dict[str, Any]], given: dict[str, Any]) -> list[dic
             about = [one["metadata"] if isinstance(one.get("metadata"), dict) else {} for one in (begun, event)]
             counts = [one.get("samples_count") for one in about]
             seconds = (event["time_ms"] - begun["time_ms"]) / 1000
-            if all(isinstance(count, int) for count in counts) and counts[1] > counts[0] and seconds > 0:
+            if (
+                all(type(count) is int for count in counts)
+                and 0 <= counts[0] < counts[1] <= MOST_EXAMPLES
+                and seconds > 0
+            ):
                 images = counts[1] - counts[0]
                 records.append(dict(
                     step=len(records) + 1, epoch=0, images=images, seconds=seconds, loss=math.nan,

@@ -11,11 +11,13 @@ from sdnb.metrics.throughput import SMOOTHING
 # `Steps:  99%|█████████▉| 100/101 [03:22<00:01,  1.79s/it, lr=1e-5, step_loss=0.09]`. The bar itself may be missing, or
 # hold what another rank printed; the end may be cut off.
 _STATE = re.compile(
-    r"(?<!validation )\bsteps:(?:(?!\bsteps:).){0,400}?(?<![\d.])(?P<step>\d+)/(?P<total>\d+) *"
-    r"\[(?P<elapsed>\d+(?::\d\d){1,2})<(?:\?|[\d:]*), *(?:(?P<rate>[\d.]+)(?P<unit>s/it|it/s)|\?it/s)"
-    r"(?P<postfix>[^\]]{0,400})",
+    r"(?<!validation )\bsteps:(?:(?!\bsteps:).){0,400}?(?<![\d.])(?P<step>\d{1,18})/(?P<total>\d{1,18}) *"
+    r"\[(?P<elapsed>\d{1,6}(?::\d\d){1,2})<(?:\?|[\d:]*), *"
+    r"(?:(?P<rate>\d{1,9}(?:\.\d{1,9})?)(?P<unit>s/it|it/s)|\?it/s)(?P<postfix>[^\]]{0,400})",
     re.IGNORECASE,
 )
+
+_FASTEST = 0.12  # seconds
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class State:
 def states(line: str) -> Iterator[State]:
     """The states of the bar in a line. One that counts beyond its end is none."""
     for match in _STATE.finditer(line):
-        seconds = float(match["rate"] or "nan")
+        seconds = float(match["rate"] or "nan") or math.nan
         if match["unit"] == "it/s":
-            seconds = 1 / seconds if seconds else math.nan
+            seconds = 1 / seconds
         elapsed = sum(int(part) * 60**place for place, part in enumerate(reversed(match["elapsed"].split(":"))))
         postfix = dict(re.findall(r"([\w ]+?)=([^,\s]+)", match["postfix"]))
         step, total = int(match["step"]), int(match["total"])
@@ -54,15 +56,12 @@ def states(line: str) -> Iterator[State]:
             yield State(step, total, elapsed, seconds, {name.strip(): text for name, text in postfix.items()})
 
 
-def begins_anew(before: Sequence[State], state: State) -> bool:
-    """Whether a state belongs to another run than those before it. The bars of several machines may alternate, each
-    some seconds or a step behind the others."""
-    if not before or before[-1].total != state.total:
-        return bool(before) and state.is_first
-    furthest = max(before, key=lambda one: (one.step, one.elapsed))
+def begins_anew(first: State, furthest: State, state: State) -> bool:
+    """Whether a state belongs to another run than those before it, of which these are the first and the furthest. The
+    bars of several machines may alternate, each some seconds or a step behind the others."""
     if state.is_first:
-        return furthest.step > min(one.step for one in before) or state.step != before[0].step
-    return state.step < furthest.step - 1 and state.elapsed < furthest.elapsed / 2
+        return state.total != first.total or furthest.step > first.step or state.step != first.step
+    return state.total == first.total and state.step < furthest.step - 1 and state.elapsed < furthest.elapsed / 2
 
 
 def seconds_shown(bar: Sequence[State], first: int) -> dict[int, float]:
@@ -100,35 +99,52 @@ def seconds_per_step(shown: dict[int, float], first: int) -> dict[int, float]:
     return {step: value for step, value in seconds.items() if value > 0}
 
 
-def contradicts(seconds: dict[int, float], reached: dict[int, int]) -> bool:
-    """Whether the steps' times do not add up to the time on the bar's clock. Then its average was not of single steps:
-    it is taken only when the bar is drawn, at most ten times a second."""
+def is_of_single_steps(
+    shown: dict[int, float], seconds: dict[int, float], reached: dict[int, int], micro_batches: dict[int, int]
+) -> bool:
+    """Whether the bar's average was of single steps. tqdm takes it at most ten times a second, so it is not if the
+    shortest step takes less; nor if the times of the steps do not add up to the time on the bar's clock."""
+    mean = sum(micro_batches.values()) / len(micro_batches)
+    shortest = min(shown.values(), default=1) * min(micro_batches.values()) / mean
+    tenth = sorted(seconds.values())[len(seconds) // 10] if seconds else shortest  # the few fastest are rounding errors
+    if min(shortest, tenth) < _FASTEST:
+        return False
     begin = end = min(reached, default=0)
     while end + 1 in seconds and end + 1 in reached:
         end += 1
     clock = reached.get(end, 0) - reached.get(begin, 0)
-    return abs(sum(seconds[step] for step in range(begin + 1, end + 1)) - clock) > 2 + 0.05 * clock
+    return abs(sum(seconds[step] for step in range(begin + 1, end + 1)) - clock) <= 2 + 0.05 * clock
 
 
 def losses(bar: Sequence[State], micro_batches: dict[int, int]) -> dict[int, tuple[float, float, float]]:
     """For each step, the mean of its micro-batches' losses on the rank that the bar belongs to, the last of them, and
-    the learning rate. The mean is NaN if the log does not have them all. The bar shows each micro-batch's loss. At the
-    last one of a step it first moves on with the loss before (tqdm may skip that), then shows the last one's."""
+    the learning rate. The bar shows each micro-batch's loss. At the last one of a step it first moves on with the loss
+    before, then shows the last one's; if it is fast, tqdm skips the first of these. A step is left out if the log does
+    not have all its states."""
+    groups = [(step, [state for state in states if not math.isnan(state.number("step_loss"))])
+              for step, states in groupby(bar, key=lambda state: state.step)]  # fmt: skip
+    lasts = [math.nan, *(states[-1].number("step_loss") if states else math.nan for _, states in groups)]
+    moves_on = [len(states) > 1 and states[0].number("step_loss") == last for (_, states), last in zip(groups, lasts)]
+    is_usual = sum(moves_on) > 0.1 * len(groups)
     found: dict[int, tuple[float, float, float]] = {}
-    own, at, last = list[float](), bar[0].step, math.nan
-    for step, states in groupby(bar, key=lambda state: state.step):
-        shown = [state for state in states if not math.isnan(state.number("step_loss"))]
-        if len(shown) > 1 and shown[0].number("step_loss") == last:
-            del shown[0]
-        values = [state.number("step_loss") for state in shown]
-        if step == at + 1 and shown:
+    own, at, is_first = list[float](), bar[0].step, True
+    for number, (step, states) in enumerate(groups):
+        values = [state.number("step_loss") for state in states[moves_on[number] and is_usual :]]
+        if step == at + 1 and values:
             loss, count = values.pop(0), micro_batches[step]
             own.append(loss)
-            mean = sum(own[-count:]) / count if count <= len(own) <= count + 1 else math.nan
-            found[step] = (mean, loss, shown[0].number("lr"))
-            own = []
+            # After a gap, the first may still belong to the step before.
+            has_own = count <= len(own) <= count + is_first
+            follows = number + 1 < len(groups) and groups[number + 1][0] == step + 1
+            has_next = not follows or len(values) == micro_batches[step + 1] - 1
+            if has_own and has_next and (moves_on[number] or not is_usual or at == bar[0].step):
+                found[step] = (sum(own[-count:]) / count, loss, states[-1].number("lr"))
+            own, is_first = [], False
         elif step > at:  # some of the log is missing
-            own = []
+            own, is_first = [], True
         own += values
-        at, last = step, shown[-1].number("step_loss") if shown else math.nan
+        at = step
+    if groups and groups[-1][1] and at == bar[0].total:  # the bar closes with the last loss
+        last = groups[-1][1][-1]
+        found.setdefault(at, (math.nan, last.number("step_loss"), last.number("lr")))
     return found

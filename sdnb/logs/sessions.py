@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from sdnb.errors import RunError
 from sdnb.logs.facts import checked, chosen, require
 from sdnb.run.log import Log, empty_records
 
+_LONGEST_STEP = 6 * 3600  # seconds
 _PAUSE_SECONDS = 600  # a longer one that is also many times a usual step is a gap between sessions
 
 
@@ -58,11 +60,13 @@ def read(name: str, form: str, sessions: Sequence[Session], settings: Sequence[d
         runs[-1].append(number) if resumed else runs.append([number])
     known = [dict(settings[numbers[0]]) for numbers in runs]
     lengths = [max(max(sessions[number]) for number in numbers) for numbers in runs]
-    complete = [length >= int(facts.get("max_train_steps", length)) for length, facts in zip(lengths, known)]
+    planned = [facts.get("max_train_steps") for facts in known]
+    complete = [not isinstance(steps, int) or length >= steps for length, steps in zip(lengths, planned)]
     which = chosen(runs, run, complete, name)
     given = known[which]
     require(name, given, "examples", "num_processes", "train_batch_size", "gradient_accumulation_steps")
-    given["max_train_steps"] = max(given.get("max_train_steps", 1), lengths[which])
+    if complete[which]:
+        given["max_train_steps"] = lengths[which]
     checked(name, examples=given["examples"], max_train_steps=given["max_train_steps"])
     log = Log(form, given, given.pop("examples"), run=which + 1, runs=len(runs))
     if not complete[which]:
@@ -76,7 +80,12 @@ def read(name: str, form: str, sessions: Sequence[Session], settings: Sequence[d
 
 
 def _follow(log: Log, sessions: Sequence[Session]) -> None:
-    """Fill in the records. The time of a step is that since the one before, in the same session."""
+    """Fill in the records. The time of a step is that since the one before, in the same session. If only each n-th
+    step was logged, it is the mean of those between."""
+    strides = [step - before for session in sessions for before, step in pairwise(sorted(session))]
+    stride = statistics.mode(strides) if strides else 1
+    if stride > 1:
+        log.remarks.append(f"it logged each {stride}th step: the time of a step is the mean of {stride}")
     logged, seconds = Session(), dict[int, float]()
     for session in sessions:
         begin = min(session)
@@ -84,14 +93,18 @@ def _follow(log: Log, sessions: Sequence[Session]) -> None:
         seconds = {step: one for step, one in seconds.items() if step < begin}
         for before, step in pairwise(sorted(session)):
             passed = session[step].time - session[before].time
-            if step == before + 1 and passed > 0:
-                seconds[step] = passed
+            if step <= before + stride and passed > 0:
+                seconds |= dict.fromkeys(range(before + 1, step + 1), passed / (step - before))
+    if seconds and statistics.median(seconds.values()) > _LONGEST_STEP:
+        raise RunError(f"a step takes {statistics.median(seconds.values()):.3g} s: the times are not in seconds")
     full = log.config.gradient_accumulation_steps
-    records = empty_records(sorted(logged), log.config, log.examples)
+    between = range(min(logged), max(logged) + 1) if stride > 1 else sorted(logged)
+    records = empty_records(between, log.config, log.examples)
     for step, record in records.items():
-        # the reference divides by a full step's number
-        record["loss"] = logged[step].loss * (full / record["micro_batches"])
-        record["train_loss"] = logged[step].loss
         record["seconds"] = seconds.get(step, math.nan)
+        if step in logged:
+            # the reference divides by a full step's number
+            record["loss"] = logged[step].loss * (full / record["micro_batches"])
+            record["train_loss"] = logged[step].loss
     log.records = list(records.values())
     log.began = logged[min(logged)].time

@@ -45,6 +45,6 @@ def _lines(file: io.BufferedReader, decoder: codecs.IncrementalDecoder, path: Pa
                 raise RunError(f"{path}: line {number + 1} has more than {LONGEST_LINE:,} characters: this is no log")
             if line is not rest or not chunk:
                 number += 1
-                yield _TERMINAL.sub("", line)
+                yield _TERMINAL.sub("", line) if line else line
         if not chunk:
             return

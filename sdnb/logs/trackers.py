@@ -11,16 +11,16 @@ from typing import Any
 
 from sdnb.errors import RunError
 from sdnb.logs import sessions
+from sdnb.logs.facts import checked
 from sdnb.logs.sessions import Logged
 from sdnb.run import files
 from sdnb.run.log import Log
-from sdnb.settings.config import TrainConfig
 
-# The names of the columns, in the order of preference.
-_STEP = ("step", "_step", "Step", "global_step", "index")
-_TIME = ("timestamp", "_timestamp", "Wall time", "create_time", "time", "wall_time", "_runtime")
-_LOSS = ("train_loss", "loss", "Value", "value", "data")
-_MILLISECONDS = 1e11  # a larger Unix time counts them
+# The names of the columns, in small letters, in the order of preference.
+_STEP = ("step", "_step", "global_step", "index")
+_TIME = ("timestamp", "_timestamp", "wall time", "create_time", "time", "wall_time", "_runtime")
+_LOSS = ("train_loss", "loss", "value", "data")
+_UNITS = {1e17: 1e9, 1e14: 1e6, 1e11: 1e3}  # a Unix time larger than this has so many units in a second
 _MOST_LINES = 10_000_000
 
 
@@ -50,6 +50,7 @@ def _rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any
     """Number of the line, and its values by column."""
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     header: list[str] = []
+    header_line = ""
     for number, line in numbered:
         if number > _MOST_LINES:
             raise RunError(f"{path}: has more than {_MOST_LINES:,} lines")
@@ -63,7 +64,12 @@ def _rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any
             time, value, step, *_ = line.split()
             yield number, dict(timestamp=time, train_loss=value, step=step)
         else:
-            values = next(csv.reader([line], delimiter="\t" if "\t" in line else ","))
+            delimiter = max("\t;,", key=(header_line or line).count)
+            try:
+                values = next(csv.reader([line], delimiter=delimiter))
+            except csv.Error as error:
+                raise RunError(f"{path}: line {number} is no line of a table: {error}") from None
+            header_line = header_line or line
             if header:
                 yield number, dict(zip(header, values))
             header = header or [name.rpartition(" - ")[2] for name in values]
@@ -71,6 +77,7 @@ def _rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any
 
 def _logged(path: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, Logged]]:
     for number, row in rows:
+        row = {name.strip().lower(): value for name, value in row.items() if isinstance(name, str)}
         step, time, loss = (next((name for name in names if name in row), None) for names in (_STEP, _TIME, _LOSS))
         if step is None or time is None:
             absent = "step" if step is None else "time"
@@ -81,9 +88,15 @@ def _logged(path: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[
         if loss is None or row[loss] in ("", None):  # another metric's line
             continue
         try:
-            yield int(float(row[step])), Logged(_seconds(row[time]), float(row[loss]))
+            number_of_step = float(row[step])
+            logged = Logged(_seconds(row[time]), float(row[loss]))
         except (ValueError, TypeError, OverflowError):
             raise RunError(f"{path}: line {number} has a {step}, {time} or {loss} that is no number") from None
+        if isinstance(row[step], bool) or not number_of_step.is_integer() or not math.isfinite(logged.time):
+            raise RunError(f"{path}: line {number} has a {step} or {time} that no step has")
+        if number_of_step != 0:  # before the first step
+            checked(f"{path}: line {number}", step=int(number_of_step))
+            yield int(number_of_step), logged
 
 
 def _seconds(time: Any) -> float:
@@ -92,15 +105,18 @@ def _seconds(time: Any) -> float:
         seconds = float(time)
     except ValueError:
         return datetime.fromisoformat(str(time).replace("Z", "+00:00")).timestamp()
-    return seconds / 1000 if seconds > _MILLISECONDS else seconds
+    return seconds / next((units for least, units in _UNITS.items() if seconds > least), 1)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     """The settings that SimpleTuner writes beside its metrics."""
-    known = files.read(path.with_suffix(".json")).get("config", {}) if path.suffix == ".jsonl" else {}
-    names = ("pretrained_model_name_or_path", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
-             "learning_rate", "seed", "resolution")  # fmt: skip
-    found = {name: known[name] for name in names if known.get(name) is not None}
-    if not float(found.get("resolution", 1)).is_integer() or math.inf == found.get("max_train_steps"):
-        found.pop("resolution", None)  # SimpleTuner may give it in megapixels
-    return {name: value for name, value in found.items() if name in TrainConfig.model_fields}
+    known = files.read(path.with_suffix(".json")).get("config") if path.suffix == ".jsonl" else None
+    counts = (
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "resolution",
+    )  # it may be in megapixels
+    names = {"pretrained_model_name_or_path": str, **dict.fromkeys(counts, int)}
+    known = known if isinstance(known, dict) else {}
+    return {name: known[name] for name, kind in names.items() if type(known.get(name)) is kind}

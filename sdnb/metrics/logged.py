@@ -6,9 +6,10 @@ from typing import Any
 import pandas as pd
 
 from sdnb.metrics.steps import warmup_steps
-from sdnb.metrics.throughput import Estimate, images_per_second, seconds_per_micro_batch
+from sdnb.metrics.throughput import Estimate, images_per_second, seconds_per_micro_batch, smoothed_seconds_per_step
 from sdnb.settings.config import TrainConfig
 
+_ENOUGH = 3  # steps, for an interval
 _LEAST_STEPS, _LEAST_SECONDS = 10, 50  # of a stretch between two readings of a clock that shows whole seconds
 
 
@@ -21,7 +22,7 @@ def rate_of_a_log(
     marked; `log` is what was imported."""
     after = steps[steps.steady]
     timed = after[after.seconds.notna()]
-    if len(timed) and len(timed) >= len(after) / 2:
+    if len(timed) >= max(1, len(after) / 2) and (len(timed) >= _ENOUGH or whole is None):
         each = images_per_second(timed.images, timed.seconds).scaled(1 / config.ranks)
         return each, f"over the {len(timed)} steps with a time in the log, without the warm-up", len(timed)
     read = steps.iloc[max(0, warmup_steps(len(steps)) - 1) :]
@@ -34,9 +35,11 @@ def rate_of_a_log(
             between = f"on the log's clock from step {begin.step:.0f} to step {end.step:.0f}"
             how = f"{images:.0f} images in {seconds:.0f} s, {between}"
             return _certain(images / seconds / config.ranks), how, count
-    if (at := log.get("at_step", 0)) and (after.step <= at).any():
-        rate = config.train_batch_size / seconds_per_micro_batch_of(steps, log)
+    at = log.get("at_step", 0) if log.get("shows_single_steps", True) else 0
+    if (after.step <= at).sum() >= _LEAST_STEPS:  # the warm-up has left the average
         shown = log["shown_seconds_per_step"]
+        # the average is linear, and the images of the steps are known
+        rate = smoothed_seconds_per_step(steps.images[steps.step <= at].to_numpy(float)) / shown / config.ranks
         how = f"from tqdm's {shown:.4g} s/it at step {at}, with its smoothing undone{short_at(steps, config, at)}"
         return _certain(rate), how, 1
     if whole is not None:

@@ -17,6 +17,7 @@ from sdnb.tables import html_table
 RESULTS_MIME = "application/vnd.sdnb.results+json"  # the rows of the results table
 RATE = "images/s"
 MFU_NAME = "MFU"
+_SHORT_SECONDS = 100
 PAGE_MIME = "application/vnd.sdnb.page+json"  # what a page says besides the notebook's outputs
 
 
@@ -118,11 +119,11 @@ def _throughput_of_a_log(
     ranks, images, rows = config.ranks, steps.images.sum(), list[Result]()
     whole = None
     if trained := log.get("trained_seconds"):
-        whole = Estimate(images / trained / ranks, math.nan, math.nan)
+        whole = _by_clock(images / ranks, trained)
         how = f"{images:.0f} images / {trained:.0f} s / {noun}s, from the start to the last step, with the warm-up"
         rows.append(_rate(f"images/s per {noun}, whole training", whole, how, len(steps)))
     if seconds and seconds > (trained or 0) + 1:
-        rate = Estimate(images / seconds / ranks, math.nan, math.nan)
+        rate = _by_clock(images / ranks, seconds)
         how = f"{images:.0f} images / {seconds:.0f} s / {noun}s, with all pauses and what follows the last step"
         rows.append(_rate(f"images/s per {noun}, whole log", rate, how, len(steps)))
     each, how, known = rate_of_a_log(steps, config, log, whole)
@@ -141,10 +142,18 @@ def _throughput_of_a_log(
         )
         counted += f"one{short_at(steps, config, at)}"
         rows.append(Result("nominal IPS", f"{nominal:.2f}", counted, nominal, RATE, 1))
-        micro_batch = seconds_per_micro_batch_of(steps, log)
-        solved = f"from tqdm's s/it at step {at}, with its smoothing undone"
-        rows.append(Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch, "s"))
+        if log.get("shows_single_steps", True):
+            micro_batch = seconds_per_micro_batch_of(steps, log)
+            solved = f"from tqdm's s/it at step {at}, with its smoothing undone"
+            rows.append(Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch, "s"))
     return each, rows
+
+
+def _by_clock(images: float, seconds: float) -> Estimate:
+    """Images over seconds. A progress bar's clock cuts to whole seconds: of a short time, the interval is what that
+    allows."""
+    rate, is_short = images / seconds, seconds < _SHORT_SECONDS and float(seconds).is_integer()
+    return Estimate(rate, images / (seconds + 1), rate) if is_short else Estimate(rate, math.nan, math.nan)
 
 
 def _unique(steps: pd.DataFrame, noun: str, each: Estimate) -> Iterator[Result]:
@@ -183,6 +192,8 @@ def _throughput(
 
 
 def _rate(name: str, rate: Estimate, how: str, steps: int) -> Result:
+    if not math.isfinite(rate.value):
+        return Result(name, "unknown", how)
     return Result(name, str(rate), how, rate.value, RATE, int(steps), rate.low, rate.high)
 
 

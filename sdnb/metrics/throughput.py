@@ -25,8 +25,9 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        interval = f" ({self.low:.2f} to {self.high:.2f})" if math.isfinite(self.low) else ""
-        return f"{self.value:.2f}{interval}"
+        digits = 2 if not 0 < self.value < 0.995 else min(9, 2 - math.floor(math.log10(self.value)))
+        interval = f" ({self.low:.{digits}f} to {self.high:.{digits}f})" if math.isfinite(self.low) else ""
+        return f"{self.value:.{digits}f}{interval}"
 
     def scaled(self, factor: float) -> "Estimate":
         return Estimate(*(factor * part for part in (self.value, self.low, self.high)))

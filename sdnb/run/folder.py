@@ -213,14 +213,17 @@ def fail(folder: Path, rank: int, what: str, details: str) -> bool:
     return first
 
 
-def problems_of(look: Callable[[], T]) -> tuple[T | None, str]:
-    """What `look` returns, None if it raises an error, and that error with the warnings about damaged files."""
+def problems_of(look: Callable[[], T], passed: tuple[type[SdnbError], ...] = ()) -> tuple[T | None, str]:
+    """What `look` returns, None if it raises an error, and that error with the warnings about damaged files. Errors of
+    the types in `passed` are raised."""
     seen, error = None, ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             seen = look()
         except SdnbError as raised:
+            if isinstance(raised, passed):
+                raise
             error = str(raised)
         except Exception as raised:  # values that nobody could foresee must not hide the other runs
             error = f"a file has values that sdnb did not write: {type(raised).__name__}: {raised}"

@@ -28,6 +28,8 @@ class Log:
     trained_seconds: float | None = None  # from the first step of the log to the end of its last
     total_seconds: float | None = None  # to the end of the log: saving the pipeline is in it
     seconds_shown: dict[int, float] = field(default_factory=dict)  # by the progress bar after each step, s/it
+    shows_single_steps: bool = True  # whether that is a moving average of the times of single steps
+    not_shown: list[int] = field(default_factory=list)  # steps of which the log says nothing, the first of them
     device_type: str = UNKNOWN
     device_names: list[str] = field(default_factory=list)
     header: dict[str, int] = field(default_factory=dict)  # what the header says, for whoever checks it
@@ -45,7 +47,8 @@ class Log:
         try:
             return TrainConfig(**{**defaults, **data, **given})
         except ConfigError as error:
-            raise RunError(f"the log has settings that no run can have: {error}") from None
+            problems = str(error).replace("\n", "; ")
+            raise RunError(f"the log has settings that no run can have: {problems}") from None
 
     @property
     def steps(self) -> pd.DataFrame:
@@ -69,6 +72,7 @@ class Log:
         imported: dict[str, Any] = {
             "form": self.form, "known_settings": sorted(self.settings), "examples": self.examples, "run": self.run,
             "runs": self.runs, "header": self.header, "trained_seconds": self.trained_seconds, "remarks": self.remarks,
+            "shows_single_steps": self.shows_single_steps, "not_shown": self.not_shown,
         }  # fmt: skip
         first = self.steps.step.iloc[0] + warmup_steps(len(self.records))
         shown = {step: seconds for step, seconds in self.seconds_shown.items()
