@@ -13,8 +13,10 @@ for _name in ("PYTHONUNBUFFERED", "SDNB_RUNS"):  # a user has them rarely; witho
     os.environ.pop(_name, None)
 os.environ["OMP_NUM_THREADS"] = "1"  # a test worker for each core, and some tests start two ranks
 
-# A shell turns interrupts off for what it starts in the background, and the tests' own processes would inherit that.
+# A shell turns interrupts off for what it starts in the background, nohup hang-ups, and the tests' own processes would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Caches of the tests' own, which all workers share; set before anything reads them.
 if "PYTEST_XDIST_WORKER" not in os.environ:

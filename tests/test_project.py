@@ -86,7 +86,7 @@ def test_reference_yaml_is_the_reference_command():
     command = {name: yaml.safe_load(value) if value else True for name, value in given.items()}
     command["learning_rate"] = float(command["learning_rate"])
     expected = TrainConfig(
-        **command, mixed_precision="fp16", num_processes=8, target_loss=0.0456,
+        **command, mixed_precision="fp16", num_processes=8,
         encoder_cache_gib=0, fold_micro_batches=1, fused_optimizer=False,
     )  # fmt: skip
     assert TrainConfig.from_yaml(ROOT / "params" / "reference.yaml") == expected

@@ -98,8 +98,8 @@ def test_the_results_of_the_published_run():
     assert measured["MFU"].value == pytest.approx(14.3 * 3.537 / 312, rel=0.01)
     assert measured["peak memory"].text == "27.00 GiB"
     assert measured["short steps"].text == "25 of 101"
-    assert measured["target"].text == "not met: 0.1000 against 0.0456"
-    assert "running mean of the last 10 steps" in measured["target"].how
+    assert measured["target"].text == "not met: 0.1000 (0.1000 to 0.1000) against 0.0456"
+    assert "mean loss of the last 25 steps" in measured["target"].how
     assert measured["total time"].text == "250 s"
     assert measured["seconds per step"].value == pytest.approx(4 * 0.558)
 
@@ -146,14 +146,31 @@ def test_the_total_time_is_that_of_a_clock_that_nobody_sets():
     assert measure(run)["total time"].value == 230
 
 
-def test_a_target_that_is_met():
-    assert measure(FakeRun(records([4] * 20, 1, loss=0.04)))["target"].text.startswith("met")
+def test_a_target_is_met_or_not_or_that_cannot_be_told():
+    cannot = "cannot be told from 25 steps: "
+    for loss, verdict, value in ((0.04, "met: ", 1), (0.051, "not met: ", 0), (0.0456, cannot, None)):
+        noisy = loss * (1 + 0.1 * (-1.0) ** np.arange(100))
+        result = measure(FakeRun(records([4] * 100, 1, loss=noisy)))["target"]
+        assert result.text.startswith(verdict) and result.value == value
+    six = measure(FakeRun(records([4] * 6, 1, loss=[0.2, 0.02, 0.05, 0.01, 0.06, 0.03])))["target"]
+    assert six.value is None, "six noisy steps are a coin toss"
+
+
+def test_a_target_is_rarely_met_by_chance():
+    """The test's own error rate, in losses whose mean is the target, with noise that is correlated as in a training."""
+    draw, verdicts = np.random.default_rng(0), []
+    for _ in range(300):
+        noise = draw.standard_normal(100)
+        loss = 0.0456 * (1 + 0.2 * (noise + 0.3 * np.roll(noise, 1)))
+        verdicts.append(measure(FakeRun(records([4] * 100, 1, loss=loss)))["target"].value)
+    assert verdicts.count(1.0) / 300 < 0.09 and verdicts.count(0.0) / 300 < 0.09, "5 % each, and some for 25 steps"
 
 
 def test_a_loss_that_is_not_finite_meets_no_target():
     steps = records([4] * 20, 1, loss=[0.01] * 12 + [math.nan] + [0.01] * 7)
     result = measure(FakeRun(steps))["target"]
     assert result.value == 0 and "not finite" in result.text
+    assert measure(FakeRun(steps))["final loss"].text == "not finite"
 
 
 def test_where_the_time_goes():

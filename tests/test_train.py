@@ -148,7 +148,8 @@ def test_a_training_that_diverges_is_said(settings):
     assert run.steps.loss.isna().any()
     assert "rank 0 WARNING step" in run.log and "the loss is not finite" in run.log
     measured = measure(run)
-    assert measured["final loss"].text == "nan"
+    assert measured["final loss"].text == "not finite"
+    assert run.state == "diverged" and run.summary["diverged_at"] == 2
     assert "NaN" not in json.dumps(measured._repr_mimebundle_())
     assert "ERROR" not in run.log
 

@@ -178,9 +178,10 @@ def _of_folder(run: RunFolder) -> tuple[list[str], Evidence, list[str]]:
         raise RunError(f"{run.folder}: has no step to audit")
     summary, environment = run.summary, run.environment
     is_own = "imported" not in environment
-    recorded = files.read(run.folder / RESULTS).get("results", []) if is_own and summary else []
+    results = files.read(run.folder / RESULTS) if is_own and summary else {}
+    recorded = results.get("results", [])
     total = None if is_own else summary.get("total_seconds")
-    evidence = Evidence(str(run.folder), measure(run), environment, run.model, total, recorded)
+    evidence = Evidence(str(run.folder), measure(run), environment, run.model, total, recorded, results.get("sdnb"))
     read = [f"run of {'sdnb' if is_own else environment['imported'].get('form', 'another program')}, {run.state}",
             f"steps  {len(run.steps)} of {run.config.max_train_steps}"]  # fmt: skip
     if not is_own:

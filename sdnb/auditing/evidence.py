@@ -38,6 +38,7 @@ class Evidence:
     model: dict[str, Any]
     total_seconds: float | None
     recorded: list[dict[str, Any]]  # the rows of results.json of a run of sdnb
+    recorded_by: str | None = None  # the version of sdnb
 
     @property
     def config(self) -> TrainConfig:

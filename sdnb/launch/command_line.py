@@ -143,6 +143,9 @@ def _print_results(run: run_folder.RunFolder) -> None:
     from sdnb.metrics.results import measure
 
     print(measure(run) if len(run.steps) else "there were no steps left", f"in {run.folder}", sep="\n")
+    if run.state == "diverged":
+        step = run.summary["diverged_at"]
+        raise RunError(f"{run.folder}: the loss of step {step} is not finite, so this run is no result")
 
 
 def _end(message: str, status: int) -> None:

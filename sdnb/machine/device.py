@@ -8,6 +8,7 @@ import re
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,21 +67,30 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def nvml_of(device: torch.device) -> tuple[Any, Any] | None:
+    """NVML and its handle of a GPU; None if there is none."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    with contextlib.suppress(Exception):  # no driver, or a torch that does not know the UUID
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    return None
+
+
 class EnergyMeter:
     """The energy counter of a GPU, read through NVML (NVIDIA since Volta, nvidia-ml-py). False if there is none."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._read = device, None
-        if device.type != "cuda" or torch.version.hip:
-            return
-        with contextlib.suppress(Exception):  # no driver, no counter, or a torch that does not know the UUID
-            import pynvml
-
-            pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(device).uuid
-            read = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
-            self._before = read() / 1000
-            self._read = read
+        if nvml := nvml_of(device):
+            library, handle = nvml
+            read = partial(library.nvmlDeviceGetTotalEnergyConsumption, handle)
+            with contextlib.suppress(Exception):  # no counter
+                self._before = read() / 1000
+                self._read = read
 
     def __bool__(self) -> bool:
         return self._read is not None

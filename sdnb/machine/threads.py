@@ -40,10 +40,16 @@ class CoreUse:
         self.cores = os.sched_getaffinity(0)
         self._before = self._read()
 
-    def by_others(self) -> float:
-        """Cores that other processes, and other virtual machines on the host, used on average since the last call."""
+    def spent(self) -> tuple[float, float, float]:
+        """Seconds since the last call: on the clock, of use of the cores by anyone, and by this process. Other virtual
+        machines on the host count."""
         before, self._before = self._before, self._read()
         seconds, in_use, own = (now - then for then, now in zip(before, self._before))
+        return seconds, in_use, own
+
+    def by_others(self) -> float:
+        """Cores that others used on average since the last call."""
+        seconds, in_use, own = self.spent()
         return max(0.0, (in_use - own) / seconds)
 
     def _read(self) -> tuple[float, float, float]:

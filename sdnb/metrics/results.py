@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sdnb.machine.peaks import peak_of
+from sdnb.metrics.isolation import disturbances, others_share
 from sdnb.metrics.logged import rate_of_a_log, seconds_per_micro_batch_of, short_at
-from sdnb.metrics.steps import RUNNING_MEAN_STEPS, mark, slow_steps, warmup_steps
-from sdnb.metrics.throughput import Estimate, flop_of, images_per_second, nominal_ips
+from sdnb.metrics.steps import RUNNING_MEAN_STEPS, first_not_finite, mark, slow_steps, steady_state, warmup_steps
+from sdnb.metrics.throughput import Estimate, flop_of, images_per_second, nominal_ips, ratio_of_sums
 from sdnb.settings.config import TrainConfig
 from sdnb.tables import html_table
 
@@ -50,6 +52,7 @@ class Measurements:
     config: TrainConfig
     throughput: Estimate
     results: tuple[Result, ...]
+    disturbed: tuple[str, ...] = ()  # what disturbed the measured steps, see `metrics.isolation`
 
     def __getitem__(self, name: str) -> Result:
         return {result.name: result for result in self.results}[name]
@@ -86,9 +89,11 @@ def measure(run: Any) -> Measurements:
     if log:
         each, throughput = _throughput_of_a_log(steps, config, noun, log, summary.get("total_seconds"))
     else:
-        together = images_per_second(steady.images, steady.seconds)
+        is_steady = steady_state(steps)[0] is not None
+        together = images_per_second(steady.images, steady.seconds) if is_steady else _range_of_quarters(steady)
         each = together.scaled(1 / config.ranks)
         throughput = [*_throughput(steps, config, noun, each, together)]
+    disturbed = () if config.device_isolation == "ignore" else tuple(disturbances(steady, environment))
     short = int(steps.short.sum())
     how = f"steps with fewer images than the global batch{', by the header' if log else ''}"
     results = (
@@ -101,9 +106,10 @@ def measure(run: Any) -> Measurements:
         *([] if log else [_memory(summary, on_gpu)]),
         *_losses(steps, run.validation, config, model, bool(log)),
         *([] if log and summary.get("total_seconds") is None else [_total_time(steps, summary, environment)]),
+        *_others(steady, disturbed),
         *_resumed(resumed, environment.get("host")),
     )
-    return Measurements(steps, run.validation, config, each, results)
+    return Measurements(steps, run.validation, config, each, results, disturbed)
 
 
 def examples_of(environment: dict[str, Any]) -> int | None:
@@ -169,12 +175,17 @@ def _unique(steps: pd.DataFrame, noun: str, each: Estimate) -> Iterator[Result]:
 def _throughput(
     steps: pd.DataFrame, config: TrainConfig, noun: str, each: Estimate, together: Estimate
 ) -> Iterator[Result]:
-    steady, warmup = steps[steps.steady], warmup_steps(len(steps))
+    steady, (begin, change) = steps[steps.steady], steady_state(steps)
+    warmup = warmup_steps(len(steps)) if begin is None else begin
     how = f"images trained on / time / {noun}s, with 95 % confidence interval; "
+    if begin is None:
+        how = f"images trained on / time / {noun}s, with the range of its quarters, as the pace never became steady; "
     how += f"steps {warmup + 1} to {len(steps)}, without {warmup} of warm-up"
     if resumed := len(steps) - warmup - len(steady):
         how += f" and {resumed} directly after a resume"
     yield _rate("images/s per " + noun, each, how, len(steady))
+    if change is not None:
+        yield from _changed_pace(steps, begin, change, noun, config)
     how = f"{config.global_batch} × tqdm's it/s at step {len(steps) - 1} / {config.num_processes} {noun}s; "
     how += "counts every step as a full one: only to compare with published numbers"
     nominal = nominal_ips(steps, config)
@@ -189,6 +200,26 @@ def _throughput(
         median, p95 = full.seconds.median(), full.seconds.quantile(0.95)
         how = f"the {len(full)} full steps among them, {config.global_batch} images each"
         yield Result("seconds per step", f"median {median:.3f}, 95 % under {p95:.3f}", how, median, "s", len(full))
+
+
+def _changed_pace(
+    steps: pd.DataFrame, begin: int | None, change: int, noun: str, config: TrainConfig
+) -> Iterator[Result]:
+    how = f"the pace changed at step {change + 1}"
+    if begin is None:
+        yield Result("steady state", "not reached", f"{how}, and again later, or drifted to the end", 0.0)
+        return
+    before = steps[warmup_steps(len(steps)) : change]
+    rate = images_per_second(before.images, before.seconds).scaled(1 / config.ranks)
+    yield Result("steady state", f"from step {begin + 1}", how, 1.0, n=len(steps) - begin)
+    yield _rate(f"before the steady state, images/s per {noun}", rate, how, len(before))
+
+
+def _range_of_quarters(steady: pd.DataFrame) -> Estimate:
+    """The rate, with the lowest and the highest of four parts as its interval: the pace was not steady."""
+    quarters = [steady.iloc[part] for part in np.array_split(np.arange(len(steady)), 4)]
+    rates = [quarter.images.sum() / quarter.seconds.sum() for quarter in quarters]
+    return Estimate(steady.images.sum() / steady.seconds.sum(), min(rates), max(rates))
 
 
 def _rate(name: str, rate: Estimate, how: str, steps: int) -> Result:
@@ -251,7 +282,9 @@ def _losses(
 ) -> Iterator[Result]:
     last, first = steps.iloc[-1], steps.iloc[0]
     window = min(RUNNING_MEAN_STEPS, len(steps))
-    if not (imported and math.isnan(last.running_loss)):
+    if (first_bad := first_not_finite(steps)) and not imported:
+        yield Result("final loss", "not finite", f"the loss of step {first_bad} is not finite: this run is no result")
+    elif not (imported and math.isnan(last.running_loss)):
         meaning = "; from random weights, so it says nothing about quality" if model.get("random_weights") else ""
         how = f"running mean of the last {window} steps; step 1 had {first.loss:.4f}{meaning}"
         yield Result("final loss", f"{last.running_loss:.4f}", how, last.running_loss, n=window)
@@ -265,12 +298,28 @@ def _losses(
         how += f"step {int(begin.step)} → {int(end.step)}"
         yield Result("held-out loss", f"{begin.loss:.4f} → {end.loss:.4f}", how, end.loss, n=int(end.images))
     if config.target_loss is not None:
-        met = last.running_loss < config.target_loss
-        verdict = "met" if met else "not met" if math.isfinite(last.running_loss) else "not met, the loss is not finite"
-        text = f"{verdict}: {last.running_loss:.4f} against {config.target_loss}"
-        how = f"by the running mean of the last {window} steps; "
-        how += f"the step_loss of step {len(steps)} is {last.step_loss:.4f}"
-        yield Result("target", text, how, float(met), n=window)
+        yield _target(steps, config.target_loss)
+
+
+def _target(steps: pd.DataFrame, target: float) -> Result:
+    """Whether the mean loss of the last quarter of the steps, and at least of ten, is below the target, by a one-sided
+    test at 5 %. Its value is 1, 0, or None if that cannot be told."""
+    last = steps.iloc[-max(RUNNING_MEAN_STEPS, len(steps) // 4) :]
+    mean = ratio_of_sums(last.loss * last.images, last.images, 0.9)  # 5 % on each side
+    verdict: tuple[str, float | None] = (f"cannot be told from {len(last)} steps", None)
+    if first_not_finite(steps):
+        verdict = "not met, the loss is not finite", 0.0
+    elif mean.high < target:
+        verdict = "met", 1.0
+    elif mean.low > target:
+        verdict = "not met", 0.0
+    interval = f" ({mean.low:.4f} to {mean.high:.4f})" if math.isfinite(mean.low) else ""
+    how = (
+        f"mean loss of the last {len(last)} steps, with its 90 % interval, against {target:g}: a one-sided test at 5 %"
+    )
+    return Result(
+        "target", f"{verdict[0]}: {mean.value:.4f}{interval} against {target:g}", how, verdict[1], n=len(last)
+    )
 
 
 def _total_time(steps: pd.DataFrame, summary: dict[str, Any], environment: dict[str, Any]) -> Result:
@@ -303,6 +352,15 @@ def time_by_part(steps: pd.DataFrame, summary: dict[str, Any]) -> dict[str, floa
     }
     parts["other"] = summary["total_seconds"] - sum(parts.values())
     return {name: seconds for name, seconds in parts.items() if seconds > 0.005 * summary["total_seconds"]}
+
+
+def _others(steady: pd.DataFrame, disturbed: tuple[str, ...]) -> Iterator[Result]:
+    share = others_share(steady)
+    if math.isfinite(share):
+        how = "of the cores, in the measured steps, by /proc/stat without the ranks' own processor time"
+        yield Result("other processes", f"{100 * share:.1f} %", how, share, "of the cores", len(steady))
+    if disturbed:
+        yield Result("machine", "not the run's own", "; ".join(disturbed), 0.0)
 
 
 def _resumed(resumed: list[dict[str, Any]], host: str | None) -> Iterator[Result]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from sdnb.metrics.steady import steady_from, without
 from sdnb.metrics.step_clock import PHASES
 from sdnb.settings.config import TrainConfig
 
@@ -16,24 +17,45 @@ _ENOUGH_STEPS = 5  # to know the usual time
 def mark(
     steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] = (), examples: int | None = None
 ) -> pd.DataFrame:
-    """The step records with four more columns: `short` (fewer images than the global batch), `steady` (after the
-    warm-up, and not the first step after a resume), `running_loss` (the mean of `loss` over the last ten steps,
-    weighted by images), and `unique_images` (without those that accelerate repeats at the end of an epoch; NaN if the
-    number of examples is unknown). If a run did not record `encoded_images` and `encoded_captions`, it encoded all
-    images."""
+    """The step records with four more columns: `short` (fewer images than the global batch), `steady` (from
+    `steady_state` on, and not the first step after a resume), `running_loss` (the mean of `loss` over the last ten
+    steps, weighted by images), and `unique_images` (without those that accelerate repeats at the end of an epoch; NaN
+    if the number of examples is unknown). If a run did not record `encoded_images` and `encoded_captions`, it encoded
+    all images."""
     if steps.empty:
         return steps.assign(short=[], steady=[], running_loss=[], unique_images=[])
     epoch = config.epoch(examples) if examples else None
+    begin, _ = steady_state(steps)
+    begin = warmup_steps(len(steps)) if begin is None else begin
     windows = pd.DataFrame({"images": steps.images, "loss": steps.loss * steps.images, "unknown": steps.loss.isna()})
     sums = windows.rolling(RUNNING_MEAN_STEPS, min_periods=1).sum()
     return steps.assign(
         encoded_images=steps.get("encoded_images", steps.images),
         encoded_captions=steps.get("encoded_captions", steps.images),
         short=steps.images < config.global_batch,
-        steady=(np.arange(len(steps)) >= warmup_steps(len(steps))) & ~(steps.step - 1).isin(resumed_after),
+        steady=(np.arange(len(steps)) >= begin) & ~(steps.step - 1).isin(resumed_after),
         running_loss=(sums.loss / sums.images).where(sums.unknown == 0),
         unique_images=[epoch.unique_images_in(int(step)) if epoch else math.nan for step in steps.step],
     )
+
+
+def steady_state(steps: pd.DataFrame) -> tuple[int | None, int | None]:
+    """The index of the first step at a steady pace, None if the pace never becomes steady; and of the first change of
+    pace after the first tenth of the steps, None if there is none. That some steps encode images and others do not, and
+    that a short step has a whole step's overhead, is no change of pace."""
+    warmup, seconds, images = warmup_steps(len(steps)), steps.seconds.to_numpy(float), steps.images.to_numpy(float)
+    if not np.isfinite(seconds[warmup:]).all() or not (images > 0).all() or not len(seconds[warmup:]):
+        return warmup, None
+    encoded = steps.get("encoded_images", steps.images).to_numpy(float)
+    known = (column[warmup:] for column in (encoded / images, 1 / images))
+    costs = np.concatenate([np.zeros(warmup), without((seconds / images)[warmup:], *known)])
+    return steady_from(costs, warmup)
+
+
+def first_not_finite(steps: pd.DataFrame) -> int | None:
+    """The first step whose loss is not finite; None if all are."""
+    bad = steps.step[~np.isfinite(steps.loss.astype(float))]
+    return int(bad.iloc[0]) if len(bad) else None
 
 
 def warmup_steps(steps: int) -> int:

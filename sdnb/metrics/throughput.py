@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.special import stdtrit
 from tqdm import tqdm
 
+from sdnb.metrics.steady import autocorrelation, inflation
 from sdnb.settings.config import TrainConfig
 
 SMOOTHING = 0.3  # of tqdm's progress bar
@@ -34,23 +35,26 @@ class Estimate:
 
 
 def images_per_second(images: np.ndarray, seconds: np.ndarray) -> Estimate:
-    """Σ images / Σ seconds over steps, with its 95 % confidence interval.
+    """Σ images / Σ seconds over steps, with its 95 % confidence interval, see `ratio_of_sums`."""
+    return ratio_of_sums(images, seconds)
+
+
+def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray, confidence: float = 0.95) -> Estimate:
+    """Σ numerators / Σ denominators over steps, with its two-sided confidence interval.
 
     The variance is that of a ratio estimate (Cochran, Sampling Techniques, 1977, section 6.3). It includes the
-    autocorrelation of the residuals as in Newey and West (Econometrica 55, 1987), with the 4 (n/100)^(2/9) lags of
-    their second paper (Review of Economic Studies 61, 1994). With fewer than three steps the interval is NaN.
+    autocorrelation of the residuals as that of an autoregression of order 1: n of them say as much as n/inflation
+    independent ones (Thiébaux and Zwiers, Journal of Climate and Applied Meteorology 23, 1984). With fewer than three
+    steps the interval is NaN.
     """
-    images, seconds = np.asarray(images, float), np.asarray(seconds, float)
-    n, ratio = len(images), images.sum() / seconds.sum()
+    numerators, denominators = np.asarray(numerators, float), np.asarray(denominators, float)
+    n, ratio = len(numerators), numerators.sum() / denominators.sum()
     if n < 3:
         return Estimate(ratio, math.nan, math.nan)
-    residuals = images - ratio * seconds
-    lags = min(n - 1, int(4 * (n / 100) ** (2 / 9)))
-    variance = residuals @ residuals + 2 * sum(
-        (1 - lag / (lags + 1)) * (residuals[lag:] @ residuals[:-lag]) for lag in range(1, lags + 1)
-    )
-    error = math.sqrt(max(variance, 0.0) * n / (n - 1)) / seconds.sum()
-    margin = stdtrit(n - 1, 0.975) * error
+    residuals = numerators - ratio * denominators
+    inflated = inflation(autocorrelation(residuals / denominators))  # relative: steps may be of several sizes
+    error = math.sqrt(residuals @ residuals * inflated * n / (n - 1)) / denominators.sum()
+    margin = stdtrit(max(2.0, n / inflated - 1), (1 + confidence) / 2) * error
     return Estimate(ratio, ratio - margin, ratio + margin)
 
 

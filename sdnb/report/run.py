@@ -141,8 +141,13 @@ class Run(RunFolder):
         """What a reader must know beside the number, each with its kind: good, or bad."""
         found = []
         if len(self.steps) and self.config.target_loss is not None:
-            met = bool(self.results["target"].value)
-            found.append({"text": "target met" if met else "target not met", "kind": "good" if met else "bad"})
+            met = self.results["target"].value
+            texts = {1.0: ("target met", "good"), 0.0: ("target not met", "bad")}
+            text, kind = texts.get(met, (f"target: {self.results['target'].text.partition(':')[0]}", ""))
+            found.append({"text": text, "kind": kind})
+        if len(self.steps) and self.results.value_of("steady state") == 0:
+            found.append({"text": "no steady state", "kind": "bad"})
+        found += [{"text": reason, "kind": "bad"} for reason in (self.results.disturbed if len(self.steps) else ())]
         if self.model.get("random_weights"):
             found.append({"text": "random weights: the loss means nothing", "kind": "bad"})
         if self.environment.get("git_changed"):

@@ -109,7 +109,9 @@ class Comparison:
     def statements(self) -> list[str]:
         """For each pair of runs, whether and how much they differ in images/s per device."""
         rates = {label: measured.throughput for label, measured in self.measured.items()}
-        pairs = [_compare(one, rates[one], other, rates[other]) for one, other in combinations(rates, 2)]
+        disturbed = {label: measured.disturbed for label, measured in self.measured.items()}
+        pairs = [_compare(one, rates[one], other, rates[other], {label: disturbed[label] for label in (one, other)})
+                 for one, other in combinations(rates, 2)]  # fmt: skip
         return [*filter(None, [self.caveat]), *self._published, *pairs, *self.problems]
 
     def __repr__(self) -> str:
@@ -149,6 +151,9 @@ def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison
     found: dict[Path, tuple[RunFolder | Baseline, Measurements]] = {}
     problems = []
     for folder in folders:
+        if _is_diverged(folder):
+            problems.append(f"Left out: {folder}: its loss was not finite, so it is no result.")
+            continue
         one, problem = problems_of(partial(_measured, folder, listed))
         if one is not None:
             found[folder] = one
@@ -204,6 +209,13 @@ def _find(given: Sequence[str | Path] | str | Path) -> tuple[list[Path], bool]:
     return listed, True
 
 
+def _is_diverged(folder: Path) -> bool:
+    try:
+        return RunFolder(folder).state == "diverged"
+    except RunError:  # said by whoever needs its files
+        return False
+
+
 def _path_of(given: str | Path) -> Path:
     if given == BASELINE:
         return PUBLISHED
@@ -218,12 +230,14 @@ def _labels(paths: list[Path]) -> list[str]:
     return ["/".join(path.parts[-parts:]) for path in paths]
 
 
-def _compare(one: str, first: Estimate, other: str, second: Estimate) -> str:
+def _compare(one: str, first: Estimate, other: str, second: Estimate, disturbed: dict[str, tuple[str, ...]]) -> str:
     ratio = ratio_of(second, first)
     statement = f"{other} trains {ratio.value:.3g} times as many images/s per device as {one}"
     if not math.isfinite(ratio.low):
         return f"{statement}. It is unknown whether that is chance: one of them has no confidence interval."
     statement += f" (95 % confidence: {ratio.low:.3g} to {ratio.high:.3g})"
+    if why := [f"{label}: {', '.join(reasons)}" for label, reasons in disturbed.items() if reasons]:
+        return f"{statement}. It is not judged whether that is chance: a machine was shared ({'; '.join(why)})."
     if ratio.low <= 1 <= ratio.high:
         return f"{statement}: no significant difference."
     return f"{statement}: a significant difference. Two runs on the same machine can differ by more: repeat both."

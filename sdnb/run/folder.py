@@ -320,9 +320,10 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """`complete`, `failed`, `running`, or `interrupted`: it ended before its last step."""
-        if self.summary:
-            return "complete"
+        """`complete`, `failed`, `running`, `interrupted` (it ended before its last step), or `diverged`: its loss was
+        not finite, so it is no result."""
+        if summary := self.summary:
+            return "diverged" if summary.get("diverged_at") else "complete"
         if self.failure:
             return "failed"
         return "running" if _is_locked(self.folder) else "interrupted"

@@ -182,6 +182,8 @@ class ValidationSettings(Settings):
         0, "measure the loss on held-out images every so many steps; 0: never (not in the reference)", ge=0)
     device_peak_tflops: Real | None = setting(
         None, "peak TFLOP/s of the device, for MFU; default: from its data sheet (not in the reference)", gt=0)
+    device_isolation: Literal["warn", "error", "ignore"] = setting(
+        "warn", "if other processes use the machine: say so, refuse to start, or do nothing (not in the reference)")
     target_loss: Real | None = setting(None, "report whether the final loss is below this (not in the reference)", gt=0)
 
 

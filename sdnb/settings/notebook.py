@@ -5,13 +5,18 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from sdnb.errors import ConfigError
-from sdnb.settings.config import TrainConfig
+from sdnb.places import shipped
+from sdnb.settings.config import TrainConfig, read_yaml
 
 # The first line of a parameter cell: of the notebook's own, and of the one that papermill injects after it.
 PARAMETERS_COMMENT = "# Parameters"
 
 # Papermill adds these with --inject-paths.
 _PAPERMILLS = {"PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH"}
+
+# What makes the notebook's own parameters those of its demo, and what they then say about it.
+_DEMO = ("pretrained_model_name_or_path", "dataset_name", "resolution")
+_GOALS = ("target_loss", "validation_prompts")
 
 # Settings that exclude each other: when papermill gives one, the notebook's defaults for the others do not count.
 ONE_CHOICE = ({"steps", "max_train_steps", "num_train_epochs"}, {"dataset_name", "train_data_dir"})
@@ -33,14 +38,24 @@ def from_notebook(namespace: Mapping[str, Any], besides: Container[str] = ()) ->
             "environment, or run `hf auth login` once. Remove the token from this notebook, and from the output file "
             "of papermill. If either was shared, revoke the token."
         )
-    for assigned in _parameter_cells(namespace.get("In", ())):
+    cells = _parameter_cells(namespace.get("In", ()))
+    for assigned in cells:
         names = {name for name in assigned - _PAPERMILLS if name not in besides}
         for choice in ONE_CHOICE:
             if choice & names:
                 for name in choice - names:
                     settings.pop(name, None)
         settings.update({name: namespace[name] for name in names if name in namespace})
-    return TrainConfig(**settings)
+    return TrainConfig(**_without_the_demos_goals(settings, set[str]().union(*cells[1:])))
+
+
+def _without_the_demos_goals(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """The notebook's own target and prompts are those of its demo: they say nothing about other models and data, unless
+    they were given for them."""
+    demo = read_yaml(shipped("params/demo.yaml"))
+    if all(settings.get(name) == demo[name] for name in _DEMO):
+        return settings
+    return {**settings, **{name: None for name in _GOALS if name not in given and settings.get(name) == demo[name]}}
 
 
 def _parameter_cells(cells: Any) -> list[set[str]]:

@@ -14,6 +14,7 @@ import torch
 from sdnb.errors import RunError
 from sdnb.machine.device import peak_bytes, release_freed_memory
 from sdnb.metrics.recent import RECENT_STEPS, recent_rates, utilisation_of
+from sdnb.metrics.steps import first_not_finite
 from sdnb.models.pipeline import assemble
 from sdnb.run import files, hub
 from sdnb.run import folder as run_folder
@@ -110,7 +111,8 @@ class Callbacks:
                 self._save_pipeline()
             summary = dict(
                 world_size=accelerator.num_processes, distributed_type=accelerator.distributed_type.value, ranks=ranks,
-                threads=threads, training_seconds=trained - self.began, saving_seconds=time.perf_counter() - trained,
+                diverged_at=first_not_finite(run_folder.RunFolder(self.folder).steps), threads=threads,
+                training_seconds=trained - self.began, saving_seconds=time.perf_counter() - trained,
                 spent_seconds=dict(self.spent), ended=time.time(),
                 total_seconds=run_folder.seconds_since_start(self.folder),
             )  # fmt: skip

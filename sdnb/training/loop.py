@@ -4,16 +4,18 @@ import gc
 import logging
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdnb.data.loading import Splits
-from sdnb.errors import ConfigError
+from sdnb.errors import ConfigError, RunError
 from sdnb.machine.device import keep_freed_memory, measured_matmul_tflops, release_freed_memory
 from sdnb.machine.threads import Waits
+from sdnb.machine.witness import what_else_runs
+from sdnb.metrics.isolation import most_of_others
 from sdnb.models.encoders import WEIGHT_DTYPES
 from sdnb.models.flops import describe_model
 from sdnb.run import files
@@ -153,6 +155,7 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
             f"report_to = {config.report_to}, logging_dir = {config.logging_dir}: cannot be started: {error}"
         ) from error
     _log_start(training)
+    _look_around(training)
     if accelerator.device.type == "cpu":
         release_freed_memory()  # gaps that loading has left
         keep_freed_memory()
@@ -160,6 +163,24 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
     callbacks.before_training()
     set_stance(config, "default")
     return callbacks
+
+
+def _look_around(training: Training) -> None:
+    """Log and record what else runs. Raises RunError if that is too much and `device_isolation` is `error`."""
+    config, accelerator = training.config, training.accelerator
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and config.device_isolation != "ignore":
+        with suppress(OSError):  # not Linux
+            others = what_else_runs(with_siblings=accelerator.num_processes > 1)
+            on_gpu = training.stats.witness.gpu_processes()
+            found = {"share_of_cores": round(others.share, 3), "processes": others.names, "gpu_processes": on_gpu}
+            run_folder.add_to_environment(training.folder, what_else_ran=found)
+            beside = f"; {on_gpu} other processes compute on the GPU" if on_gpu else ""
+            is_shared = others.share > most_of_others(accelerator.device.type != "cpu") or on_gpu
+            if is_shared and config.device_isolation == "error":
+                raise RunError(f"device_isolation = error: {others}{beside}. End them, or set device_isolation = warn")
+            logger.log(logging.WARNING if is_shared else logging.INFO, "%s%s", others, beside)
+    accelerator.wait_for_everyone()
 
 
 def _log_start(training: Training) -> None:

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from sdnb.machine.device import EnergyMeter
+from sdnb.machine.witness import Witness
 from sdnb.models.encoders import Encoders
 from sdnb.training.stopping import StopRequest
 
@@ -21,11 +22,13 @@ class StepStats:
         self.accelerator, self.accumulation_steps, self.encoders = accelerator, accumulation_steps, encoders
         self.stop, self.signal = stop, 0
         self.meter = EnergyMeter(accelerator.device)
+        self.witness = Witness(accelerator.device, of_machine=accelerator.is_local_main_process)
         self._clear()
 
     def restart(self) -> None:
-        """Leave out the energy that was used since the last step, as the clock leaves out the time."""
+        """Leave out what was used since the last step, as the clock leaves out the time."""
         self.meter.joules()
+        self.witness.spent()
 
     def _clear(self) -> None:
         self.loss_sum = torch.zeros((), device=self.accelerator.device)
@@ -43,11 +46,16 @@ class StepStats:
         divides by those of a full step, as the reference logs it. `signal` becomes the number of the signal that asks
         to stop, on all ranks in the same step."""
         ranks = self.accelerator.num_processes
-        counted = (self.images, *self.encoders.take_counts(), self.meter.joules(), self.stop.signal)
+        gpu, spent = self.witness.gpu(), self.witness.spent()
+        counted = (
+            self.images, *self.encoders.take_counts(), self.meter.joules(), self.stop.signal,
+            bool(gpu.get("slowed_by")), spent.in_use, spent.own, spent.cores,
+        )  # fmt: skip
         sums = torch.stack([self.loss_sum, *(torch.full_like(self.loss_sum, number) for number in counted)])
-        loss_sum, images, encoded_images, encoded_captions, joules, signals, step_loss, norm = torch.stack(
+        (loss_sum, images, encoded_images, encoded_captions, joules, signals, slowed, in_use, own, cores, step_loss,
+         norm) = torch.stack(
             [*self.accelerator.reduce(sums, reduction="sum"), self.last_loss, grad_norm.float()]
-        ).tolist()
+        ).tolist()  # fmt: skip
         # Not what has come since the sum was made: other ranks do not know of it.
         self.signal = (self.stop.signal or signal.SIGTERM) if signals else 0
         self.encoders.store_new()  # the device is idle now
@@ -63,5 +71,10 @@ class StepStats:
         )
         if math.isfinite(joules):
             record["joules"] = joules
+        if math.isfinite(own) and spent.clock > 0:
+            record["cpu_seconds"] = round(own, 3)
+            record["others_share"] = round(max(0.0, (in_use - own) / spent.clock / cores), 4)
+        if gpu:
+            record |= {"gpu": gpu, "slowed_gpus": int(slowed)}
         self._clear()
         return record

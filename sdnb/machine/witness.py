@@ -1,0 +1,116 @@
+"""What disturbs a measurement: other processes on the cores and on the GPU, and a GPU that slows itself down."""
+
+import contextlib
+import math
+import os
+import time
+from typing import Any, NamedTuple
+
+from sdnb.machine.device import nvml_of
+from sdnb.machine.threads import CoreUse
+
+_LOOK_SECONDS = 0.4  # before the first step
+_NAMED_FROM = 0.05  # cores
+# NVML's reasons for lower clocks (nvml.h, nvmlClocksEventReasons) that are no normal operation. A power cap is: most
+# data-centre GPUs reach it under load.
+_SLOWED_BY = {0x08: "hardware slowdown", 0x20: "heat", 0x40: "heat", 0x80: "power brake"}
+
+
+class Spent(NamedTuple):
+    """Since the last reading, in seconds: on the clock, by anyone on the cores of this machine, by this process on
+    them; and the number of cores."""
+
+    clock: float
+    in_use: float
+    own: float
+    cores: int
+
+
+class Witness:
+    """Watches the machine of a rank from step to step. One rank of each machine counts the use of its cores
+    (`of_machine`); the sums over all ranks then tell what others used."""
+
+    def __init__(self, device: Any, of_machine: bool) -> None:
+        self.of_machine, self._device, self._use = of_machine, device, None
+        with contextlib.suppress(OSError):  # not Linux
+            self._use = CoreUse()
+        self._nvml = nvml_of(device)
+
+    def spent(self) -> Spent:
+        """What was used since the last call; NaN if the system does not tell."""
+        if self._use is None:
+            return Spent(math.nan, math.nan, math.nan, 0)
+        clock, in_use, own = self._use.spent()
+        return Spent(clock, in_use if self.of_machine else 0.0, own, len(self._use.cores) if self.of_machine else 0)
+
+    def gpu(self) -> dict[str, Any]:
+        """Clock, power, temperature and use of this rank's GPU now, and why it is slowed down; empty without a GPU."""
+        if self._device.type != "cuda":
+            return {}
+        import torch
+
+        read = {
+            "clock_mhz": torch.cuda.clock_rate, "power_w": lambda device: torch.cuda.power_draw(device) / 1000,
+            "temperature_c": torch.cuda.temperature, "busy_percent": torch.cuda.utilization,
+        }  # fmt: skip
+        state: dict[str, Any] = {}
+        for name, of in read.items():
+            with contextlib.suppress(Exception):  # NVML and AMD's library raise many types, for what a device lacks
+                state[name] = of(self._device)
+        if self._nvml:
+            with contextlib.suppress(Exception):
+                library, handle = self._nvml
+                reasons = library.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+                state["slowed_by"] = sorted({why for bit, why in _SLOWED_BY.items() if reasons & bit})
+        return state
+
+    def gpu_processes(self) -> int:
+        """Other processes that compute on this rank's GPU; 0 if that is unknown."""
+        if self._nvml:
+            with contextlib.suppress(Exception):
+                library, handle = self._nvml
+                return len({one.pid for one in library.nvmlDeviceGetComputeRunningProcesses(handle)} - {os.getpid()})
+        return 0
+
+
+class Others(NamedTuple):
+    """What else runs: the share of this machine's cores that other processes use, and the names of those that use
+    most."""
+
+    share: float
+    names: list[str]
+
+    def __str__(self) -> str:
+        named = f": {', '.join(self.names)}" if self.names else ""
+        return f"other processes use {self.share:.0%} of the cores{named}"
+
+
+def what_else_runs(with_siblings: bool) -> Others:
+    """Look for a moment at what other processes use. The children of this process are none of them, nor are, if it was
+    started by a launcher (`with_siblings`), that one and its children. Processes outside of a container have no
+    names here."""
+    import psutil
+
+    root = psutil.Process(os.getppid() if with_siblings else os.getpid())
+    use, before = CoreUse(), _processor_seconds()
+    began = time.monotonic()
+    time.sleep(_LOOK_SECONDS)
+    clock, in_use, _ = use.spent()
+    after, passed = _processor_seconds(), time.monotonic() - began
+    ours = {root.pid, os.getpid(), *(child.pid for child in root.children(recursive=True))}
+    cores = {pid: (seconds - before.get(pid, (seconds,))[0]) / passed for pid, (seconds, _) in after.items()}
+    own = sum(used for pid, used in cores.items() if pid in ours)
+    most = sorted((pid for pid in cores if pid not in ours and cores[pid] >= _NAMED_FROM), key=lambda pid: -cores[pid])
+    names = [f"{after[pid][1]} {cores[pid]:.2f} cores" for pid in most[:3]]
+    return Others(max(0.0, in_use / clock - own) / len(use.cores), names)
+
+
+def _processor_seconds() -> dict[int, tuple[float, str]]:
+    """Of each process that this one can see: its processor seconds, and its name."""
+    import psutil
+
+    seen = {}
+    for process in psutil.process_iter(["cpu_times", "name"]):
+        if times := process.info["cpu_times"]:
+            seen[process.pid] = (times.user + times.system, process.info["name"])
+    return seen
