@@ -46,7 +46,10 @@ def settings(settings, image_folder):
 def records(run):
     """What was recorded, times aside, and what was found encoded already."""
     lines = [json.loads(line) for line in (run.folder / run_folder.STEPS).read_text().splitlines()]
-    aside = ("seconds", "phase_seconds", "peak_memory_gib", "encoded_images", "encoded_captions")
+    aside = (
+        "seconds", "phase_seconds", "peak_memory_gib", "encoded_images", "encoded_captions", "cpu_seconds",
+        "others_share",
+    )  # fmt: skip
     return [{name: value for name, value in line.items() if name not in aside} for line in lines]
 
 

@@ -72,7 +72,7 @@ def test_the_record_of_a_step(run):
     record = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[0])
     assert set(record) == {
         "step", "epoch", "micro_batches", "images", "loss", "train_loss", "step_loss", "grad_norm", "lr", "seconds",
-        "phase_seconds", "encoded_images", "encoded_captions", "peak_memory_gib",
+        "phase_seconds", "encoded_images", "encoded_captions", "peak_memory_gib", "cpu_seconds", "others_share",
     }  # fmt: skip
     assert record["lr"] == 1e-3
     assert record["grad_norm"] > 0

@@ -42,7 +42,8 @@ def main(read: Callable[[], TrainConfig] = lambda: parse(sys.argv[1:]), launches
         os.environ.setdefault("OMP_NUM_THREADS", str(share(cores, ranks_here)))  # torch reads it when it is loaded
     try:
         config = read()
-        if launches and "RANK" not in os.environ and _ranks(config) > 1:
+        several = config.repeats > 1 or config.until
+        if launches and "RANK" not in os.environ and (_ranks(config) > 1 or several):
             _launch(config)
             _end("", 0)
         config = _as_launched(config, world)
@@ -94,6 +95,8 @@ def _launch(config: TrainConfig) -> None:
 
 
 def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
+    if config.repeats > 1 or config.until:
+        raise ConfigError("repeats and until need `sdnb train` or the notebook, which start each run anew")
     if config.num_machines > 1 or config.num_processes not in (None, world):
         raise ConfigError(
             f"num_processes = {config.num_processes or world}, num_machines = {config.num_machines}, but this is one "
@@ -140,9 +143,9 @@ def _train_in_terminal(config: TrainConfig, rank: int, splits: Splits | None) ->
 
 
 def _print_results(run: run_folder.RunFolder) -> None:
-    from sdnb.metrics.results import measure
+    from sdnb.run.repeats import measured_of
 
-    print(measure(run) if len(run.steps) else "there were no steps left", f"in {run.folder}", sep="\n")
+    print(measured_of(run) if len(run.steps) else "there were no steps left", f"in {run.folder}", sep="\n")
     if run.state == "diverged":
         step = run.summary["diverged_at"]
         raise RunError(f"{run.folder}: the loss of step {step} is not finite, so this run is no result")

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,8 +20,9 @@ from sdnb.launch.failure import advice_when_killed, how_it_was_killed
 from sdnb.launch.plan import Plan, prepare
 from sdnb.machine.threads import share
 from sdnb.report.run import Run
-from sdnb.run import files
+from sdnb.run import files, repeats
 from sdnb.run import folder as run_folder
+from sdnb.run.repeats import LEAST_REPEATS, MOST_REPEATS
 from sdnb.settings.config import TrainConfig, takes_settings
 from sdnb.training.stopping import SIGNALS, StopRequest, stopped
 
@@ -38,7 +40,8 @@ def train(**settings: Any) -> Run:
 
 
 def launch(plan: Plan, show: Show | None = None) -> Run:
-    """Run the training in a new process, with a rank on every device, and follow it to its end. An interrupt of this
+    """Run the training in a new process, with a rank on every device, and follow it to its end; with `repeats` or
+    `until`, several times, in a folder each, and return the run in the middle. An interrupt of this
     call ends every rank at once; in a notebook, the run so far is then returned. SIGTERM and SIGHUP, and the end of
     this process, stop them in good order, see `StopRequest`. Raises RunError if a rank fails, with that rank's
     traceback, and Stopped. The run folder keeps what was measured.
@@ -47,6 +50,8 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
         show: called twice a second. Default: `Live`, which shows the progress under the cell.
     """
     config = plan.config
+    if config.repeats > 1 or config.until:
+        return _repeat(plan, show)
     held = None
     if config.machine_rank == 0:
         folder, held = run_folder.begin(config, plan.environment)
@@ -82,6 +87,29 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
     if process.returncode:
         raise RunError(_explain(process, run))
     return run
+
+
+def _repeat(plan: Plan, show: Show | None) -> Run:
+    """Run the training several times. Runs that are complete already are kept, so the same call goes on where it was
+    interrupted."""
+    config, limit = plan.config, plan.config.repeats
+    if config.until and limit == 1:
+        limit = MOST_REPEATS
+    folder = run_folder.path_of(config) if config.output_dir else run_folder.new_folder(config)
+    names = [f"repeat-{number}" for number in range(1, limit + 1)]
+    repeats.begin(folder, names)
+    run = None
+    for number, name in enumerate(names, 1):
+        done = repeats.repeats_in(folder)
+        if config.until and done and number > LEAST_REPEATS and done.half_width <= config.until / 100:
+            break
+        if not (folder / name / run_folder.SUMMARY).exists():
+            one = config.updated(output_dir=str(folder / name), repeats=1, until=None)
+            run = launch(replace(plan, config=one), show)
+            if run.state != "complete":  # interrupted in a notebook
+                return run
+    done = repeats.repeats_in(folder)
+    return Run(done.middle.folder) if done else run or Run(folder / names[0])
 
 
 def _start(

@@ -30,6 +30,7 @@ from sdnb.errors import ConfigError, RunError
 from sdnb.places import runs_folder, shipped
 from sdnb.report.page import write_page
 from sdnb.run.folder import SUMMARY
+from sdnb.run.repeats import REPEATS
 from sdnb.settings.config import TrainConfig, read_yaml
 from sdnb.settings.flags import found
 
@@ -103,7 +104,7 @@ def run(
 
 def _is_complete(where: Path, parameters: dict[str, Any]) -> bool:
     """Whether the folder has a complete run with these parameters."""
-    if not all((where / name).exists() for name in (SUMMARY, EXECUTED)):
+    if not ((where / EXECUTED).exists() and any((where / name).exists() for name in (SUMMARY, REPEATS))):
         return False
     return nbformat.read(where / EXECUTED, as_version=4).metadata.papermill.parameters == parameters
 

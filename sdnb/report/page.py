@@ -26,12 +26,15 @@ from sdnb.report.redaction import Redaction
 from sdnb.report.run import Run
 from sdnb.report.sanitizer import clean
 from sdnb.run import files
+from sdnb.run.repeats import REPEATS, repeats_in
 
 # Of an output's types, the first of these is shown.
 SHOWN = [
     CHART_MIME, "text/html", "text/markdown", "image/svg+xml", "text/latex", "image/png", "image/jpeg", "text/plain",
 ]  # fmt: skip
-HEADLINE = ("images/s per", "nominal IPS", "seconds per step", "final loss", "held-out loss", "peak memory", "total")
+HEADLINE = (
+    "images/s per", "spread", "nominal IPS", "seconds per step", "final loss", "held-out loss", "peak memory", "total",
+)  # fmt: skip
 
 
 def shown(notebook: nbformat.NotebookNode, mime: str) -> Any:
@@ -85,6 +88,7 @@ def _tile(row: dict[str, Any]) -> dict[str, str]:
         number = f"{row['value']:.3g}"
     return {
         "name": row["name"], "number": number, "interval": interval,
+        "interval_name": "slowest to fastest" if "median of" in row["name"] else "95 % interval",
         "unit": "" if row["name"].startswith(unit) else unit,
     }  # fmt: skip
 
@@ -98,7 +102,8 @@ def export_of(source: str | Path, kind: str) -> str:
 
 def _read(source: Path) -> nbformat.NotebookNode:
     if source.is_dir():
-        return executed("train", {"run": Run(source)})
+        repeats = repeats_in(source) if (source / REPEATS).exists() else None
+        return executed("train", {"run": Run(repeats.middle.folder if repeats else source)})
     if source.exists() and not source.is_file():
         raise RunError(f"{source}: is not a file")
     try:

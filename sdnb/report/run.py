@@ -19,6 +19,7 @@ from sdnb.metrics.results import PAGE_MIME, Measurements, measure, time_by_part
 from sdnb.metrics.step_clock import PHASES
 from sdnb.places import runs_folder
 from sdnb.run.folder import CONFIG, RunFolder, data_name, problems_of
+from sdnb.run.repeats import measured_of
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.flags import command_line
 
@@ -37,7 +38,7 @@ class Run(RunFolder):
         """The results table: images/s, losses, memory and times. `run.results["final loss"].value` is a number."""
         if self.steps.empty:
             raise RunError(f"{self.folder}: no step has been recorded yet")
-        return measure(self)
+        return measured_of(self)
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -261,6 +262,6 @@ def _row(run: Run) -> dict[str, Any]:
         "state": run.state,
     }
     if steps:
-        results = run.results
+        results = measure(run)  # its own, also if it is one of several
         row |= {"images/s per device": results.throughput.value, "final loss": results.value_of("final loss")}
     return row

@@ -15,12 +15,13 @@ from typing import Any
 import pandas as pd
 
 from sdnb.errors import RunError
-from sdnb.metrics.results import PAGE_MIME, Measurements, Result, measure
+from sdnb.metrics.results import PAGE_MIME, Measurements, Result
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.places import runs_folder
 from sdnb.run.baselines import PUBLISHED, Baseline, baselines
 from sdnb.run.folder import CONFIG, RunFolder, problems_of
 from sdnb.run.log import UNKNOWN
+from sdnb.run.repeats import REPEATS, measured_of, repeats_in
 from sdnb.settings.fields import several
 
 BASELINE = "published"
@@ -182,9 +183,10 @@ def _rate_of(measured: Measurements) -> Result:
 def _measured(folder: Path, listed: bool) -> tuple[RunFolder | Baseline, Measurements] | None:
     if baseline := baselines().get(str(folder)):
         return baseline, baseline.measured
-    run = RunFolder(folder)
+    repeats = repeats_in(folder) if (folder / REPEATS).exists() else None
+    run = repeats.middle if repeats else RunFolder(folder)
     if len(run.steps):
-        return run, measure(run)
+        return run, measured_of(run)
     if listed:
         raise RunError(f"{run.folder}: has no steps to compare; remove it from the list")
     return None
@@ -202,7 +204,9 @@ def _find(given: Sequence[str | Path] | str | Path) -> tuple[list[Path], bool]:
             raise RunError(f"runs = {given}: there is no such folder (the current folder is {Path.cwd()})")
         if (folder / CONFIG).exists():
             return [folder], True
-        return sorted(path.parent for path in folder.glob(f"*/{CONFIG}")), False
+        if (folder / REPEATS).exists():
+            return [folder], True
+        return sorted(path.parent for name in (CONFIG, REPEATS) for path in folder.glob(f"*/{name}")), False
     listed = [_path_of(one) for one in given]
     if twice := sorted({str(folder) for folder in listed if listed.count(folder) > 1}):
         raise RunError(f"the same run is given twice: {', '.join(twice)}")

@@ -130,7 +130,7 @@ def create(config: TrainConfig) -> tuple[Path, TextIO]:
 def _made(config: TrainConfig) -> Path:
     try:
         if config.output_dir is None:
-            return _new_folder(config)
+            return new_folder(config)
         folder = path_of(config)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOG).touch()
@@ -139,7 +139,8 @@ def _made(config: TrainConfig) -> Path:
         raise RunError(f"output_dir {config.output_dir}: cannot be written: {error}") from None
 
 
-def _new_folder(config: TrainConfig) -> Path:
+def new_folder(config: TrainConfig) -> Path:
+    """Make a new folder in `runs_folder`, named by time, model and data."""
     root = runs_folder()
     name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{Path(config.pretrained_model_name_or_path).name}-{data_name(config)}"
     for attempt in range(1, 1000):

@@ -30,6 +30,10 @@ def _no_from_flag(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _percent(value: Any) -> Any:
+    return value.strip().removesuffix("%") if isinstance(value, str) else value
+
+
 def _tracker(value: Any) -> Any:
     return "comet_ml" if value == "comet" else value
 
@@ -182,6 +186,11 @@ class ValidationSettings(Settings):
         0, "measure the loss on held-out images every so many steps; 0: never (not in the reference)", ge=0)
     device_peak_tflops: Real | None = setting(
         None, "peak TFLOP/s of the device, for MFU; default: from its data sheet (not in the reference)", gt=0)
+    repeats: Count = setting(
+        1, "train so many times, one after the other, and report the spread between the runs (not in the reference)")
+    until: Annotated[Real | None, BeforeValidator(_percent)] = setting(
+        None, "repeat until the interval of the runs' mean is this narrow, in percent to each side; up to 20 times, or "
+        "`repeats` times (not in the reference)", gt=0)
     device_isolation: Literal["warn", "error", "ignore"] = setting(
         "warn", "if other processes use the machine: say so, refuse to start, or do nothing (not in the reference)")
     target_loss: Real | None = setting(None, "report whether the final loss is below this (not in the reference)", gt=0)
