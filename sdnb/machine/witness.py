@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdnb.machine.device import nvml_of
@@ -18,7 +19,7 @@ _SLOWED_BY = {0x08: "hardware slowdown", 0x20: "heat", 0x40: "heat", 0x80: "powe
 
 class Spent(NamedTuple):
     """Since the last reading, in seconds: on the clock, by anyone on the cores of this machine, by this process on
-    them; and the number of cores."""
+    them and by its children; and the number of cores."""
 
     clock: float
     in_use: float
@@ -34,6 +35,7 @@ class Witness:
         self.of_machine, self._device, self._use = of_machine, device, None
         with contextlib.suppress(OSError):  # not Linux
             self._use = CoreUse()
+        self._children = _children_seconds(os.getpid())
         self._nvml = nvml_of(device)
 
     def spent(self) -> Spent:
@@ -41,6 +43,8 @@ class Witness:
         if self._use is None:
             return Spent(math.nan, math.nan, math.nan, 0)
         clock, in_use, own = self._use.spent()
+        before, self._children = self._children, _children_seconds(os.getpid())
+        own += max(0.0, self._children - before)
         return Spent(clock, in_use if self.of_machine else 0.0, own, len(self._use.cores) if self.of_machine else 0)
 
     def gpu(self) -> dict[str, Any]:
@@ -71,6 +75,18 @@ class Witness:
                 library, handle = self._nvml
                 return len({one.pid for one in library.nvmlDeviceGetComputeRunningProcesses(handle)} - {os.getpid()})
         return 0
+
+
+def _children_seconds(pid: int) -> float:
+    """Processor seconds of the processes that a process has started from its main thread, such as those that load
+    images, and of theirs; also of those that have ended."""
+    ticks, own = 0.0, os.times()
+    with contextlib.suppress(OSError, ValueError):  # one that has just ended, or a system without these files
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            times = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:15]
+            ticks += sum(map(int, times)) + _children_seconds(int(child)) * os.sysconf("SC_CLK_TCK")
+    seconds = ticks / os.sysconf("SC_CLK_TCK")
+    return seconds + (own.children_user + own.children_system if pid == os.getpid() else 0.0)
 
 
 class Others(NamedTuple):
