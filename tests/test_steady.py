@@ -128,3 +128,9 @@ def test_strong_autocorrelation_widens_the_interval():
         rate = images_per_second(np.ones(STEPS), seconds)
         covered += rate.low <= 1 <= rate.high
     assert 0.9 <= covered / SEEDS <= 0.98
+
+
+def test_a_rate_is_never_negative():
+    """Of eleven steps that become faster and faster."""
+    rate = images_per_second(np.full(11, 64.0), np.r_[3.0, 2.0, 1.5, 1.2, np.linspace(1.0, 0.5, 7)])
+    assert 0 <= rate.low < rate.value < rate.high < 3 * rate.value

@@ -12,13 +12,13 @@ _MARGIN = 2  # steps after a change that belong to neither side for certain
 
 
 def autocorrelation(residuals: np.ndarray) -> float:
-    """Of neighbours, from 0 to 0.97. Estimated from n residuals of a mean, it is too low by (1 + 4 rho)/n (Marriott and
-    Pope, Biometrika 41, 1954), which is corrected."""
+    """Of neighbours, from 0 to 0.97, and to less for few: they cannot tell a strong one from chance. Estimated from n
+    residuals of a mean, it is too low by (1 + 4 rho)/n (Marriott and Pope, Biometrika 41, 1954), which is corrected."""
     squares, n = residuals @ residuals, len(residuals)
     if n < 3 or squares <= 0:
         return 0.0
     seen = residuals[1:] @ residuals[:-1] / squares
-    return float(min(max(seen + (1 + 4 * seen) / n, 0.0), 0.97))
+    return float(min(max(seen + (1 + 4 * seen) / n, 0.0), max(0.0, 1 - 6 / n), 0.97))
 
 
 def inflation(rho: float) -> float:

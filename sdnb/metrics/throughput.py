@@ -55,7 +55,8 @@ def ratio_of_sums(numerators: np.ndarray, denominators: np.ndarray, confidence: 
     inflated = inflation(autocorrelation(residuals / denominators))  # relative: steps may be of several sizes
     error = math.sqrt(residuals @ residuals * inflated * n / (n - 1)) / denominators.sum()
     margin = stdtrit(max(2.0, n / inflated - 1), (1 + confidence) / 2) * error
-    return Estimate(ratio, ratio - margin, ratio + margin)
+    low = ratio - margin
+    return Estimate(ratio, max(low, 0.0) if (numerators >= 0).all() else low, ratio + margin)
 
 
 def ratio_of(one: Estimate, other: Estimate) -> Estimate:
