@@ -260,7 +260,7 @@ NO_SECRETS = [
     "images/s per GPU 14.30 (14.20 to 14.40), monkey=banana, token_count = 77, hotkey: 5",
     "from huggingface_hub import hf_hub_download; hf_transfer; HF_TOKEN=userdata.get('HF_TOKEN')",
     "tokenizer.pad_token = '[PAD]'; placeholder_token = 'cat-toy'; time_per_token: 12ms; image_token: 256x256",
-    "df.to_hdf('x.h5', key='training_results_table'); IMAGE_KEY = 'image'; PWD=/work/main; MONKEY=banana",
+    "df.to_hdf('x.h5', key='training_results_table'); IMAGE_KEY = 'image'; PWD=/srv/main; MONKEY=banana",
     "docker://nvidia@sha256:abc; http://host:80/path@v1; docker run -u 1000:1000; password: Any",
     "</root> ${SCRATCH}/root/x paths[0]/root/x /Users/Shared/x",
     "\x1b[32mgreen\x1b[0m",
