@@ -14,27 +14,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sdnb
 from sdnb.__main__ import main
+from sdnb.auditing.case import FAILS, HOLDS, UNKNOWN
 from sdnb.auditing.checks import (
     DEVICES,
     EACH_STEP,
-    FAILS,
     FINAL_LOSS,
     GLOBAL_BATCH,
-    HOLDS,
     NO_DRIFT,
     NO_REPEATS,
     NO_SAVING,
     NO_SMOOTHING,
     NO_WARMUP,
     OWN_IMAGES,
-    POSSIBLE,
     RATE,
     RECORDED,
     SECONDS_PER_STEP,
-    UNET_TFLOP,
-    UNKNOWN,
 )  # fmt: skip
 from sdnb.auditing.claim import LOSS, PER_DEVICE, SECONDS, TOGETHER, claim_of
+from sdnb.auditing.reach import POSSIBLE, UNET_TFLOP
 from sdnb.errors import ConfigError, RunError
 from sdnb.run import files
 from sdnb.run import folder as run_folder

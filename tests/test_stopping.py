@@ -134,7 +134,7 @@ def test_a_signal_that_comes_while_the_ranks_agree_counts_for_the_next_step():
         return sums.clone()
 
     accelerator = SimpleNamespace(
-        device=torch.device("cpu"), num_processes=1, reduce=reduce, is_local_main_process=True
+        device=torch.device("cpu"), num_processes=1, reduce=reduce, is_local_main_process=True, is_main_process=True
     )
     encoders = SimpleNamespace(take_counts=lambda: (0, 0), store_new=lambda: None)
     stats, told = StepStats(accelerator, 1, encoders, stop), []

@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sdnb.auditing.checks import FAILS, HOLDS, UNKNOWN, Case, Finding, case_of, findings
+from sdnb.auditing.case import FAILS, HOLDS, UNKNOWN, Case, Finding, case_of
+from sdnb.auditing.checks import findings
 from sdnb.auditing.claim import SECONDS, Claim, claim_of
 from sdnb.auditing.evidence import Evidence
 from sdnb.errors import ConfigError, RunError
 from sdnb.logs import importing
 from sdnb.logs.facts import MOST_EXAMPLES, checked
-from sdnb.metrics.results import PAGE_MIME, RATE, measure
+from sdnb.metrics.result import RATE
+from sdnb.metrics.results import PAGE_MIME, measure
 from sdnb.run import files
 from sdnb.run.baselines import PUBLISHED, baselines
 from sdnb.run.folder import CONFIG, RESULTS, RunFolder, problems_of
 from sdnb.run.log import Log, empty_records
 from sdnb.tables import html_table
-
-FORMATS = ("markdown", "json")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _of_log(name: str, log: Log) -> Evidence:
-    return Evidence(name, measure(log), log.environment, log.model, log.total_seconds, [])
+    return Evidence(name, measure(log), log.environment, log.total_seconds, [])
 
 
 def _of_folder(run: RunFolder) -> tuple[list[str], Evidence, list[str]]:
@@ -181,7 +181,7 @@ def _of_folder(run: RunFolder) -> tuple[list[str], Evidence, list[str]]:
     results = files.read(run.folder / RESULTS) if is_own and summary else {}
     recorded = results.get("results", [])
     total = None if is_own else summary.get("total_seconds")
-    evidence = Evidence(str(run.folder), measure(run), environment, run.model, total, recorded, results.get("sdnb"))
+    evidence = Evidence(str(run.folder), measure(run), environment, total, recorded, results.get("sdnb"))
     read = [f"run of {'sdnb' if is_own else environment['imported'].get('form', 'another program')}, {run.state}",
             f"steps  {len(run.steps)} of {run.config.max_train_steps}"]  # fmt: skip
     if not is_own:

@@ -1,89 +1,24 @@
 """The checks of an audit. Each says whether a claim holds, does not hold, or cannot be known from the log, and why."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
-from sdnb.auditing.claim import LOSS, PER_DEVICE, SECONDS, TOGETHER, Claim
-from sdnb.auditing.evidence import SAVING, SHORT, SMOOTHING, WARMUP, Evidence, Way
-from sdnb.errors import ConfigError
+from sdnb.auditing.case import FAILS, HOLDS, SAME, UNKNOWN, WORTH_SAYING, Case, Finding
+from sdnb.auditing.claim import LOSS, SECONDS
+from sdnb.auditing.evidence import SAVING, SHORT, SMOOTHING, WARMUP
+from sdnb.auditing.reach import within_reach
 from sdnb.machine.environment import version_of
-from sdnb.metrics.results import MFU_NAME, examples_of
+from sdnb.metrics.results import examples_of
 from sdnb.metrics.throughput import images_per_second
-from sdnb.run.baselines import baselines
 
-HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be known"
 # The names of the checks say what holds.
 RATE, SECONDS_PER_STEP, FINAL_LOSS, OWN_IMAGES = "rate", "s/it", "loss", "each step with its own images"
 NO_SMOOTHING, NO_WARMUP, NO_SAVING, NO_REPEATS = "no moving average", "no warm-up", "no saving", "no repeats"
 DEVICES, GLOBAL_BATCH, EACH_STEP, NO_DRIFT = "number of devices", "global batch", "each step once", "no drift"
-POSSIBLE, RECORDED = "within reach", "recorded results"
-_SAME = 0.005  # two rates this close are one: a bar has whole seconds, and figures are rounded
-_WORTH_SAYING = 0.01  # of the images, for repeats; of the rate
+RECORDED = "recorded results"
 _DRIFT, _SURE = 0.02, 2.5  # of the rate; in half-widths of a 95 % interval, so that honest runs give no alarm
 _LEAST_FOR_DRIFT = 20  # steps
 _LONGEST_WARMUP = 3  # times the rest of a training
-
-# TFLOP of the UNet alone, forward and backward, for one image: counted with torch's FlopCounterMode in the layers of
-# Stable Diffusion 1 (859,520,964 parameters) and 2 (865,910,724). A test counts one of them again.
-UNET_TFLOP = {
-    "v1": {512: 2.4068, 768: 6.4412, 960: 11.6961},
-    "v2": {512: 2.4087, 768: 6.4432, 960: 11.6980},
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of a check: `verdict` is HOLDS, FAILS or UNKNOWN; `why` has the arithmetic."""
-
-    check: str
-    verdict: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is judged: the claims about a run, and the evidence. `gpus` and `device` are what is claimed of the machine;
-    `rate` is the claimed images/s of one device, and `way` how it is computed from the log; None if that is unknown."""
-
-    evidence: Evidence
-    claims: Sequence[Claim]
-    gpus: int | None
-    device: str | None
-    resolution: int | None
-    rate: float | None
-    way: Way | None
-
-    def claimed(self, kind: str) -> Claim | None:
-        return next((claim for claim in self.claims if claim.kind == kind), None)
-
-
-def case_of(
-    evidence: Evidence, claims: Sequence[Claim], gpus: int | None, device: str | None, resolution: int | None
-) -> Case:
-    """Find how the claimed rate is computed from the log: of all ways that give it, the one with the fewest faults."""
-    for kinds in ((PER_DEVICE, TOGETHER), (SECONDS,), (LOSS,)):
-        if len(same := [claim.text for claim in claims if claim.kind in kinds]) > 1:
-            raise ConfigError(f"claims = {' and '.join(same)}: audit one after the other")
-    devices = gpus or evidence.config.ranks
-    rates = [(claim.value / (devices if claim.kind == TOGETHER else 1), claim.rounding)
-             for claim in claims if claim.kind in (PER_DEVICE, TOGETHER)]  # fmt: skip
-    if not rates:
-        return Case(evidence, claims, gpus, device, resolution, None, None)
-    rate, rounding = rates[0]
-    allowed = max(_SAME * rate, rounding)
-    near = [way for way in evidence.ways
-            if abs(way.rate - rate) <= allowed + way.tolerance * way.rate + _interval(evidence, way)]  # fmt: skip
-    way = min(near, key=lambda way: (len(way.faults), abs(way.rate - rate)), default=None)
-    return Case(evidence, claims, gpus, device, resolution, rate, way)
-
-
-def _interval(evidence: Evidence, way: Way) -> float:
-    """Half the interval of the rate that holds, at most 1 %, for whoever left out other steps; 0 for the other ways."""
-    rate = evidence.measured.throughput
-    is_known = way is evidence.ways[0] and math.isfinite(rate.low)
-    return min(rate.value - rate.low, _WORTH_SAYING * rate.value) if is_known else 0.0
 
 
 def findings(case: Case) -> list[Finding]:
@@ -113,16 +48,16 @@ def _may_be_warmup(case: Case, faster: float) -> bool:
     return case.evidence.only_whole_is_known and 1 < faster < _LONGEST_WARMUP
 
 
-def _fault(case: Case, check: str, fault: str, applies: bool | None, wrong: str, right: str) -> Iterator[Finding]:
-    """A fault in how the claimed rate is computed. `applies`: whether this log could have it; None if unknown."""
+def _fault(case: Case, check: str, fault: str, possible: bool, wrong: str, right: str) -> Iterator[Finding]:
+    """A fault in how the claimed rate is computed. `possible`: whether a claim from this log could have it."""
     if case.rate is None:
         return
     if case.way is not None:
         yield Finding(check, *((FAILS, wrong) if fault in case.way.faults else (HOLDS, right)))
-    elif applies is False:
-        yield Finding(check, HOLDS, right)
-    else:
+    elif possible:
         yield Finding(check, UNKNOWN, "no way to compute the claimed rate from this log gives it")
+    else:
+        yield Finding(check, HOLDS, right)
 
 
 def _short_steps(case: Case) -> Iterator[Finding]:
@@ -166,7 +101,7 @@ def _warmup(case: Case) -> Iterator[Finding]:
     if case.evidence.only_whole_is_known and case.way is case.evidence.ways[0] and not slow_start:
         yield Finding(NO_WARMUP, UNKNOWN, "the log shows only the whole training, and not how its first steps went")
     else:
-        yield from _fault(case, NO_WARMUP, WARMUP, None, wrong, "the warm-up is not in it")
+        yield from _fault(case, NO_WARMUP, WARMUP, True, wrong, "the warm-up is not in it")
 
 
 def _saving(case: Case) -> Iterator[Finding]:
@@ -174,7 +109,7 @@ def _saving(case: Case) -> Iterator[Finding]:
     pause = (evidence.total_seconds or 0) - (evidence.trained_seconds or evidence.total_seconds or 0)
     wrong = f"{pause:.1f} s after the last step, in which the pipeline was saved, are counted as training"
     right = "no time after the last step is in it"
-    yield from _fault(case, NO_SAVING, SAVING, None if pause > 1 else False, wrong, right)
+    yield from _fault(case, NO_SAVING, SAVING, pause > 1, wrong, right)
 
 
 def _repeats(case: Case) -> Iterator[Finding]:
@@ -185,7 +120,7 @@ def _repeats(case: Case) -> Iterator[Finding]:
     images, unique = steps.images.sum(), steps.unique_images.sum()
     share = 1 - unique / images
     why = f"{images - unique:.0f} of {images:.0f} images ({share:.1%}) are repeats that fill the last round of an epoch"
-    if share < _WORTH_SAYING:
+    if share < WORTH_SAYING:
         yield Finding(NO_REPEATS, HOLDS, why)
     elif case.evidence.is_own:
         yield Finding(NO_REPEATS, HOLDS, f"{why}; the results say it, with the unique images/s")
@@ -237,7 +172,7 @@ def _steps(case: Case) -> Iterator[Finding]:
     numbers = [int(step) for step in steps.step]
     again = [step for step, twice in zip(numbers, steps.step.duplicated()) if twice]
     expected = range(numbers[0] if evidence.log else 1, max(numbers) + 1)
-    absent = sorted({*expected} - {*numbers}) if not evidence.log.get("form", "").startswith("MLPerf") else []
+    absent = sorted({*expected} - {*numbers})
     logged_again = evidence.log.get("header", {}).get("steps_logged_again", 0)
     timed = int(steps.seconds.notna().sum())
     not_shown = evidence.log.get("not_shown", ())
@@ -270,57 +205,6 @@ def _drift(case: Case) -> Iterator[Finding]:
     yield Finding(NO_DRIFT, HOLDS if ratio <= 1 + _DRIFT else FAILS if is_sure else UNKNOWN, why)
 
 
-def _utilisation(case: Case) -> Iterator[Finding]:
-    evidence, config = case.evidence, case.evidence.config
-    own = next((row for row in evidence.measured.results if row.name == MFU_NAME and row.value is not None), None)
-    if own is not None and own.value is not None:
-        yield Finding(POSSIBLE, FAILS if own.value > 1 else HOLDS, f"MFU {own.text} {own.how}")
-        return
-    rate = case.rate or (evidence.ways[0].rate if evidence.ways else None)
-    tflop = UNET_TFLOP.get(_architecture(config.pretrained_model_name_or_path), {}).get(_resolution(case) or 0)
-    kind = _kind_of(case.device or next(iter(evidence.environment.get("devices", {}).get("names") or []), ""))
-    if not (rate and tflop and kind):
-        yield Finding(POSSIBLE, UNKNOWN, "it needs a known model, its resolution and a known device")
-        return
-    peak, most, who = _limits(kind, config.mixed_precision or "fp16")
-    least = rate * tflop
-    why = f"{rate:.4g} images/s × {tflop:.4g} TFLOP, UNet alone = {least:.1f} TFLOP/s"
-    if peak and least > peak:
-        yield Finding(POSSIBLE, FAILS, f"{why}, above the peak of {kind}, {peak:g}")
-    elif least > most * (1 + _WORTH_SAYING):
-        yield Finding(POSSIBLE, FAILS, f"{why}, above the most that is published for {kind}, {most:.1f} ({who})")
-    else:
-        of_peak = f", {least / peak:.0%} of the peak" if peak else ""
-        yield Finding(POSSIBLE, HOLDS, f"{why}{of_peak}; {most:.1f} is published for {kind} ({who})")
-
-
-def _resolution(case: Case) -> int | None:
-    evidence = case.evidence
-    is_known = evidence.is_own or "resolution" in evidence.log.get("known_settings", ())
-    return case.resolution or (evidence.config.resolution if is_known else None)
-
-
-def _architecture(model: str) -> str:
-    name = model.rstrip("/").rpartition("/")[2].lower()
-    found = re.search(r"(?:stable-diffusion|sd)-?(?:v-?)?([12])(?=\D|$)", name)
-    return f"v{found[1]}" if found else ""
-
-
-def _kind_of(device: str) -> str | None:
-    words = re.split(r"[^A-Za-z0-9]+", device.upper())
-    return next((one.kind for one in baselines().values() if one.kind.upper() in words), None)
-
-
-def _limits(kind: str, precision: str) -> tuple[float | None, float, str]:
-    """A device's peak, and the most UNet TFLOP/s that is published for it, with its source."""
-    from sdnb.machine.peaks import peak_tflops
-
-    of_kind = [one for one in baselines().values() if one.kind == kind]
-    achieved = {one.name: one.images_per_second * UNET_TFLOP[one.architecture][one.resolution] for one in of_kind}
-    best = max(achieved, key=lambda name: achieved[name])
-    return peak_tflops(kind, precision), achieved[best], best
-
-
 def _seconds_per_step(case: Case) -> Iterator[Finding]:
     claim, evidence = case.claimed(SECONDS), case.evidence
     if claim is None:
@@ -333,9 +217,9 @@ def _seconds_per_step(case: Case) -> Iterator[Finding]:
     known = {name: value for name, value in shown.items() if math.isfinite(value)}
     smoothed = log.get("shown_seconds_per_step")
     said = ", ".join(f"{value:.4g} s is {name}" for name, value in known.items()) or "the log shows no time of a step"
-    if any(abs(value - claim.value) <= max(_SAME * value, claim.rounding) for value in known.values()):
+    if any(abs(value - claim.value) <= max(SAME * value, claim.rounding) for value in known.values()):
         yield Finding(SECONDS_PER_STEP, HOLDS, f"{claim.text}: {said}")
-    elif smoothed and abs(smoothed - claim.value) <= max(_SAME * smoothed, claim.rounding):
+    elif smoothed and abs(smoothed - claim.value) <= max(SAME * smoothed, claim.rounding):
         average = f"it is the bar's moving average at step {log['at_step']}"
         yield Finding(SECONDS_PER_STEP, FAILS, f"{claim.text}: {average}; {said}")
     else:
@@ -387,5 +271,5 @@ def _steps_in_words(numbers: Sequence[int]) -> str:
 
 CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     _rate, _seconds_per_step, _loss, _short_steps, _smoothing, _warmup, _saving, _repeats, _world_size, _global_batch,
-    _steps, _drift, _utilisation, _recorded,
+    _steps, _drift, within_reach, _recorded,
 )  # fmt: skip

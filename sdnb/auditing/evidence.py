@@ -35,7 +35,6 @@ class Evidence:
     name: str
     measured: Measurements
     environment: dict[str, Any]
-    model: dict[str, Any]
     total_seconds: float | None
     recorded: list[dict[str, Any]]  # the rows of results.json of a run of sdnb
     recorded_by: str | None = None  # the version of sdnb

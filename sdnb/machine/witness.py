@@ -61,12 +61,16 @@ class Witness:
         for name, of in read.items():
             with contextlib.suppress(Exception):  # NVML and AMD's library raise many types, for what a device lacks
                 state[name] = of(self._device)
+        return {**state, "slowed_by": self.slowed_by()}
+
+    def slowed_by(self) -> list[str]:
+        """Why this rank's GPU is slowed down now; empty if it is not, or that is unknown."""
         if self._nvml:
             with contextlib.suppress(Exception):
                 library, handle = self._nvml
                 reasons = library.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-                state["slowed_by"] = sorted({why for bit, why in _SLOWED_BY.items() if reasons & bit})
-        return state
+                return sorted({why for bit, why in _SLOWED_BY.items() if reasons & bit})
+        return []
 
     def gpu_processes(self) -> int:
         """Other processes that compute on this rank's GPU; 0 if that is unknown."""

@@ -10,37 +10,16 @@ import pandas as pd
 
 from sdnb.machine.peaks import peak_of
 from sdnb.metrics.isolation import disturbances, others_share
-from sdnb.metrics.logged import rate_of_a_log, seconds_per_micro_batch_of, short_at
+from sdnb.metrics.logged import throughput_of_a_log
+from sdnb.metrics.result import RATE, Result, rate_result
 from sdnb.metrics.steps import RUNNING_MEAN_STEPS, first_not_finite, mark, slow_steps, steady_state, warmup_steps
 from sdnb.metrics.throughput import Estimate, flop_of, images_per_second, nominal_ips, ratio_of_sums
 from sdnb.settings.config import TrainConfig
 from sdnb.tables import html_table
 
 RESULTS_MIME = "application/vnd.sdnb.results+json"  # the rows of the results table
-RATE = "images/s"
 MFU_NAME = "MFU"
-_SHORT_SECONDS = 100
 PAGE_MIME = "application/vnd.sdnb.page+json"  # what a page says besides the notebook's outputs
-
-
-@dataclass(frozen=True)
-class Result:
-    """A row of the results table: what is read, how it is measured, and the number with its unit, its 95 % confidence
-    interval and the `n` steps, ranks or images that it comes from, where it has them."""
-
-    name: str
-    text: str
-    how: str
-    value: float | None = None
-    unit: str = ""
-    n: int | None = None
-    low: float | None = None
-    high: float | None = None
-
-    def row(self) -> dict[str, Any]:
-        """For JSON, which has no NaN."""
-        return {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in vars(self).items()}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,12 +66,12 @@ def measure(run: Any) -> Measurements:
     noun = "GPU" if on_gpu else "CPU rank" if devices.get("type") == "cpu" else "rank"
     steady = steps[steps.steady & steps.seconds.notna()]
     if log:
-        each, throughput = _throughput_of_a_log(steps, config, noun, log, summary.get("total_seconds"))
+        each, throughput = throughput_of_a_log(steps, config, noun, log, summary.get("total_seconds"))
     else:
-        is_steady = steady_state(steps)[0] is not None
-        together = images_per_second(steady.images, steady.seconds) if is_steady else _range_of_quarters(steady)
-        each = together.scaled(1 / config.ranks)
-        throughput = [*_throughput(steps, config, noun, each, together)]
+        begin, change = steady_state(steps)
+        of = images_per_second(steady.images, steady.seconds) if begin is not None else _range_of_quarters(steady)
+        each = of.scaled(1 / config.ranks)
+        throughput = [*_throughput(steps, config, noun, each, of, begin, change)]
     disturbed = () if config.device_isolation == "ignore" else tuple(disturbances(steady, environment))
     short = int(steps.short.sum())
     how = f"steps with fewer images than the global batch{', by the header' if log else ''}"
@@ -118,50 +97,6 @@ def examples_of(environment: dict[str, Any]) -> int | None:
     return (data.get("examples") or data.get("images")) if isinstance(data, dict) else None  # 0.1 had the data's name
 
 
-def _throughput_of_a_log(
-    steps: pd.DataFrame, config: TrainConfig, noun: str, log: dict[str, Any], seconds: float | None
-) -> tuple[Estimate, list[Result]]:
-    """Of a run that sdnb did not make."""
-    ranks, images, rows = config.ranks, steps.images.sum(), list[Result]()
-    whole = None
-    if trained := log.get("trained_seconds"):
-        whole = _by_clock(images / ranks, trained)
-        how = f"{images:.0f} images / {trained:.0f} s / {noun}s, from the start to the last step, with the warm-up"
-        rows.append(_rate(f"images/s per {noun}, whole training", whole, how, len(steps)))
-    if seconds and seconds > (trained or 0) + 1:
-        rate = _by_clock(images / ranks, seconds)
-        how = f"{images:.0f} images / {seconds:.0f} s / {noun}s, with all pauses and what follows the last step"
-        rows.append(_rate(f"images/s per {noun}, whole log", rate, how, len(steps)))
-    each, how, known = rate_of_a_log(steps, config, log, whole)
-    if ranks > 1:
-        how_all = f"{ranks} times that of one {noun}"
-        rows.insert(0, _rate(f"images/s, all {noun}s", each.scaled(ranks), how_all, known))
-    if each is not whole:
-        rows.insert(0, _rate(f"images/s per {noun}", each, f"images / time / {noun}s, {how}", known))
-    else:  # it is the headline
-        rows.sort(key=lambda row: not row.name.endswith("whole training"))
-    if shown := log.get("shown_seconds_per_step"):
-        at = log["at_step"]
-        nominal = config.global_batch / shown / ranks
-        counted = (
-            f"{config.global_batch} / {shown:.4g} s/it at step {at} / {ranks} {noun}s; counts every step as a full "
-        )
-        counted += f"one{short_at(steps, config, at)}"
-        rows.append(Result("nominal IPS", f"{nominal:.2f}", counted, nominal, RATE, 1))
-        if log.get("shows_single_steps", True):
-            micro_batch = seconds_per_micro_batch_of(steps, log)
-            solved = f"from tqdm's s/it at step {at}, with its smoothing undone"
-            rows.append(Result("seconds per micro-batch", f"{micro_batch:.3f}", solved, micro_batch, "s"))
-    return each, rows
-
-
-def _by_clock(images: float, seconds: float) -> Estimate:
-    """Images over seconds. A progress bar's clock cuts to whole seconds: of a short time, the interval is what that
-    allows."""
-    rate, is_short = images / seconds, seconds < _SHORT_SECONDS and float(seconds).is_integer()
-    return Estimate(rate, images / (seconds + 1), rate) if is_short else Estimate(rate, math.nan, math.nan)
-
-
 def _unique(steps: pd.DataFrame, noun: str, each: Estimate) -> Iterator[Result]:
     """Images/s without the images that an epoch repeats."""
     images, unique = steps.images.sum(), steps.unique_images.sum()
@@ -169,13 +104,14 @@ def _unique(steps: pd.DataFrame, noun: str, each: Estimate) -> Iterator[Result]:
         repeats = images - unique
         how = f"each image once an epoch: {repeats:.0f} of {images:.0f} images ({repeats / images:.1%}) are repeats"
         how += ", with which accelerate fills the last round of an epoch" if repeats else ""
-        yield _rate(f"unique images/s per {noun}", each.scaled(unique / images), how, len(steps))
+        yield rate_result(f"unique images/s per {noun}", each.scaled(unique / images), how, len(steps))
 
 
 def _throughput(
-    steps: pd.DataFrame, config: TrainConfig, noun: str, each: Estimate, together: Estimate
-) -> Iterator[Result]:
-    steady, (begin, change) = steps[steps.steady], steady_state(steps)
+    steps: pd.DataFrame, config: TrainConfig, noun: str, each: Estimate, together: Estimate, begin: int | None,
+    change: int | None,
+) -> Iterator[Result]:  # fmt: skip
+    steady = steps[steps.steady]
     warmup = warmup_steps(len(steps)) if begin is None else begin
     how = f"images trained on / time / {noun}s, with 95 % confidence interval; "
     if begin is None:
@@ -183,7 +119,7 @@ def _throughput(
     how += f"steps {warmup + 1} to {len(steps)}, without {warmup} of warm-up"
     if resumed := len(steps) - warmup - len(steady):
         how += f" and {resumed} directly after a resume"
-    yield _rate("images/s per " + noun, each, how, len(steady))
+    yield rate_result("images/s per " + noun, each, how, len(steady))
     if change is not None:
         yield from _changed_pace(steps, begin, change, noun, config)
     how = f"{config.global_batch} × tqdm's it/s at step {len(steps) - 1} / {config.num_processes} {noun}s; "
@@ -194,7 +130,7 @@ def _throughput(
     else:
         yield Result("nominal IPS", "unknown after one step", how)
     if config.ranks > 1:
-        yield _rate(f"images/s, all {noun}s", together, f"{config.ranks} {noun}s together", len(steady))
+        yield rate_result(f"images/s, all {noun}s", together, f"{config.ranks} {noun}s together", len(steady))
     full = steady[~steady.short]
     if len(full):
         median, p95 = full.seconds.median(), full.seconds.quantile(0.95)
@@ -212,7 +148,7 @@ def _changed_pace(
     before = steps[warmup_steps(len(steps)) : change]
     rate = images_per_second(before.images, before.seconds).scaled(1 / config.ranks)
     yield Result("steady state", f"from step {begin + 1}", how, 1.0, n=len(steps) - begin)
-    yield _rate(f"before the steady state, images/s per {noun}", rate, how, len(before))
+    yield rate_result(f"before the steady state, images/s per {noun}", rate, how, len(before))
 
 
 def _range_of_quarters(steady: pd.DataFrame) -> Estimate:
@@ -220,12 +156,6 @@ def _range_of_quarters(steady: pd.DataFrame) -> Estimate:
     quarters = [steady.iloc[part] for part in np.array_split(np.arange(len(steady)), 4)]
     rates = [quarter.images.sum() / quarter.seconds.sum() for quarter in quarters]
     return Estimate(steady.images.sum() / steady.seconds.sum(), min(rates), max(rates))
-
-
-def _rate(name: str, rate: Estimate, how: str, steps: int) -> Result:
-    if not math.isfinite(rate.value):
-        return Result(name, "unknown", how)
-    return Result(name, str(rate), how, rate.value, RATE, int(steps), rate.low, rate.high)
 
 
 def _mfu(model: dict[str, Any], config: TrainConfig, names: list[str] | None, steady: pd.DataFrame) -> Iterator[Result]:

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from sdnb.metrics.results import RATE, Measurements, Result, measure
+from sdnb.metrics.result import RATE, Result
+from sdnb.metrics.results import Measurements, measure
 from sdnb.metrics.throughput import Estimate
 from sdnb.run.folder import RunFolder
 from sdnb.run.log import Log, empty_records

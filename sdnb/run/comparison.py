@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 
 from sdnb.errors import RunError
-from sdnb.metrics.results import PAGE_MIME, Measurements, Result
+from sdnb.metrics.result import Result
+from sdnb.metrics.results import PAGE_MIME, Measurements
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.places import runs_folder
 from sdnb.run.baselines import PUBLISHED, Baseline, baselines

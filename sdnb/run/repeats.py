@@ -8,7 +8,8 @@ from pathlib import Path
 
 from scipy.special import stdtrit
 
-from sdnb.metrics.results import RATE, Measurements, Result, measure
+from sdnb.metrics.result import RATE, Result
+from sdnb.metrics.results import Measurements, measure
 from sdnb.metrics.throughput import Estimate
 from sdnb.run import files
 from sdnb.run.folder import RunFolder

@@ -46,10 +46,11 @@ class StepStats:
         divides by those of a full step, as the reference logs it. `signal` becomes the number of the signal that asks
         to stop, on all ranks in the same step."""
         ranks = self.accelerator.num_processes
-        gpu, spent = self.witness.gpu(), self.witness.spent()
+        gpu = self.witness.gpu() if self.accelerator.is_main_process else {}  # only that of rank 0 is recorded
+        slowed_down, spent = bool(self.witness.slowed_by()), self.witness.spent()
         counted = (
             self.images, *self.encoders.take_counts(), self.meter.joules(), self.stop.signal,
-            bool(gpu.get("slowed_by")), spent.in_use, spent.own, spent.cores,
+            slowed_down, spent.in_use, spent.own, spent.cores,
         )  # fmt: skip
         sums = torch.stack([self.loss_sum, *(torch.full_like(self.loss_sum, number) for number in counted)])
         (loss_sum, images, encoded_images, encoded_captions, joules, signals, slowed, in_use, own, cores, step_loss,
