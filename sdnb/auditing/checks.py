@@ -9,6 +9,7 @@ from sdnb.auditing.evidence import SAVING, SHORT, SMOOTHING, WARMUP
 from sdnb.auditing.reach import within_reach
 from sdnb.machine.environment import version_of
 from sdnb.metrics.results import examples_of
+from sdnb.metrics.steps import warmup_steps
 from sdnb.metrics.throughput import images_per_second
 
 # The names of the checks say what holds.
@@ -190,8 +191,8 @@ def _steps(case: Case) -> Iterator[Finding]:
 
 
 def _drift(case: Case) -> Iterator[Finding]:
-    steps = case.evidence.steps
-    timed = steps[steps.steady & steps.seconds.notna()]
+    # From the first tenth on: a steady state begins after a change of pace.
+    timed = case.evidence.steps.iloc[warmup_steps(len(case.evidence.steps)) :].dropna(subset="seconds")
     if len(timed) < _LEAST_FOR_DRIFT:
         yield Finding(NO_DRIFT, UNKNOWN, f"the log shows the times of {len(timed)} of the steps after the warm-up")
         return
