@@ -56,6 +56,7 @@ def test_the_page_leads_with_the_runs(repeated):
     text = page.read_text()
     assert "slowest to fastest" in text and "as MLPerf computes it" in text
     run = sdnb.Run(repeated / "repeat-2")
+    assert "--repeats=5" in run.reproduce()[-1]
     names = [row["name"] for row in run.results._repr_mimebundle_()[RESULTS_MIME]]
     assert names[0].endswith("median of 5 runs") and "images/s per CPU rank" in names, "its own is there, too"
 

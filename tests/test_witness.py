@@ -71,7 +71,7 @@ def test_a_run_beside_busy_processes_says_so(settings, tmp_path):
     make_run(tmp_path / "quiet")
     compared = sdnb.compare([tmp_path / "quiet", run.folder])
     (statement,) = [said for said in compared.statements if " times as many " in said]
-    assert "It is not judged whether that is chance: a machine was shared (run: other processes" in statement
+    assert "It is not judged whether that is chance (run: other processes" in statement
     assert "significant" not in statement
 
 

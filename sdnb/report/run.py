@@ -18,8 +18,8 @@ from sdnb.figures.chart import Chart
 from sdnb.metrics.results import PAGE_MIME, Measurements, measure, time_by_part
 from sdnb.metrics.step_clock import PHASES
 from sdnb.places import runs_folder
-from sdnb.run.folder import CONFIG, RunFolder, data_name, problems_of
-from sdnb.run.repeats import measured_of
+from sdnb.run.folder import CERTIFIED, CONFIG, NOT_CERTIFIED, RunFolder, data_name, problems_of
+from sdnb.run.repeats import measured_of, names_in
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.flags import command_line
 
@@ -94,6 +94,8 @@ class Run(RunFolder):
         ):
             return []  # the latter two were pretraining runs of version 0.1
         settings = self.config.model_dump(mode="json", exclude=_NOT_REPEATED)
+        if self.folder.name in (repeated := names_in(self.folder.parent)):
+            settings["repeats"] = len(repeated)
         command = f"sdnb train {shlex.join([*command_line(settings), '--output_dir=again'])}"
         commit = environment.get("git_commit")
         clone = [f"git checkout {commit}", "make .venv/.installed && . .venv/bin/activate"] if commit else []
@@ -136,7 +138,15 @@ class Run(RunFolder):
             "step": f"{config.train_batch_size} images × {config.gradient_accumulation_steps} micro-batches{ranks} "
             f"= {config.global_batch} images{size}{precision}",
             "trained": f"{len(steps)} steps, {steps.images.sum():,} images" if len(steps) else "no step",
+            **self._convergence(),
         }  # fmt: skip
+
+    def _convergence(self) -> dict[str, str]:
+        """What the certificate says; empty if there is none."""
+        if not (certificate := self.certificate):
+            return {}
+        compared = f"{len(certificate['quantities'])} quantities, {certificate['seeds']} seeds, {certificate['band']}"
+        return {"convergence": f"{certificate['verdict']}: {'; '.join([*certificate['reasons'], compared])}"}
 
     def _badges(self) -> list[dict[str, str]]:
         """What a reader must know beside the number, each with its kind: good, or bad."""
@@ -149,6 +159,9 @@ class Run(RunFolder):
         if len(self.steps) and self.results.value_of("steady state") == 0:
             found.append({"text": "no steady state", "kind": "bad"})
         found += [{"text": reason, "kind": "bad"} for reason in (self.results.disturbed if len(self.steps) else ())]
+        if certificate := self.certificate:
+            kind = {CERTIFIED: "good", NOT_CERTIFIED: "bad"}.get(certificate["verdict"], "")
+            found.append({"text": certificate["verdict"], "kind": kind})
         if self.model.get("random_weights"):
             found.append({"text": "random weights: the loss means nothing", "kind": "bad"})
         if self.environment.get("git_changed"):

@@ -20,7 +20,7 @@ from sdnb.metrics.results import PAGE_MIME, Measurements
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.places import runs_folder
 from sdnb.run.baselines import PUBLISHED, Baseline, baselines
-from sdnb.run.folder import CONFIG, RunFolder, problems_of
+from sdnb.run.folder import CONFIG, NOT_CERTIFIED, RunFolder, problems_of
 from sdnb.run.log import UNKNOWN
 from sdnb.run.repeats import REPEATS, measured_of, repeats_in
 from sdnb.settings.fields import several
@@ -111,10 +111,16 @@ class Comparison:
     def statements(self) -> list[str]:
         """For each pair of runs, whether and how much they differ in images/s per device."""
         rates = {label: measured.throughput for label, measured in self.measured.items()}
-        disturbed = {label: measured.disturbed for label, measured in self.measured.items()}
-        pairs = [_compare(one, rates[one], other, rates[other], {label: disturbed[label] for label in (one, other)})
+        doubts = {label: self._doubts(label) for label in rates}
+        pairs = [_compare(one, rates[one], other, rates[other], {label: doubts[label] for label in (one, other)})
                  for one, other in combinations(rates, 2)]  # fmt: skip
         return [*filter(None, [self.caveat]), *self._published, *pairs, *self.problems]
+
+    def _doubts(self, label: str) -> list[str]:
+        """Why a run's rate is not to be compared: its machine was shared, or its training was another."""
+        run = self.runs[label]
+        rejected = isinstance(run, RunFolder) and run.certificate.get("verdict") == NOT_CERTIFIED
+        return [*self.measured[label].disturbed, *(["its training is not certified"] if rejected else [])]
 
     def __repr__(self) -> str:
         return "\n".join([self.results.to_string(), "", *self.statements])
@@ -235,14 +241,14 @@ def _labels(paths: list[Path]) -> list[str]:
     return ["/".join(path.parts[-parts:]) for path in paths]
 
 
-def _compare(one: str, first: Estimate, other: str, second: Estimate, disturbed: dict[str, tuple[str, ...]]) -> str:
+def _compare(one: str, first: Estimate, other: str, second: Estimate, doubts: dict[str, list[str]]) -> str:
     ratio = ratio_of(second, first)
     statement = f"{other} trains {ratio.value:.3g} times as many images/s per device as {one}"
     if not math.isfinite(ratio.low):
         return f"{statement}. It is unknown whether that is chance: one of them has no confidence interval."
     statement += f" (95 % confidence: {ratio.low:.3g} to {ratio.high:.3g})"
-    if why := [f"{label}: {', '.join(reasons)}" for label, reasons in disturbed.items() if reasons]:
-        return f"{statement}. It is not judged whether that is chance: a machine was shared ({'; '.join(why)})."
+    if why := [f"{label}: {', '.join(reasons)}" for label, reasons in doubts.items() if reasons]:
+        return f"{statement}. It is not judged whether that is chance ({'; '.join(why)})."
     if ratio.low <= 1 <= ratio.high:
         return f"{statement}: no significant difference."
     return f"{statement}: a significant difference. Two runs on the same machine can differ by more: repeat both."

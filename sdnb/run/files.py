@@ -29,10 +29,15 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """As `write`, for any text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write`, for any content."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # another machine may have the same process number
     with writing(path):
         try:
-            aside.write_text(text)
+            aside.write_bytes(content)
             aside.replace(path)
         except OSError:
             with suppress(OSError):

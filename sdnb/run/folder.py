@@ -34,6 +34,8 @@ VALIDATION = "validation.jsonl"
 LOG = "train.log"
 SUMMARY = "summary.json"
 RESULTS = "results.json"
+CERTIFICATE = "certificate.json"
+CERTIFIED, NOT_CERTIFIED = "certified", "not certified"  # its verdict, or another
 FAILURE = "failure.json"
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock, some NFS
@@ -63,7 +65,7 @@ def begin(config: TrainConfig, environment: dict[str, Any]) -> tuple[Path, TextI
     write(folder / ENVIRONMENT, {**environment, **began})
     if config.num_machines == 1:  # another machine may be writing, see `join`
         remove_strays(folder)
-    for name in (SUMMARY, FAILURE, FAILURE_CLAIM):  # of the run that is resumed
+    for name in (SUMMARY, CERTIFICATE, FAILURE, FAILURE_CLAIM):  # of the run that is resumed
         (folder / name).unlink(missing_ok=True)
     return folder, held
 
@@ -237,8 +239,12 @@ class RunFolder:
     folder has no run."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser().absolute()
-        if not (self.folder / CONFIG).exists():
+        try:
+            self.folder = Path(folder).expanduser().absolute()
+            is_run = (self.folder / CONFIG).exists()
+        except (OSError, ValueError, RuntimeError) as error:  # a name that no folder can have, `~nobody`
+            raise RunError(f"{folder}: cannot be a run folder: {error}") from None
+        if not is_run:
             raise RunError(f"{self.folder}: there is no run here ({CONFIG} is missing)")
 
     def __repr__(self) -> str:
@@ -301,6 +307,11 @@ class RunFolder:
     def failure(self) -> dict[str, Any]:
         """The rank that failed, and its error. Empty if none did."""
         return read(self.folder / FAILURE)
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """What `sdnb certify` found. Empty if it was not asked."""
+        return read(self.folder / CERTIFICATE)
 
     @property
     def known_settings(self) -> dict[str, Any]:

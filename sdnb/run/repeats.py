@@ -76,12 +76,17 @@ class Repeats:
 
 def repeats_in(folder: Path) -> Repeats | None:
     """The repeated training whose runs a folder contains; None if it contains none, or fewer than two complete ones."""
-    names = files.read(folder / REPEATS).get("runs", [])
-    runs = [RunFolder(folder / name) for name in names if (folder / name).is_dir()]
+    runs = [RunFolder(folder / name) for name in names_in(folder) if (folder / name).is_dir()]
     complete = [run for run in runs if run.state == "complete"]
     if len(complete) < 2:
         return None
     return Repeats(tuple(complete), tuple(measure(run).throughput.value for run in complete))
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of the runs, complete or not, of the repeated training that a folder contains; empty if of none."""
+    names = files.read(folder / REPEATS).get("runs", [])
+    return names if isinstance(names, list) else []
 
 
 def begin(folder: Path, names: Sequence[str]) -> None:

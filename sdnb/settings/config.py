@@ -94,6 +94,11 @@ class TrainConfig(
         """A copy with some settings changed, validated again."""
         return type(self)(**{**self.model_dump(), **changes})
 
+    def measured_only(self, **changes: Any) -> TrainConfig:
+        """A copy that trains once, from the start, and draws, reports and uploads nothing; with some more changes."""
+        none = dict.fromkeys(("validation_prompts", "target_loss", "until", "resume_from_checkpoint"))
+        return self.updated(**none, report_to="none", push_to_hub=False, repeats=1, **changes)
+
     def resolved(self, device_type: str, device_count: int, bf16: bool = True) -> TrainConfig:
         """A copy in which `mixed_precision` and `num_processes` are set for a machine. `device_type`: torch's name,
         `cuda` or `cpu`. `device_count`: visible GPUs; ignored on a CPU. `bf16`: whether the device has instructions for

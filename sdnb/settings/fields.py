@@ -243,5 +243,12 @@ def listed() -> str:
     return "\n".join(lines)
 
 
+# What names the model and the data. On another machine they may lie elsewhere: their digests tell whether they are the
+# same.
+IDENTIFIED_BY_DIGEST = frozenset({
+    "pretrained_model_name_or_path", "revision", "variant", "non_ema_revision", "dataset_name", "dataset_config_name",
+    "train_data_dir", "image_column", "caption_column",
+})  # fmt: skip
+
 # Settings of version 0.1 that are gone: they changed no result, so a run folder that has them can still be read.
 RETIRED = frozenset({"onednn_linear", "keep_freed_memory", "channels_last", "cuda_graphs"})

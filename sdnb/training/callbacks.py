@@ -53,6 +53,7 @@ class Callbacks:
 
     def before_training(self) -> None:
         """Measure and draw, unless a run is resumed."""
+        self.began = time.perf_counter()
         if self.training.step == 0:
             self._measure_held_out()
             self._draw()
@@ -100,7 +101,7 @@ class Callbacks:
 
     def after_training(self, threads: dict[str, Any]) -> None:
         """Save, draw and upload. `threads`: how threads have waited for each other, see `Waits.stop`."""
-        accelerator, trained = self.accelerator, time.perf_counter()
+        accelerator, trained, paused = self.accelerator, time.perf_counter(), sum(self.spent.values())
         ranks = self._describe_ranks()
         if self.training.ema is not None:
             self.training.ema.copy_to(self.training.unet.parameters())
@@ -110,10 +111,11 @@ class Callbacks:
             with self._counted("saving"):
                 self._save_pipeline()
             summary = dict(
-                world_size=accelerator.num_processes, distributed_type=accelerator.distributed_type.value, ranks=ranks,
-                diverged_at=first_not_finite(run_folder.RunFolder(self.folder).steps), threads=threads,
-                training_seconds=trained - self.began, saving_seconds=time.perf_counter() - trained,
-                spent_seconds=dict(self.spent), ended=time.time(),
+                world_size=accelerator.num_processes, machines=self.config.num_machines,
+                distributed_type=accelerator.distributed_type.value, ranks=ranks, threads=threads,
+                diverged_at=first_not_finite(run_folder.RunFolder(self.folder).steps),
+                second_moment=self.training.second_moment, training_seconds=trained - self.began, paused_seconds=paused,
+                saving_seconds=time.perf_counter() - trained, spent_seconds=dict(self.spent), ended=time.time(),
                 total_seconds=run_folder.seconds_since_start(self.folder),
             )  # fmt: skip
             files.write(self.folder / run_folder.SUMMARY, summary)

@@ -15,6 +15,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from sdnb.compat import has_fused_adam, has_stances
@@ -57,6 +58,13 @@ class Training:
     @property
     def folder(self) -> Path:
         return run_folder.path_of(self.config)
+
+    @property
+    def second_moment(self) -> float | None:
+        """The sum of AdamW's averages of squared gradients, all weights together: what the optimizer was really given.
+        None for an optimizer that keeps them in another form."""
+        kept = [state.get("exp_avg_sq") for state in self.optimizer.state.values()]
+        return sum(one.double().sum().item() for one in kept) if all(one is not None for one in kept) else None
 
     @property
     def total_steps(self) -> int:
@@ -118,9 +126,7 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
         parts.unet.parameters(), lr=config.peak_learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay, eps=config.adam_epsilon,
     )  # fmt: skip
-    ranks = accelerator.num_processes  # accelerate advances the schedule once per rank
-    warmup_steps, steps = config.lr_warmup_steps * ranks, config.schedule_steps(len(splits.train)) * ranks
-    schedule = get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    schedule = schedule_of(config, optimizer, len(splits.train))
     unet, optimizer, schedule = accelerator.prepare(parts.unet, optimizer, schedule)
     # On a CPU, threads that load would take cores from the step. Worker processes load without threads.
     in_threads = device.type == "cuda" and not config.dataloader_num_workers
@@ -134,13 +140,21 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
     loader = accelerator.prepare_data_loader(loader, device_placement=False)
     if ema is not None:
         ema.settle(device)
-    stop = StopRequest(run_folder.path_of(config) / run_folder.FAILURE if ranks > 1 else None)
+    stop = StopRequest(run_folder.path_of(config) / run_folder.FAILURE if config.ranks > 1 else None)
     return Training(
         config, accelerator, splits, parts, unet, optimizer, schedule, ema, encoders,
         batches=MicroBatches(loader, config.gradient_accumulation_steps, config.whole_steps),
         clock=StepClock(device),
         stats=StepStats(accelerator, config.gradient_accumulation_steps, encoders, stop),
         stop=stop,
+    )  # fmt: skip
+
+
+def schedule_of(config: TrainConfig, optimizer: torch.optim.Optimizer, examples: int) -> LambdaLR:
+    """The schedule of the learning rate, which accelerate advances once per rank in each step."""
+    return get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps * config.ranks,
+        num_training_steps=config.schedule_steps(examples) * config.ranks,
     )  # fmt: skip
 
 
