@@ -15,7 +15,7 @@ from sdnb.machine.environment import version_of
 from sdnb.places import runs_folder, shipped, workspace
 from sdnb.report.export import FORMATS
 from sdnb.settings.config import TrainConfig
-from sdnb.settings.flags import DESCRIPTION, Parser, add_settings, config_of
+from sdnb.settings.flags import DESCRIPTION, Parser, add_settings, config_of, found
 
 # What a log may not contain.
 _FACTS = {
@@ -84,6 +84,25 @@ def _parser() -> argparse.ArgumentParser:
     auditing.add_argument("--steps", type=_count, help="optimizer steps, if there is no log")
     auditing.add_argument("--format", choices=("markdown", "json"), help="print in this form, and make no page")
     _file(auditing.add_argument("--page", type=Path, help="the HTML page to write; default: one under runs/"))
+
+    certifying = command("certify", _certify, "check that a run trained as its settings say")
+    what = "a run folder; it is compared with a band: the same training with other seeds"
+    _file(certifying.add_argument("run", nargs="?", help=what))
+    what = "the band; default: the one in params/bands/ that has the run's settings"
+    _file(certifying.add_argument("--band", type=Path, help=what))
+    what = "make a band of the settings in this file instead, and write it to params/bands/, or where --band says"
+    _file(certifying.add_argument("--make-band", metavar="SETTINGS", help=what))
+    certifying.add_argument("--seeds", type=_count, default=20, help="trainings of the band; default: 20")
+
+    sealing = command("seal", _seal, "make one file of a run that anyone can verify")
+    _file(sealing.add_argument("run", help="a run folder; the file RUN.sdnb.zip is written beside it"))
+
+    verifying = command("verify", _verify, "verify a sealed run: its figures, and what its records cannot be")
+    _file(verifying.add_argument("file", help="a file RUN.sdnb.zip"))
+    what = "the run folder, for its checkpoints; default: the one beside the file, if it is there"
+    _file(verifying.add_argument("--run", help=what))
+    what = "run so many randomly drawn steps again, from the checkpoints in the run folder"
+    verifying.add_argument("--replay", type=_count, metavar="STEPS", help=what)
 
     captions = command("captions", _captions, "write captions in .txt files beside images into a metadata.jsonl")
     _file(captions.add_argument("folder", type=Path, help="a folder of images, as in train_data_dir"))
@@ -189,6 +208,54 @@ def _audit(given: argparse.Namespace) -> None:
         page, *_ = write_page(runs_folder(), given.page, notebook=executed("audit", {"audited": audited}))
         print(f"report: {page}")
     if not audited.holds:
+        sys.exit(1)
+
+
+def _certify(given: argparse.Namespace) -> None:
+    if bool(given.run) == bool(given.make_band):
+        raise ConfigError("give a run to certify, or --make-band and a file of settings")
+    if given.make_band:
+        from sdnb.launch.bands import make_band
+
+        config, name = TrainConfig.from_yaml(found(given.make_band), output_dir=None), Path(given.make_band).stem
+        print(f"band: {make_band(config, name, given.seeds, given.band)}")
+        return
+    from sdnb.certifying.band import band_for, read_band
+    from sdnb.certifying.certificate import CERTIFIED, certify
+    from sdnb.run.folder import RunFolder
+
+    run = RunFolder(given.run)
+    certificate = certify(run, read_band(given.band) if given.band else band_for(run))
+    print(certificate)
+    if certificate.verdict != CERTIFIED:
+        sys.exit(1)
+
+
+def _seal(given: argparse.Namespace) -> None:
+    from sdnb.run.folder import RunFolder
+    from sdnb.sealing.seal import seal
+    from sdnb.sealing.verify import opened
+
+    with opened(seal(RunFolder(given.run))) as sealed:
+        print(f"sealed: {sealed.file}", f"head: {sealed.seal['head']}", sep="\n")
+
+
+def _verify(given: argparse.Namespace) -> None:
+    from sdnb.run.folder import RunFolder
+    from sdnb.sealing.verify import folder_beside, opened, verify
+
+    with opened(given.file):  # before anything else: it may be no sealed run
+        folder = given.run or folder_beside(given.file)
+    run, replayed = RunFolder(folder) if folder else None, []
+    if given.replay:
+        from sdnb.launch.replay import replay_findings
+
+        if run is None:
+            raise RunError(f"{given.file}: there is no run folder beside it, to replay steps from: give it with --run")
+        replayed = replay_findings(given.file, run, given.replay)
+    verified = verify(given.file, run, replayed)
+    print(verified)
+    if not verified.holds:
         sys.exit(1)
 
 

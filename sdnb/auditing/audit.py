@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sdnb.auditing.case import FAILS, HOLDS, UNKNOWN, Case, Finding, case_of
+from sdnb.auditing.case import FAILS, HOLDS, UNKNOWN, Case, Finding, case_of, lines_of, table_of
 from sdnb.auditing.checks import findings
 from sdnb.auditing.claim import SECONDS, Claim, claim_of
 from sdnb.auditing.evidence import Evidence
@@ -43,8 +43,7 @@ class Audit:
     @property
     def table(self) -> pd.DataFrame:
         """The findings, one per row."""
-        rows = {finding.check: (finding.verdict, finding.why) for finding in self.findings}
-        return pd.DataFrame.from_dict(rows, orient="index", columns=["Verdict", "Why"])
+        return table_of(self.findings)
 
     @property
     def ways(self) -> pd.DataFrame:
@@ -55,9 +54,7 @@ class Audit:
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
     def __repr__(self) -> str:
-        width, wide = (max(map(len, texts)) for texts in zip(*((one.check, one.verdict) for one in self.findings)))
-        lines = [f"{one.check:<{width}}  {one.verdict:<{wide}}  {one.why}" for one in self.findings]
-        return "\n".join([*self.read, "", *self._claims, "", *lines])
+        return "\n".join([*self.read, "", *self._claims, "", *lines_of(self.findings)])
 
     @property
     def _claims(self) -> list[str]:

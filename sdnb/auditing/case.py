@@ -1,8 +1,11 @@
 """What an audit judges: the claims, the evidence, and how the claimed rate is computed from it."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import pandas as pd
 
 from sdnb.auditing.claim import LOSS, PER_DEVICE, SECONDS, TOGETHER, Claim
 from sdnb.auditing.evidence import Evidence, Way
@@ -20,6 +23,24 @@ class Finding:
     check: str
     verdict: str
     why: str
+
+
+def judged(check: str, wrong: Sequence[str], right: str) -> Finding:
+    """A finding that FAILS with what is wrong, or HOLDS with `right` if nothing is."""
+    return Finding(check, FAILS, "; ".join(wrong)) if wrong else Finding(check, HOLDS, right)
+
+
+def table_of(findings: Sequence[Finding]) -> pd.DataFrame:
+    """The findings, one per row."""
+    rows = {finding.check: (finding.verdict, finding.why) for finding in findings}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["Verdict", "Why"])
+
+
+def lines_of(findings: Sequence[Finding]) -> list[str]:
+    """The findings, one per line, in columns, without control characters: what was read may contain some."""
+    width, wide = (max(map(len, texts)) for texts in zip(*((one.check, one.verdict) for one in findings)))
+    lines = (f"{one.check:<{width}}  {one.verdict:<{wide}}  {one.why}" for one in findings)
+    return [re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", line) for line in lines]
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class MicroBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position with the next step."""
         self.epoch, self._resume_from = state["epoch"], state
+        self._iterator, self._taken = None, 0
 
     def _begin_epoch(self) -> Iterator[dict[str, Any]]:
         state, self._resume_from = self._resume_from, None

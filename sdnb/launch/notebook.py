@@ -39,7 +39,7 @@ def train(**settings: Any) -> Run:
     return launch(prepare(TrainConfig(**{"output_dir": None, **settings})))
 
 
-def launch(plan: Plan, show: Show | None = None) -> Run:
+def launch(plan: Plan, show: Show | None = None, replay: dict[str, Any] | None = None) -> Run:
     """Run the training in a new process, with a rank on every device, and follow it to its end; with `repeats` or
     `until`, several times, in a folder each, and return the run in the middle. An interrupt of this
     call ends every rank at once; in a notebook, the run so far is then returned. SIGTERM and SIGHUP, and the end of
@@ -48,6 +48,7 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
 
     Args:
         show: called twice a second. Default: `Live`, which shows the progress under the cell.
+        replay: run these steps of another run in place of a training, see `training.replay`.
     """
     config = plan.config
     if config.repeats > 1 or config.until:
@@ -66,7 +67,7 @@ def launch(plan: Plan, show: Show | None = None) -> Run:
     temporary = tempfile.TemporaryDirectory(prefix="sdnb-", ignore_cleanup_errors=True)
     try:
         with held or contextlib.nullcontext():  # the process inherits it
-            process = _start(plan, folder, ends_with_us, held, temporary.name)
+            process = _start(plan, replay, folder, ends_with_us, held, temporary.name)
         try:
             with StopRequest() as stop:
                 _follow(process, progress, log, show, stop)
@@ -113,7 +114,7 @@ def _repeat(plan: Plan, show: Show | None) -> Run:
 
 
 def _start(
-    plan: Plan, folder: Path, ends_with_us: int, held: TextIO | None, temporary: str
+    plan: Plan, replay: dict[str, Any] | None, folder: Path, ends_with_us: int, held: TextIO | None, temporary: str
 ) -> subprocess.Popen[bytes]:  # fmt: skip
     command = [sys.executable, "-m", "sdnb.launch.ranks", str(folder), str(ends_with_us), temporary]
     token = {"HF_TOKEN": plan.config.hub_token.get_secret_value()} if plan.config.hub_token else {}
@@ -128,7 +129,7 @@ def _start(
     config = plan.config.updated(output_dir=str(folder)).model_dump(mode="json", exclude={"hub_token"})
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin:  # if it has ended already, its log says why
-        process.stdin.write(json.dumps(config).encode())
+        process.stdin.write(json.dumps({"config": config, "replay": replay}).encode())
     return process
 
 

@@ -1,6 +1,7 @@
-"""The process that starts the ranks: `python -m sdnb.launch.ranks <run folder> <pipe> <temporary folder>`, with the
-settings as JSON on its standard input. It calls accelerate's notebook_launcher, which forks. A kernel that has computed
-before, or that holds an Accelerator, would hang or fail there, so this is a process of its own.
+"""The process that starts the ranks: `python -m sdnb.launch.ranks <run folder> <pipe> <temporary folder>`, with a
+job as JSON on its standard input: the settings, and the steps to replay, if it is no training. It calls accelerate's
+notebook_launcher, which forks. A kernel that has computed before, or that holds an Accelerator, would hang or fail
+there, so this is a process of its own.
 
 When the other end of the pipe closes, whoever launched the run is gone: every rank stops after its step, and what is
 left after half a minute is killed. On SIGUSR1 each process writes its stack trace into the log.
@@ -20,6 +21,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from sdnb.errors import Stopped
 from sdnb.launch.failure import advice_when_killed, details_of, how_it_was_killed, write_down
@@ -32,7 +34,8 @@ from sdnb.training.stopping import LAUNCHER_GONE, SIGNALS
 def main() -> None:
     folder, pipe = Path(sys.argv[1]), int(sys.argv[2])
     tempfile.tempdir = sys.argv[3]  # torch's launcher leaves a folder
-    config = TrainConfig(**json.load(sys.stdin))
+    job = json.load(sys.stdin)
+    config = TrainConfig(**job["config"])
     gc.disable()  # until everything is loaded, see `train`
     faulthandler.register(signal.SIGUSR1)
     if config.ranks_here > 1:  # the launcher waits for the ranks; torch's has handlers of its own
@@ -59,7 +62,7 @@ def main() -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the launcher prints "2 CUDAs" for CPU ranks, too
             notebook_launcher(
-                _rank, (config,), num_processes=config.ranks_here, num_nodes=config.num_machines,
+                _rank, (config, job["replay"]), num_processes=config.ranks_here, num_nodes=config.num_machines,
                 node_rank=config.machine_rank, mixed_precision=config.mixed_precision, master_addr=address,
                 use_port=port,
             )  # fmt: skip
@@ -83,7 +86,7 @@ def _pass_on(number: int, _: object) -> None:
     os.killpg(0, number)
 
 
-def _rank(config: TrainConfig) -> None:
+def _rank(config: TrainConfig, replayed: dict[str, Any] | None) -> None:
     sys.stdout = sys.__stdout__
     tempfile.tempdir = None
     if config.ranks_here > 1:
@@ -91,9 +94,14 @@ def _rank(config: TrainConfig) -> None:
             signal.signal(number, signal.SIG_DFL)
         end_with_parent()
     try:
-        from sdnb.training.loop import train
+        if replayed:
+            from sdnb.training.replay import replay
 
-        train(config)
+            replay(config, **replayed)
+        else:
+            from sdnb.training.loop import train
+
+            train(config)
     except Stopped as error:
         os._exit(error.status)
     except Exception as error:

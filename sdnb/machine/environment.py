@@ -1,5 +1,6 @@
 """This machine: its devices, and the versions of its software."""
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -120,9 +121,18 @@ def capture() -> dict[str, Any]:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
+        "code": code_digest(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def code_digest() -> str:
+    """A hash of all Python files of this package, as they are on the disk (SHA-256)."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def cpu_name() -> str:

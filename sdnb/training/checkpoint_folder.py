@@ -1,5 +1,6 @@
 """Checkpoint folders: which of them are complete, and whether they belong to a run."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from sdnb.data.image_captions import ImageCaptions
 from sdnb.errors import RunError
 from sdnb.models.pipeline import model_folder
 from sdnb.run import folder as run_folder
+from sdnb.run.files import intact_lines, read
 from sdnb.settings.config import TrainConfig
 
 MANIFEST = "checkpoint.json"
@@ -60,7 +62,7 @@ def find_checkpoints(config: TrainConfig, examples: ImageCaptions) -> FoundCheck
     usable, rejected = [], []
     for step, folder in candidates:
         try:
-            usable.append(Checkpoint(folder, step, _manifest(folder)))
+            usable.append(Checkpoint(folder, step, manifest_of(folder)))
         except RunError as error:
             rejected.append(str(error))
     if rejected and not usable:
@@ -81,8 +83,9 @@ def numbered(where: Path) -> Iterator[tuple[int, Path]]:
             yield int(number[1]), folder
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Raises RunError if a file is missing or has another size than in the manifest."""
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None if the reference made it. Raises RunError if a file is missing or has
+    another size than in the manifest."""
     if not (folder / MANIFEST).exists():
         if missing := [name for name in _REFERENCE_FILES if not (folder / name).is_file()]:
             raise RunError(f"{folder}: incomplete, it has no {', '.join(missing)}")
@@ -127,6 +130,19 @@ def changed_files(checkpoint: Checkpoint) -> list[str]:
 def identity(config: TrainConfig, examples: ImageCaptions) -> dict[str, Any]:
     """All that affects the result of a run. A checkpoint stores it."""
     return {**config.trajectory(), "the data": examples.digest()}
+
+
+def records_digest(folder: Path, step: int) -> str:
+    """A hash of the records and held-out losses up to a step: a checkpoint commits to what was measured before it."""
+    recorded = (line for name in (run_folder.STEPS, run_folder.VALIDATION) for line in intact_lines(folder / name))
+    lines = [line for line in recorded if json.loads(line)["step"] <= step]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def machine_and_software(folder: Path) -> dict[str, Any]:
+    """The part of a run's environment that a checkpoint commits to."""
+    environment = read(folder / run_folder.ENVIRONMENT)
+    return {name: environment.get(name) for name in ("host", "cpu", "devices", "packages", "code", "git_commit")}
 
 
 def differences(checkpoint: Checkpoint, config: TrainConfig, examples: ImageCaptions) -> dict[str, str]:

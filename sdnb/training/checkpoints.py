@@ -8,6 +8,7 @@ a run resumes bit for bit.
 import logging
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from diffusers import UNet2DConditionModel
 
 from sdnb.errors import RunError
 from sdnb.run import folder as run_folder
-from sdnb.run.files import write
+from sdnb.run.files import read, write
 from sdnb.settings.fields import DataSettings
 from sdnb.training.checkpoint_folder import (
     MANIFEST,
@@ -29,7 +30,9 @@ from sdnb.training.checkpoint_folder import (
     differences,
     digest_of,
     identity,
+    machine_and_software,
     numbered,
+    records_digest,
 )  # fmt: skip
 from sdnb.training.setup import Training
 
@@ -76,8 +79,13 @@ class Checkpoints:
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         manifest = {
             "step": step,
+            "total_steps": self.training.total_steps,
             "device": self.accelerator.device.type,
+            "machine": machine_and_software(self.folder),
+            "model": read(self.folder / run_folder.MODEL).get("unet_digest"),
             "settings": identity(self.training.config, self.training.splits.train),
+            "records": records_digest(self.folder, step),
+            "saved": time.time(),
             "files": {str(path.relative_to(aside)): path.stat().st_size for path in files},
             "digests": {str(path.relative_to(aside)): digest_of(path) for path in files},
         }
@@ -138,7 +146,7 @@ def resume(training: Training, found: FoundCheckpoints) -> int:
     for problem in problems:
         logger.warning("skipped: %s", problem)
     for checkpoint in found.usable:
-        if (problem := _load(training, checkpoint)) is None:
+        if (problem := load(training, checkpoint)) is None:
             logger.info("resuming after step %d, from %s", checkpoint.step, checkpoint.folder)
             return checkpoint.step
         logger.warning("skipped: %s", problem)
@@ -154,7 +162,7 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _load(training: Training, checkpoint: Checkpoint) -> str | None:
+def load(training: Training, checkpoint: Checkpoint) -> str | None:
     """The problem with the checkpoint, on this rank or another; None if it is loaded. One rank checks the content of
     the files meanwhile."""
     accelerator, scaler, problem = training.accelerator, training.accelerator.scaler, None
@@ -198,6 +206,7 @@ def _restore_position(training: Training, checkpoint: Checkpoint) -> None:
     if checkpoint.manifest is None:
         batches.epoch = int(checkpoint.step // training.config.epoch(len(examples)).steps)
         logger.warning("the epoch starts again, in another order: %s does not contain its position", checkpoint.folder)
+        _record_changes(training, ["the reference made the checkpoint"])
         return
     made_on, device = checkpoint.manifest.get("device"), training.accelerator.device.type
     if made_on not in (None, device):
@@ -209,6 +218,7 @@ def _restore_position(training: Training, checkpoint: Checkpoint) -> None:
         logger.warning("resuming with changes: %s", difference)
     if changed:
         _apply_settings(training)
+        _record_changes(training, [*changed])
     reordered = changed.keys() & _DECIDE_ORDER
     place = checkpoint.folder / _POSITION_FILE.format(0 if reordered else training.accelerator.process_index)
     position = torch.load(place, map_location="cpu", weights_only=True)
@@ -217,6 +227,12 @@ def _restore_position(training: Training, checkpoint: Checkpoint) -> None:
         logger.warning("the epoch starts again, in another order: a changed setting affects the order")
     else:
         batches.load_state_dict(position)
+
+
+def _record_changes(training: Training, changes: list[str]) -> None:
+    """Of the run's records it is no longer true that one set of settings explains them."""
+    if training.accelerator.is_main_process:
+        run_folder.add_to_environment(training.folder, changed_on_resume=changes)
 
 
 def _apply_settings(training: Training) -> None:
