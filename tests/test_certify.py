@@ -14,9 +14,11 @@ from training import small_data, small_model, train
 import sdnb
 from sdnb.__main__ import main
 from sdnb.certifying import quantities
-from sdnb.certifying.band import FALSE_ALARMS, Band, band_for, band_of, deciding_settings, made_with, read_band
+from sdnb.certifying.band import FALSE_ALARMS, Band, band_for, deciding_settings, made_with, read_band
 from sdnb.certifying.certificate import CERTIFIED, NOT_CERTIFIED, TOO_FEW, UNKNOWN, certify
+from sdnb.certifying.saved_weights import quantities_of
 from sdnb.errors import ConfigError, RunError
+from sdnb.launch.bands import band_of
 from sdnb.metrics.results import PAGE_MIME
 from sdnb.places import shipped
 from sdnb.run import files
@@ -84,7 +86,7 @@ def test_the_recorded_seeds_are_what_a_training_gives(tmp_path):
     honest = read_band(HONEST)
     assert not honest.differences(run)
     place = honest.seeds.index(101)
-    found = quantities.quantities_of(run, 101)
+    found = quantities_of(run, 101)
     for name, values in honest.quantities.items():
         assert found[name] == pytest.approx(values[place], rel=0.02), name
     certificate = certify(run, read_band(BAND))

@@ -1,7 +1,6 @@
 """A band: what trainings with the same settings and other seeds give. `sdnb certify` compares a run with it."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ import numpy as np
 import yaml
 from scipy.special import stdtrit
 
-from sdnb.certifying.quantities import BEFORE, GIVEN, ROUNDED, UNMOVED, quantities_of
-from sdnb.errors import ConfigError, RunError
+from sdnb.certifying.quantities import BEFORE, GIVEN, ROUNDED, UNMOVED
+from sdnb.errors import ConfigError
 from sdnb.places import shipped, workspace
 from sdnb.run import files
 from sdnb.run.folder import RunFolder
@@ -113,28 +112,6 @@ def deciding_settings(run: RunFolder) -> dict[str, Any]:
         "model": run.model.get("unet_digest"),
         "data": run.environment.get("data", {}).get("digest"),
     }
-
-
-def band_of(runs: Sequence[RunFolder]) -> Band:
-    """The band of trainings with the same settings and different seeds. Raises RunError if that is not what they are,
-    or there are too few."""
-    if len(runs) < LEAST_SEEDS:
-        raise RunError(f"a band needs at least {LEAST_SEEDS} seeds, and these are {len(runs)}")
-    first, steps = runs[0], len(runs[0].steps)
-    if steps < LEAST_STEPS:
-        raise RunError(f"{first.folder}: has {steps} steps; a band needs at least {LEAST_STEPS}")
-    for run in runs:
-        if run.state != "complete" or len(run.steps) != steps:
-            raise RunError(f"{run.folder}: is {run.state}, with {len(run.steps)} steps; the others have {steps}")
-        if deciding_settings(run) != deciding_settings(first):
-            raise RunError(f"{run.folder}: has other settings or data than {first.folder}")
-    measured = [quantities_of(run, steps) for run in runs]
-    names = [name for name in measured[0] if all(math.isfinite(one.get(name, math.nan)) for one in measured)]
-    return Band(
-        deciding_settings(first), made_with(first), steps, first.config.validation_loss_steps,
-        [run.config.seed or 0 for run in runs],
-        {name: [float(f"{one[name]:.7g}") for one in measured] for name in names},
-    )  # fmt: skip
 
 
 def read_band(path: str | Path) -> Band:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sdnb.certifying.band import FALSE_ALARMS, Band, made_with
-from sdnb.certifying.quantities import quantities_of
+from sdnb.certifying.saved_weights import quantities_of
 from sdnb.errors import ConfigError, DataError, ModelError, RunError
 from sdnb.metrics.steps import first_not_finite
 from sdnb.run import files

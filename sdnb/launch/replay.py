@@ -21,7 +21,8 @@ from sdnb.run.folder import RunFolder
 from sdnb.sealing.verify import opened
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import IDENTIFIED_BY_DIGEST
-from sdnb.training.checkpoint_folder import fingerprint, numbered
+from sdnb.training.checkpoint_folder import numbered
+from sdnb.training.checkpoints import fingerprint
 from sdnb.training.replay import RESTORED
 
 # Relative, of losses and norms. On the same CPU with the same versions, a step is the same to the bit.

@@ -2,11 +2,11 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from sdnb.auditing.case import FAILS, UNKNOWN, Finding, judged
 from sdnb.machine.environment import version_of
@@ -17,7 +17,6 @@ from sdnb.run import folder as run_folder
 from sdnb.run.folder import RunFolder
 from sdnb.sealing.seal import CHECKPOINTS, FIGURES, Sealed, is_of_this_version
 from sdnb.settings.config import TrainConfig
-from sdnb.training.setup import schedule_of
 
 _SAME = 1e-9  # of a number that is computed again
 
@@ -106,11 +105,22 @@ def gradients(run: RunFolder, steps: pd.DataFrame, config: TrainConfig) -> Findi
     return judged("gradients", [] if expected and abs(kept / expected - 1) <= OF_THE_GRADIENTS else [how], how)
 
 
+def _schedule(config: TrainConfig, examples: int) -> Callable[[int], float]:
+    """What the learning rate is multiplied with, after so many advances of the schedule."""
+    if config.lr_scheduler == "constant":
+        return lambda _: 1.0
+    import torch  # now, as it takes seconds
+
+    from sdnb.training.setup import schedule_of
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.peak_learning_rate)
+    return schedule_of(config, optimizer, examples).lr_lambdas[0]
+
+
 def learning_rate(run: RunFolder, steps: pd.DataFrame, config: TrainConfig) -> Finding:
     if not (examples := examples_of(run.environment)):
         return Finding("learning rate", UNKNOWN, "the number of images in the data set was not recorded")
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.peak_learning_rate)
-    schedule = schedule_of(config, optimizer, examples).lr_lambdas[0]
+    schedule = _schedule(config, examples)
     # In float16, a step whose gradients overflowed did not advance it.
     stepped = np.isfinite(steps.grad_norm.to_numpy(float)) | (config.mixed_precision != "fp16")
     before = np.concatenate([[0], np.cumsum(stepped)[:-1]])

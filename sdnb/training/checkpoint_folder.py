@@ -1,21 +1,24 @@
 """Checkpoint folders: which of them are complete, and whether they belong to a run."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from sdnb.data.image_captions import ImageCaptions
 from sdnb.errors import RunError
-from sdnb.models.pipeline import model_folder
 from sdnb.run import folder as run_folder
 from sdnb.run.files import intact_lines, read
 from sdnb.settings.config import TrainConfig
+
+if TYPE_CHECKING:  # who verifies a run needs no data, and loading that takes seconds
+    from sdnb.data.image_captions import ImageCaptions
 
 MANIFEST = "checkpoint.json"
 _REFERENCE_FILES = ("unet/config.json", "optimizer.bin", "scheduler.bin")
@@ -101,15 +104,6 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     if wrong := [f"{name} has {found} of {size} bytes" for name, found, size in files if found != size]:
         raise RunError(f"{folder}: incomplete: {'; '.join(wrong)}")
     return manifest
-
-
-def fingerprint(config: TrainConfig) -> dict[str, str]:
-    """A digest of the UNet's weights that the run starts from, and the revision if they come from the hub."""
-    folder = Path(model_folder(config))
-    weights = sorted(path for path in (folder / "unet").iterdir() if path.suffix in (".safetensors", ".bin"))
-    digest = xxhash.xxh3_128("".join(map(digest_of, weights)).encode()).hexdigest()
-    from_hub = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
-    return {"unet_digest": digest, **from_hub}
 
 
 def digest_of(path: Path) -> str:

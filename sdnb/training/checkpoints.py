@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import SCALER_NAME
 from diffusers import UNet2DConditionModel
 
 from sdnb.errors import RunError
+from sdnb.models.pipeline import model_folder
 from sdnb.run import folder as run_folder
 from sdnb.run.files import read, write
+from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import DataSettings
 from sdnb.training.checkpoint_folder import (
     MANIFEST,
@@ -154,6 +157,15 @@ def resume(training: Training, found: FoundCheckpoints) -> int:
     if problems:
         raise RunError("\n".join(["no checkpoint can be used", *problems]))
     return 0
+
+
+def fingerprint(config: TrainConfig) -> dict[str, str]:
+    """A digest of the UNet's weights that the run starts from, and the revision if they come from the hub."""
+    folder = Path(model_folder(config))
+    weights = sorted(path for path in (folder / "unet").iterdir() if path.suffix in (".safetensors", ".bin"))
+    digest = xxhash.xxh3_128("".join(map(digest_of, weights)).encode()).hexdigest()
+    from_hub = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
+    return {"unet_digest": digest, **from_hub}
 
 
 def remove_leftovers(folder: Path) -> None:

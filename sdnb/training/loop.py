@@ -22,8 +22,8 @@ from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.training.callbacks import Callbacks
-from sdnb.training.checkpoint_folder import find_checkpoints, fingerprint
-from sdnb.training.checkpoints import remove_leftovers, resume
+from sdnb.training.checkpoint_folder import find_checkpoints
+from sdnb.training.checkpoints import fingerprint, remove_leftovers, resume
 from sdnb.training.objective import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
 from sdnb.training.setup import Training, build, set_stance, start
 

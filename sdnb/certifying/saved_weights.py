@@ -1,0 +1,56 @@
+"""What the saved weights of a run tell of its training: how good they are, and where they went."""
+
+import math
+from collections import Counter
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from sdnb.certifying.quantities import ROUNDED, SAVED, UNMOVED, recorded_quantities
+from sdnb.data.loading import load_data
+from sdnb.errors import RunError
+from sdnb.models.pipeline import load_parts
+from sdnb.run.folder import RunFolder
+from sdnb.training.evaluation import HeldOutLoss
+
+
+def quantities_of(run: RunFolder, steps: int) -> dict[str, float]:
+    """What was recorded in the first steps of a run, and what its saved weights show if it ended there. A quantity that
+    the run did not record is absent."""
+    return {**recorded_quantities(run, steps), **(_saved(run) if len(run.steps) == steps and run.summary else {})}
+
+
+def _saved(run: RunFolder) -> dict[str, float]:
+    """Of the saved UNet, in float32 on the CPU: its held-out loss, how far each block is from where it began, and how
+    its weights are rounded. Raises SdnbError if the model or the data that it began with is not here."""
+    parts, data = load_parts(run.config), load_data(run.config)
+    if run.config.prediction_type is not None:
+        parts.noise_scheduler.register_to_config(prediction_type=run.config.prediction_type)
+    try:
+        saved = UNet2DConditionModel.from_pretrained(run.folder, subfolder="unet", use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run.folder}: its saved UNet cannot be loaded: {str(error).splitlines()[0]}") from None
+    moved, squares, unmoved, rounded = 0, Counter[str](), 0, Counter[torch.dtype]()
+    ends = dict(saved.named_parameters())
+    for name, begin in parts.unet.named_parameters():
+        end = ends[name].detach()
+        change = end - begin.detach()
+        squares[_block_of(name)] += change.double().square().sum().item()
+        has_moved = change != 0
+        moved += int(has_moved.sum())
+        unmoved += not has_moved.any()
+        for dtype in (torch.float16, torch.bfloat16):
+            rounded[dtype] += int((has_moved & (end == end.to(dtype))).sum())
+    found = {f"distance of {block}": math.sqrt(square) for block, square in squares.items()}
+    found[UNMOVED] = float(unmoved)
+    found[ROUNDED] = max(rounded.values()) / max(1, moved)
+    if data.held_out is not None:
+        held_out = HeldOutLoss(data.held_out, parts, run.config.train_batch_size, torch.device("cpu"))
+        found[SAVED] = held_out(saved)["loss"]
+    return found
+
+
+def _block_of(parameter: str) -> str:
+    """The block of the UNet that a parameter belongs to, such as `down_blocks.1`, `mid_block` or `conv_in`."""
+    first, second, *_ = parameter.split(".")
+    return f"{first}.{second}" if first.endswith("_blocks") else first
