@@ -17,6 +17,7 @@ from sdnb.certifying import quantities
 from sdnb.certifying.band import FALSE_ALARMS, Band, band_for, deciding_settings, made_with, read_band
 from sdnb.certifying.certificate import CERTIFIED, NOT_CERTIFIED, TOO_FEW, UNKNOWN, certify
 from sdnb.certifying.saved_weights import quantities_of
+from sdnb.compat import has_stances
 from sdnb.errors import ConfigError, RunError
 from sdnb.launch.bands import band_of
 from sdnb.metrics.results import PAGE_MIME
@@ -37,7 +38,7 @@ SETTINGS = dict(
 CPU = {"precision": "no", "device": "cpu"}
 # What betrays each of them. Without its draws, the VAE's posterior of this model is as good as its mean.
 BETRAYED_BY = {
-    "no_ema": quantities.SAVED,
+    "no_ema": quantities.AVERAGED,
     "no_clipping": quantities.GIVEN,
     "dropped_micro_batches": "held-out loss after step 101",
     "frozen_block": quantities.UNMOVED,
@@ -80,6 +81,7 @@ def test_twenty_honest_seeds():
     assert alarms(band, honest) <= 1
 
 
+@pytest.mark.skipif(not has_stances(), reason="the packages of early 2024 give a seed other images")
 def test_the_recorded_seeds_are_what_a_training_gives(tmp_path):
     """The seeds were recorded on another machine, whose last digits differ."""
     run = train(SETTINGS, seed=101, output_dir=str(tmp_path / "run"))

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from scipy.special import stdtrit
 
-from sdnb.certifying.quantities import BEFORE, GIVEN, ROUNDED, UNMOVED
+from sdnb.certifying.quantities import AVERAGED, BEFORE, GIVEN, ROUNDED, UNMOVED
 from sdnb.errors import ConfigError
 from sdnb.places import shipped, workspace
 from sdnb.run import files
@@ -30,7 +30,7 @@ _MAY_DIFFER = {
 # TF32, and AdamW's sums are of float32.
 _OF_PRECISION = {"no": 2e-5, "fp16": 2e-4, "bf16": 2e-3}
 _ON_A_GPU = 2e-4
-_EXACT = {UNMOVED: 0.0, ROUNDED: 0.5, GIVEN: 1e-2}
+_EXACT = {UNMOVED: 0.0, AVERAGED: 0.0, ROUNDED: 0.5, GIVEN: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class Band:
         """Between which values a quantity of an honest run lies. `made_with`: what the run was, as of a band."""
         values = np.asarray(self.quantities[name])
         if name in _EXACT or name == BEFORE:
-            middle = float(np.median(values))
+            low, high = float(values.min()), float(values.max())
             precision = max(map(_tolerance, (self.made_with, made_with)))
-            margin = _EXACT.get(name, precision * middle)
-            return max(0.0, middle - margin), middle + margin
+            margin = _EXACT.get(name, precision * high)
+            return max(0.0, low - margin), high + margin
         logs = np.log(values)
         margin = self.z * logs.std(ddof=1)
         return float(np.exp(logs.mean() - margin)), float(np.exp(logs.mean() + margin))

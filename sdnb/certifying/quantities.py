@@ -11,6 +11,7 @@ BEFORE = "held-out loss before the training"
 SAVED = "held-out loss of the saved weights"
 UNMOVED = "tensors of weights that did not move"
 ROUNDED = "share of weights that half precision can hold"
+AVERAGED = "saved weights are an average, not the last step's"
 GIVEN = "squared gradients in the optimizer, over the recorded"
 _BEGIN = 0.25  # of the steps, in which the loss falls
 

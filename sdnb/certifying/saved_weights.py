@@ -6,18 +6,27 @@ from collections import Counter
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdnb.certifying.quantities import ROUNDED, SAVED, UNMOVED, recorded_quantities
+from sdnb.certifying.quantities import AVERAGED, ROUNDED, SAVED, UNMOVED, recorded_quantities
 from sdnb.data.loading import load_data
 from sdnb.errors import RunError
 from sdnb.models.pipeline import load_parts
 from sdnb.run.folder import RunFolder
 from sdnb.training.evaluation import HeldOutLoss
 
+_SAME_WEIGHTS = 5e-5  # relative, of their held-out losses
+
 
 def quantities_of(run: RunFolder, steps: int) -> dict[str, float]:
     """What was recorded in the first steps of a run, and what its saved weights show if it ended there. A quantity that
     the run did not record is absent."""
-    return {**recorded_quantities(run, steps), **(_saved(run) if len(run.steps) == steps and run.summary else {})}
+    found = recorded_quantities(run, steps)
+    if len(run.steps) != steps or not run.summary:
+        return found
+    found |= _saved(run)
+    last = found.get(f"held-out loss after step {steps}")
+    if run.config.use_ema and last and SAVED in found:
+        found[AVERAGED] = float(abs(found[SAVED] / last - 1) > _SAME_WEIGHTS)
+    return found
 
 
 def _saved(run: RunFolder) -> dict[str, float]:
