@@ -6,6 +6,7 @@ import threading
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -200,6 +201,25 @@ def test_links_that_lead_back(image_folder, caplog):
         load_folder(folder)
     with pytest.raises(DataError, match="there is no such folder"):
         load_folder(folder / "001.png")
+
+
+def test_a_single_parquet_file(image_folder, tmp_path):
+    """As `datasets` writes it, and as others do, who do not say that the bytes are images."""
+    files = sorted(image_folder(3).glob("*.png"))
+    captions, content = [f"picture {number}" for number in range(3)], [file.read_bytes() for file in files]
+    images = datasets.Dataset.from_dict({"image": [*map(str, files)], "text": captions})
+    images.cast_column("image", datasets.Image()).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    structs = [{"bytes": one, "path": None} for one in content]
+    for name, column in (("bytes", content), ("structs", structs)):
+        pyarrow.parquet.write_table(pyarrow.table({"image": column, "text": captions}), tmp_path / f"{name}.parquet")
+    expected = [Image.open(file).convert("RGB").getpixel((0, 0)) for file in files]
+    for name in ("train-00000-of-00001", "bytes", "structs"):
+        loaded = load_data(config(dataset_name=str(tmp_path / f"{name}.parquet"))).train
+        assert loaded.captions == captions
+        assert [loaded.image(row).getpixel((0, 0)) for row in range(3)] == expected, name
+    (tmp_path / "other.csv").write_text("image,text")
+    with pytest.raises(DataError, match="is a file; give a .parquet file"):
+        load_data(config(dataset_name=str(tmp_path / "other.csv")))
 
 
 def test_a_folder_of_parquet_files(tmp_path):

@@ -67,9 +67,17 @@ def test_its_tokenizer_knows_the_captions_words():
     assert tokenizer.decode(tokenizer("snow ☃ ünïcode").input_ids, skip_special_tokens=True).startswith("snow")
 
 
-def test_the_flop_of_stable_diffusion():
-    """The published figures for SD v1-4 at 512×512: 0.8033 and 2.407 TFLOP for the UNet, 1.117 VAE, 0.0133 text."""
-    architecture = embedded.SD_V1_4
+@pytest.mark.parametrize(("name", "resolution", "unet_forward", "unet_training", "vae_encoder", "text_encoder"), [
+    ("sd-v1-4-random", 512, 0.8033, 2.407, 1.117, 0.0133),  # the published figures
+    ("sd-v1-4-random", 768, 2.148, 6.441, 2.609, 0.0133),
+    ("sd-v1-4-random", 960, 3.900, 11.70, 4.230, 0.0133),
+    ("sd-v2-1-random", 512, 0.8043, 2.409, 1.117, 0.0451),
+    ("sd-v2-1-random", 768, 2.149, 6.443, 2.609, 0.0451),
+    ("sd-v2-1-random", 960, 3.901, 11.70, 4.230, 0.0451),
+])  # fmt: skip
+def test_the_flop_of_stable_diffusion(name, resolution, unet_forward, unet_training, vae_encoder, text_encoder):
+    """In TFLOP for an image. The parameters are those of the models on the hub."""
+    architecture = embedded.ARCHITECTURES[name]
     with torch.device("meta"):
         parts = Parts(
             tokenizer=type("Tokenizer", (), {"model_max_length": 77}),
@@ -78,10 +86,14 @@ def test_the_flop_of_stable_diffusion():
             unet=models.UNet2DConditionModel(**architecture["unet"]),
             noise_scheduler=None,
         )
-    assert sum(parameter.numel() for parameter in parts.unet.parameters()) == 859_520_964
-    flop = {name: count / 1e12 for name, count in flop_per_image(parts, 512).items()}
+    counts = {"sd-v1-4-random": (859_520_964, 123_060_480), "sd-v2-1-random": (865_910_724, 340_387_840)}[name]
+    assert counts == tuple(part.num_parameters() for part in (parts.unet, parts.text_encoder))
+    flop = {part: count / 1e12 for part, count in flop_per_image(parts, resolution).items()}
     assert flop == pytest.approx(
-        {"unet_forward": 0.8033, "unet_training": 2.407, "vae_encoder": 1.117, "text_encoder": 0.0133}, rel=1e-3
+        dict(
+            unet_forward=unet_forward, unet_training=unet_training, vae_encoder=vae_encoder, text_encoder=text_encoder
+        ),
+        rel=1e-3,
     )
 
 

@@ -56,6 +56,11 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     if name in EMBEDDED_DATA:
         rendered = openmoji.folder(config.resolution, config.cache_dir, name)
         folders = {split: rendered / split for split in openmoji.SPLITS}
+    file = Path(name).expanduser() if name else None
+    if file is not None and file.is_file():
+        if file.suffix != ".parquet":
+            raise DataError(f"{describe(config)}: is a file; give a .parquet file, or a folder")
+        source = {"path": "parquet", "data_files": {"train": glob.escape(str(file))}}
     if folders:
         # With the files named, `datasets` does not search the folder for splits.
         files = {split: f"{glob.escape(str(path))}/**" for split, path in folders.items()}
@@ -77,11 +82,20 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
         raise DataError(
             f"{describe(config)}: has no examples in a split named train; its splits are: {dict(splits.num_rows)}"
         )
+    splits = datasets.DatasetDict({split: _with_images(rows, config.image_column) for split, rows in splits.items()})
     for split, rows in splits.items():
         check_files(describe(config), rows, config.image_column)
         if split in images:
             check_captions(describe(config), *images[split], rows)
     return splits
+
+
+def _with_images(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """A parquet file that `datasets` did not write does not say that its bytes are images."""
+    feature = rows.features.get(column)
+    is_bytes = feature in (datasets.Value("binary"), datasets.Value("large_binary"))
+    is_file = isinstance(feature, dict) and {*feature} == {"bytes", "path"}
+    return rows.cast_column(column, datasets.Image()) if is_bytes or is_file else rows
 
 
 def _advice(config: TrainConfig) -> str:

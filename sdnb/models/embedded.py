@@ -16,8 +16,10 @@ SEED = 0
 TRAINED_WEIGHTS = Path(__file__).parent / "tiny"  # with the vocabulary, which all embedded models share
 FORMAT = 3  # of the folder: increased when its content changes
 
-_SCHEDULER, TINY, SD_V1_4 = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text()).values()
-ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {"tiny": TINY, "tiny-random": TINY, "sd-v1-4-random": SD_V1_4}
+_SCHEDULER, TINY, SD_V1_4, SD_V2_1 = yaml.safe_load(Path(__file__).with_name("architectures.yaml").read_text()).values()
+ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": TINY, "tiny-random": TINY, "sd-v1-4-random": SD_V1_4, "sd-v2-1-random": SD_V2_1,
+}  # fmt: skip
 TRAINED = ("tiny",)  # the others have random weights
 
 
@@ -64,7 +66,7 @@ def _build(architecture: dict[str, dict[str, Any]], trained: bool, target: Path)
         if trained:
             _load_weights(parts)
         others = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        scheduler = PNDMScheduler(**_SCHEDULER)
+        scheduler = PNDMScheduler(**_SCHEDULER, **architecture.get("scheduler", {}))
         pipeline = StableDiffusionPipeline(**parts, tokenizer=tokenizer, scheduler=scheduler, **others)
     pipeline.save_pretrained(target)
     write_vocabulary(target / "tokenizer", *vocabulary)

@@ -177,7 +177,7 @@ class TrainConfig(
         elif self.max_train_steps is not None:
             del settings["num_train_epochs"]
         for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir"):
-            if settings[name] is not None and Path(settings[name]).expanduser().is_dir():
+            if settings[name] is not None and Path(settings[name]).expanduser().exists():
                 settings[name] = str(Path(settings[name]).expanduser().resolve())
         return settings
 

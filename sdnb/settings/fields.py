@@ -82,7 +82,7 @@ class ModelSettings(Settings):
     affects_result = True
 
     pretrained_model_name_or_path: str = setting(
-        ..., "hub id, folder, or an embedded model: tiny, tiny-random, sd-v1-4-random")
+        ..., "hub id, folder, or an embedded model: tiny, tiny-random, sd-v1-4-random, sd-v2-1-random")
     revision: str | None = setting(None, "branch, tag or commit on the hub")
     variant: str | None = setting(None, "weights variant, such as fp16, of the VAE, the text encoder and the EMA")
     non_ema_revision: str | None = setting(None, "revision of the UNet to train; default: revision")
@@ -96,7 +96,7 @@ class DataSettings(Settings):
     affects_result = True
 
     dataset_name: str | None = setting(
-        None, f"hub id or folder of a data set, or an embedded one: {', '.join(EMBEDDED_DATA)}")
+        None, f"hub id, folder or .parquet file of a data set, or an embedded one: {', '.join(EMBEDDED_DATA)}")
     dataset_config_name: str | None = setting(None, "configuration of the data set")
     train_data_dir: str | None = setting(
         None, "folder of images with a metadata.jsonl; sub-folders train and validation are splits")
