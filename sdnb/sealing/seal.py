@@ -21,7 +21,7 @@ from sdnb.report.redaction import Redaction
 from sdnb.run import folder as run_folder
 from sdnb.run.files import read, write_bytes
 from sdnb.run.folder import RunFolder, problems_of
-from sdnb.training.checkpoint_folder import MANIFEST, numbered
+from sdnb.training.checkpoint_folder import MANIFEST, digest_of, numbered
 
 SEAL = "seal.json"
 ENDING = ".sdnb.zip"
@@ -115,11 +115,7 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
+    return digest_of(path, hashlib.sha256())
 
 
 def _json(content: dict[str, Any]) -> bytes:

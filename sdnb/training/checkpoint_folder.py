@@ -106,13 +106,13 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def digest_of(path: Path) -> str:
-    """A hash of a file: 128 bits of XXH3, which are computed faster than a disk reads."""
-    digest = xxhash.xxh3_128()
+def digest_of(path: Path, digest: Any = None) -> str:
+    """A hash of a file; default: 128 bits of XXH3, which are computed faster than a disk reads."""
+    digest = digest or xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def changed_files(checkpoint: Checkpoint) -> list[str]:
