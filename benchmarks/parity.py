@@ -5,8 +5,8 @@
     python benchmarks/parity.py --mixed_precision bf16 --reference …
     python benchmarks/parity.py --device cuda --mixed_precision fp16 --reference …
 
-The reference is diffusers' `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or later. Its environment
-needs torchvision.
+The reference is diffusers' `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or later. The cases of LoRA
+need `train_text_to_image_lora.py` beside it. Its environment needs torchvision, and for these cases peft.
 
 On a GPU, only the cases with one rank run. The reference runs twice, because two runs of it can differ in the last bits
 there. sdnb may differ from the reference by at most ten times as much as the reference differs from itself.
@@ -57,12 +57,24 @@ class Case:
     changed: str = ""
 
     @property
+    def lora(self) -> bool:
+        return "--rank" in self.flags
+
+    def script(self, reference: Path) -> Path:
+        return reference.with_name("train_text_to_image_lora.py") if self.lora else reference
+
+    def is_in(self, reference: Path) -> bool:
+        """Whether the reference has the script and all flags of this case."""
+        return self.script(reference).is_file() and (_is_later(reference) or not self.later)
+
+    @property
     def arguments(self) -> list[str]:
         steps = [] if "--num_train_epochs" in self.flags else [f"--max_train_steps={STEPS}"]
         return [*self.flags.split(), *steps, "--resolution=64", "--seed=42"]
 
 
 _CENTRED = "--center_crop --random_flip --train_batch_size=4 --learning_rate=1e-4 --lr_warmup_steps=0"
+_LORA = f"{_CENTRED} --rank=4"
 _ANYWHERE = "--random_flip --train_batch_size=2 --learning_rate=1e-4 --lr_warmup_steps=0"
 CASES = {
     "one rank": Case(f"{_CENTRED} --gradient_accumulation_steps=2 --use_ema"),
@@ -100,6 +112,19 @@ CASES = {
     "DREAM with min-SNR on two ranks": Case(f"{_ANYWHERE} --dream_training --snr_gamma=5", ranks=2, later=True),
     "Lanczos interpolation, averaging by foreach": Case(
         f"{_ANYWHERE} --image_interpolation_mode=lanczos --use_ema --foreach_ema", data="shapes", later=True
+    ),
+    "LoRA": Case(f"{_LORA} --gradient_accumulation_steps=2"),
+    "LoRA on two ranks": Case(f"{_LORA} --gradient_accumulation_steps=2", ranks=2),
+    "LoRA of rank 16, min-SNR, noise offset, cosine": Case(
+        f"{_CENTRED} --rank=16 --snr_gamma=5 --noise_offset=0.1 --lr_scheduler=cosine"
+    ),
+    "LoRA, norms above the limit, random crop, several captions": Case(
+        f"{_ANYWHERE} --rank=4 --learning_rate=1e-3 --max_grad_norm=0.001 --gradient_accumulation_steps=4",
+        data="shapes",
+    ),
+    "LoRA, velocity with min-SNR on two ranks, gradient checkpointing": Case(
+        f"{_ANYWHERE} --rank=8 --prediction_type=v_prediction --snr_gamma=3 --gradient_checkpointing", data="shapes",
+        ranks=2,
     ),
 }  # fmt: skip
 
@@ -198,10 +223,11 @@ def relative_differences(ours: list[float], theirs: list[float]) -> list[float]:
 
 
 def weights_differ(ours: Path, theirs: Path) -> float:
-    """The largest difference of a weight between the two saved UNets, relative to the largest weight of its tensor."""
+    """The largest difference of a weight between two saved UNets or adapters, relative to its tensor's largest."""
     from safetensors.torch import load_file
 
-    name = "unet/diffusion_pytorch_model.safetensors"
+    whole, adapter = "unet/diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
+    name = whole if (theirs / whole).exists() else adapter
     one, other = load_file(ours / name), load_file(theirs / name)
     return max(((one[key] - other[key]).abs().max() / other[key].abs().max().clamp(min=1e-8)).item() for key in other)
 
@@ -239,20 +265,19 @@ def compare(
     Raises:
         RuntimeError, ValueError: if a run fails, or the numbers of steps differ.
     """
-    source = reference.read_text()
     # v0.26.3 resizes bilinearly and has no flag for it. Later versions have a flag with another default.
-    bilinear = ("--image_interpolation_mode=bilinear",) if "image_interpolation_mode" in source else ()
+    bilinear = ("--image_interpolation_mode=bilinear",) if _is_later(reference) else ()
     make_model(model, work / "model")
     for name in ("openmoji", "shapes"):
         make_data(name, work / name)
     for name in names:
         case = CASES[name]
-        if case.later and not _is_later(reference):
+        if not case.is_in(reference):
             continue
         theirs, ours = work / f"{slug(name)}-reference", work / f"{slug(name)}-sdnb"
         extra = () if "image_interpolation_mode" in case.flags else bilinear
         in_precision = () if precision == "no" else (f"--mixed_precision={precision}",)
-        script, own = [str(reference)], ["-m", "sdnb.train"]
+        script, own = [str(case.script(reference))], ["-m", f"sdnb.train{'_lora' if case.lora else ''}"]
         runs = [(python, script, theirs, (*extra, *in_precision)), (sys.executable, own, ours, (*in_precision, *flags))]
         if device == "cuda":
             runs.append((python, script, again := theirs.with_name(f"{theirs.name}-again"), (*extra, *in_precision)))
@@ -272,7 +297,7 @@ def compare(
         result = dict(
             reference=expected, sdnb=got, largest=max(differences), weights=weights_differ(ours, theirs),
             command=" ".join([*(["accelerate launch --num_processes=2"] if case.ranks > 1 else ["python"]),
-                              "train_text_to_image.py --pretrained_model_name_or_path=MODEL "
+                              f"{case.script(reference).name} --pretrained_model_name_or_path=MODEL "
                               f"--train_data_dir={case.data}", *case.arguments, *extra, *in_precision]),
             **own_spread,
         )  # fmt: skip

@@ -34,7 +34,7 @@ def test_the_references_trajectory(path, work, tmp_path):
     recorded = json.loads(path.read_text())
     assert all(recorded[name] for name in ("reference", "versions", "date", "command"))
     case = parity.CASES[recorded["case"]]
-    flags = [*parity.flags_of(case, work, tmp_path / "run"), "--report_to=none"]
+    flags = [*parity.flags_of(case, work, tmp_path / "run"), "--report_to=none", *["--lora"] * case.lora]
     if case.ranks > 1:
         with two_ranks(flags, tmp_path / "printed.txt") as ranks:
             assert [rank.wait(200) for rank in ranks] == [0, 0], (tmp_path / "printed.txt").read_text()

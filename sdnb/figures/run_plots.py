@@ -109,22 +109,30 @@ def where_time_goes(measured: Measurements) -> Chart:
 
 
 def samples(run: RunFolder) -> Chart | None:
-    """Images of the same prompts and seeds, one row for each step at which they were drawn; None if there are none."""
+    """Images of the same prompts and seeds, one row for each step at which they were drawn, and at the last step for
+    each scale of an adapter; None if there are none."""
     drawn = run.drawn
     if drawn.empty:
         return None
-    prompts, steps = list(dict.fromkeys(drawn.prompt)), sorted(drawn.step.unique())
+    scales = drawn.get("scale", pd.Series(1.0, drawn.index)).fillna(1.0)
+    keys = list(zip(drawn.prompt, drawn.seed))
+    columns, rows = list(dict.fromkeys(keys)), sorted({*zip(drawn.step, scales)})
     # evenly chosen, with the first and the last
-    rows = [steps[round(index)] for index in np.linspace(0, len(steps) - 1, min(MOST_ROWS, len(steps)))]
-    images = {(row.step, row.prompt): run.sample(row.file) for row in drawn.itertuples()}
-    first = drawn.iloc[0]
-    how = f"Seed {first.seed}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."
+    rows = [rows[round(index)] for index in np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows)))]
+    images = dict(zip(zip(zip(drawn.step, scales), keys), map(run.sample, drawn.file)))
+    first, seeds = drawn.iloc[0], sorted(drawn.seed.unique())
+    seeded = f"Seed {seeds[0]}" if len(seeds) == 1 else f"Seeds {seeds[0]} to {seeds[-1]}"
+    how = f"{seeded}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."
     if run.model.get("random_weights"):
         how += " The model started from random weights, so its images show nothing yet."
-    labels = ["before" if step == 0 else f"after step {step}" for step in rows]
+    labels = [
+        "before" if step == 0 else f"after step {step}" + (f", adapter × {scale:g}" if scale != 1 else "")
+        for step, scale in rows
+    ]
     return grid_of(
-        [[images.get((step, prompt)) for prompt in prompts] for step in rows],
-        "Images drawn from the same noise during the training", how, columns=prompts, rows=labels,
+        [[images.get((row, column)) for column in columns] for row in rows],
+        "Images drawn from the same noise during the training", how, columns=[prompt for prompt, _ in columns],
+        rows=labels,
     )  # fmt: skip
 
 

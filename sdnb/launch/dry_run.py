@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdnb.cache import computed_once
 from sdnb.machine.environment import version_of
 from sdnb.models import embedded
+from sdnb.models.lora import add_adapter
 from sdnb.models.pipeline import model_folder
 from sdnb.settings.config import TrainConfig
 
@@ -33,9 +34,10 @@ _IMAGES = 101
 @dataclass(frozen=True)
 class Trace:
     """The bytes alive after each operation, [3, operations]: per image, independent of the batch, and of the latter
-    the gradients."""
+    the gradients. `frozen_parameters`: of the UNet, if an adapter is trained."""
 
-    unet_parameters: int
+    trained_parameters: int
+    frozen_parameters: int
     encoder_parameters: int
     encoders: np.ndarray
     unet: np.ndarray
@@ -45,14 +47,15 @@ class Trace:
         backward pass."""
         peaks = []
         for batch, (images, fixed, gradients) in ((encoders_batch, self.encoders), (unet_batch, self.unet)):
-            counted_elsewhere = gradients if gradients_are_kept else 4 * self.unet_parameters
+            counted_elsewhere = gradients if gradients_are_kept else 4 * self.trained_parameters
             peaks.append(int((batch * images + fixed - counted_elsewhere).max()))
         return max(peaks)
 
 
 def trace_of(config: TrainConfig, on_gpu: bool, gradient_checkpointing: bool) -> Trace:
     """Raises ModelError if the model is missing."""
-    how = config.resolution, config.mixed_precision or "no", on_gpu, gradient_checkpointing
+    rank = config.rank if config.lora else None
+    how = config.resolution, config.mixed_precision or "no", on_gpu, gradient_checkpointing, rank
     return _trace(_where(config), how, config.cache_dir)
 
 
@@ -76,7 +79,7 @@ def _architecture(where: str) -> dict[str, Any]:
 
 
 @lru_cache
-def _trace(where: str, how: tuple[int, str, bool, bool], cache_dir: str | None) -> Trace:
+def _trace(where: str, how: tuple[int, str, bool, bool, int | None], cache_dir: str | None) -> Trace:
     architecture = _architecture(where)
     versions = [version_of("sdnb"), torch.__version__, diffusers.__version__, transformers.__version__]
     cached = computed_once("memory", [architecture, how, versions], lambda: _dry_run(architecture, *how), cache_dir)
@@ -85,8 +88,9 @@ def _trace(where: str, how: tuple[int, str, bool, bool], cache_dir: str | None) 
 
 
 def _dry_run(
-    architecture: dict[str, Any], resolution: int, precision: str, on_gpu: bool, gradient_checkpointing: bool
-) -> dict[str, Any]:
+    architecture: dict[str, Any], resolution: int, precision: str, on_gpu: bool, gradient_checkpointing: bool,
+    adapter_rank: int | None,
+) -> dict[str, Any]:  # fmt: skip
     """Run the step on fake tensors, which have shapes and types but no memory. No random number is drawn.
 
     They are CPU tensors also for a GPU, because torch differentiates fake GPU tensors only if there is a GPU. Attention
@@ -98,18 +102,22 @@ def _dry_run(
         unet = UNet2DConditionModel.from_config(architecture["unet"]).train()
         vae = AutoencoderKL.from_config(architecture["vae"])
         text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(architecture["text_encoder"])))
+        if adapter_rank:
+            add_adapter(unet, adapter_rank)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        frozen = [*vae.parameters(), *text_encoder.parameters()]
-        for parameter in frozen:
+        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        frozen = [parameter for parameter in unet.parameters() if not parameter.requires_grad]
+        encoders = [*vae.parameters(), *text_encoder.parameters()]
+        for parameter in (*frozen, *encoders):
             parameter.data = parameter.data.to(dtype)
         if on_gpu and precision != "no":
             for module in unet.modules():
                 if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
                     # a GPU's autocast computes these in float32, a CPU's does not
                     module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
-        with _AliveBytes([*unet.parameters(), *frozen]) as alive:
-            for parameter in unet.parameters():
+        with _AliveBytes([*trained, *frozen, *encoders]) as alive:
+            for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(alive.count_gradient)
             with torch.no_grad():
                 images = torch.empty(_IMAGES, 3, resolution, resolution)
@@ -122,8 +130,9 @@ def _dry_run(
                 prediction = unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0]
             F.mse_loss(prediction.float(), latents.float()).backward()
     return dict(
-        unet_parameters=sum(parameter.numel() for parameter in unet.parameters()),
-        encoder_parameters=sum(parameter.numel() for parameter in frozen),
+        trained_parameters=sum(parameter.numel() for parameter in trained),
+        frozen_parameters=sum(parameter.numel() for parameter in frozen),
+        encoder_parameters=sum(parameter.numel() for parameter in encoders),
         encoders=alive.bytes[:encoded],
         unet=alive.bytes[encoded:],
     )

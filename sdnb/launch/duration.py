@@ -23,7 +23,7 @@ from sdnb.settings.config import TrainConfig
 # Runs that differ in one of these take another time per step.
 _KIND = (
     "pretrained_model_name_or_path", "resolution", "mixed_precision", "num_processes", "train_batch_size",
-    "gradient_accumulation_steps", "fold_micro_batches", "gradient_checkpointing", "compile_unet", "use_ema",
+    "gradient_accumulation_steps", "fold_micro_batches", "gradient_checkpointing", "compile_unet", "use_ema", "lora",
 )  # fmt: skip
 _MOST_RUNS = 20  # of the latest, that are looked at
 _START_SECONDS = 20  # until the first step, and from the last one to the end
@@ -65,9 +65,10 @@ def _roughly(config: TrainConfig, environment: dict[str, Any], steps: int) -> fl
         text_encoder=SimpleNamespace(config=CLIPTextConfig.from_dict(dict(architecture["text_encoder"]))),
     )  # fmt: skip
     parts.tokenizer = SimpleNamespace(model_max_length=parts.text_encoder.config.max_position_embeddings)
+    rank = config.rank if config.lora else None
     per_image = computed_once(
-        "flop", [architecture, config.resolution, torch.__version__],
-        lambda: flop_per_image(parts, config.resolution), config.cache_dir,
+        "flop", [architecture, config.resolution, rank, torch.__version__],
+        lambda: flop_per_image(parts, config.resolution, rank), config.cache_dir,
     )  # fmt: skip
     devices = environment["devices"]
     if devices["type"] == "cpu":  # its ranks share the cores

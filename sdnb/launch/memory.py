@@ -85,11 +85,11 @@ def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Predictio
     missing."""
     on_gpu, several = device_type == "cuda", config.ranks > 1
     trace = trace_of(config, on_gpu, config.gradient_checkpointing)
-    weights = 4 * trace.unet_parameters
+    trained, of_frozen = 4 * trace.trained_parameters, 4 if config.mixed_precision == "no" else 2
     # DDP's buckets keep the gradients, as views. While ranks accumulate without reducing, gradients are tensors of
     # their own in addition to the buckets: `zero_grad` has dropped the views.
     accumulates = folded < config.gradient_accumulation_steps
-    gradients = 2 * weights if several and accumulates else weights
+    gradients = 2 * trained if several and accumulates else trained
     offloaded = on_gpu and config.use_ema and config.offload_ema
     # After the backward pass, a foreach AdamW makes a copy of the weights' size, and an offloaded EMA returns, in the
     # place of the gradients unless these are in buckets. DREAM's extra forward pass keeps nothing, so it stays below
@@ -97,13 +97,13 @@ def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Predictio
     in_one_pass = config.use_8bit_adam or (config.fused_optimizer and has_fused_adam(device_type))
     copies = on_gpu and (not in_one_pass or (offloaded and several))
     batches = config.train_batch_size, config.train_batch_size * folded, accumulates or several
-    activations = max(trace.peak(*batches), weights if copies else 0)
+    activations = max(trace.peak(*batches), trained if copies else 0)
     tensors = dict(
-        weights_gib=weights / 2**30,
+        weights_gib=(trained + of_frozen * trace.frozen_parameters) / 2**30,
         gradients_gib=gradients / 2**30,
-        optimizer_gib=(2 if config.use_8bit_adam else 8) * trace.unet_parameters / 2**30,
-        average_gib=weights / 2**30 if config.use_ema and not offloaded else 0.0,
-        encoders_gib=(4 if config.mixed_precision == "no" else 2) * trace.encoder_parameters / 2**30,
+        optimizer_gib=(2 if config.use_8bit_adam else 8) * trace.trained_parameters / 2**30,
+        average_gib=trained / 2**30 if config.use_ema and not offloaded else 0.0,
+        encoders_gib=of_frozen * trace.encoder_parameters / 2**30,
         activations_gib=activations / 2**30,
     )
     if on_gpu:

@@ -24,6 +24,7 @@ _OPTIONAL = {
     "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
     "report_to = wandb": "wandb", "report_to = comet_ml": "comet_ml",
 }  # fmt: skip
+_INSTEAD = {"xformers": "; or set without_xformers: torch's own attention is as fast, and runs in its place"}
 _PATHS = (
     "pretrained_model_name_or_path", "dataset_name", "train_data_dir", "output_dir", "cache_dir", "logging_dir",
 )  # fmt: skip
@@ -85,9 +86,13 @@ def require(config: TrainConfig) -> None:
         )
     for setting, module in _OPTIONAL.items():
         used = getattr(config, setting, False) or setting == f"report_to = {config.report_to}"
-        if used and importlib.util.find_spec(module) is None:
+        replaced = module == "xformers" and config.without_xformers
+        if used and not replaced and importlib.util.find_spec(module) is None:
             package = module.replace("_", "-")
-            raise ConfigError(f"{setting} needs the package {package}, which is not installed: pip install {package}")
+            raise ConfigError(
+                f"{setting} needs the package {package}, which is not installed: pip install {package}"
+                f"{_INSTEAD.get(module, '')}"
+            )
 
 
 def _problem_of_path(path: str | None) -> str:

@@ -13,6 +13,6 @@ def second_moment(norms: np.ndarray, config: TrainConfig) -> float:
     whose gradients overflowed was skipped."""
     norms = np.asarray(norms, float)
     norms = norms[np.isfinite(norms)]
-    clipped = norms * np.minimum(1, config.max_grad_norm / (norms + 1e-6))
+    clipped = norms * np.minimum(1, config.largest_norm / (norms + 1e-6))
     weights = (1 - config.adam_beta2) * config.adam_beta2 ** np.arange(len(norms))[::-1]
     return float(weights @ clipped**2)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
 from sdnb.cache import computed_once
+from sdnb.models.lora import add_adapter
 from sdnb.models.pipeline import Parts, has_random_weights
 from sdnb.settings.config import TrainConfig
 
@@ -18,26 +19,31 @@ def describe_model(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     """Parameters, FLOP per image, and whether the model started from random weights: the content of model.json."""
     configurations = [repr(part.config) for part in (parts.unet, parts.vae, parts.text_encoder)]
     architecture = [configurations, parts.tokenizer.model_max_length, torch.__version__, diffusers.__version__]
-    key = [architecture, config.resolution]
+    rank = config.rank if config.lora else None
+    key = [architecture, config.resolution, *([rank] if rank else [])]
     return {
         "random_weights": has_random_weights(config),
         "parameters": parameter_counts(parts),
         "flop_per_image": computed_once(
-            "flop", key, lambda: flop_per_image(parts, config.resolution), config.cache_dir
+            "flop", key, lambda: flop_per_image(parts, config.resolution, rank), config.cache_dir
         ),
     }
 
 
 def parameter_counts(parts: Parts) -> dict[str, int]:
-    """The parameters of the UNet, the VAE and the text encoder."""
-    return {part: getattr(parts, part).num_parameters() for part in ("unet", "vae", "text_encoder")}
+    """The parameters of the UNet, the VAE and the text encoder; those of the UNet's adapter apart, as `lora`."""
+    counts = {part: getattr(parts, part).num_parameters() for part in ("unet", "vae", "text_encoder")}
+    trained = parts.unet.num_parameters(only_trainable=True)
+    return counts if trained == counts["unet"] else {**counts, "unet": counts["unet"] - trained, "lora": trained}
 
 
-def flop_per_image(parts: Parts, resolution: int) -> dict[str, float]:
+def flop_per_image(parts: Parts, resolution: int, adapter_rank: int | None = None) -> dict[str, float]:
     """Floating-point operations per training image, counted on the meta device, which needs no memory. `unet_training`
-    is forward and backward."""
+    is forward and backward. With an adapter, the backward pass computes no gradients of the frozen weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(parts.unet.config)
+        if adapter_rank:
+            add_adapter(unet, adapter_rank)
         vae = AutoencoderKL.from_config(parts.vae.config)
         text_encoder = CLIPTextModel(parts.text_encoder.config)
         image = torch.empty(1, 3, resolution, resolution)

@@ -123,7 +123,9 @@ class Run(RunFolder):
         """What was run."""
         config, model, steps = self.config, self.model, self.steps
         data = self.environment.get("data", {})
-        parameters = f"{model['parameters']['unet']:,} parameters in the UNet" if "parameters" in model else ""
+        counts = model.get("parameters", {})
+        parameters = f"{counts['unet']:,} parameters in the UNet" if counts else ""
+        adapter = f"{counts['lora']:,} more in its adapter (LoRA), which were trained" if "lora" in counts else ""
         revision = f"revision {model['revision']}" if "revision" in model else ""
         digest = f"digest of its weights {model['unet_digest'][:16]}" if "unet_digest" in model else ""
         started = "random weights" if model.get("random_weights") else ""
@@ -133,7 +135,7 @@ class Run(RunFolder):
         precision = precision if "mixed_precision" in known else ""
         ranks = f" × {config.num_processes} ranks" if (config.num_processes or 1) > 1 else ""
         return {
-            "model": _joined(config.pretrained_model_name_or_path, parameters, started, revision, digest),
+            "model": _joined(config.pretrained_model_name_or_path, parameters, adapter, started, revision, digest),
             "data": _joined(config.dataset_name or config.train_data_dir, data.get("digest")),
             "step": f"{config.train_batch_size} images × {config.gradient_accumulation_steps} micro-batches{ranks} "
             f"= {config.global_batch} images{size}{precision}",

@@ -33,6 +33,7 @@ STEPS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 LOG = "train.log"
 SUMMARY = "summary.json"
+ADAPTER = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` of a pipeline looks
 RESULTS = "results.json"
 CERTIFICATE = "certificate.json"
 CERTIFIED, NOT_CERTIFIED = "certified", "not certified"  # its verdict, or another

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class TrainConfig(
     fields.RankSettings, fields.HubSettings, fields.OutputSettings, fields.ValidationSettings,
     fields.CheckpointSettings, fields.LossSettings, fields.SpeedSettings, fields.TrainingSettings, fields.DataSettings,
-    fields.ModelSettings,
+    fields.LoraSettings, fields.ModelSettings,
 ):  # fmt: skip
     """All settings of a run. Immutable. Raises ConfigError, which names every wrong setting and what would be right."""
 
@@ -41,7 +42,7 @@ class TrainConfig(
             if value in ("", "null"):
                 raise ConfigError(f"{name} = {value!r}: write None for no value (in a YAML file: null, without quotes)")
         try:
-            super().__init__(**settings)
+            super().__init__(**{**fields.other_defaults(settings.get("lora")), **settings})
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
 
@@ -56,6 +57,8 @@ class TrainConfig(
             if self.dataset_name in fields.EMBEDDED_DATA and getattr(self, name) is not None:
                 excluded = f"dataset_name = {self.dataset_name} and {name}"
                 raise ValueError(f"{excluded} exclude each other: set one of them to None")
+        if self.lora and self.use_ema:
+            raise ValueError("use_ema is not defined for lora, as in the reference: use only one of them")
         if self.dream_training and self.prediction_type == "v_prediction":
             raise ValueError("dream_training is not defined for prediction_type = v_prediction: use only one of them")
         rank, machines = self.machine_rank, self.num_machines
@@ -146,6 +149,12 @@ class TrainConfig(
         """The learning rate after the warm-up."""
         return self.learning_rate * (self.global_batch if self.scale_lr else 1)
 
+    @property
+    def largest_norm(self) -> float:
+        """The norm to which gradients are clipped. The reference's script for LoRA clips nothing: it gives
+        `clip_grad_norm_` an iterator over the weights, and the optimizer has used that up."""
+        return math.inf if self.lora else self.max_grad_norm
+
     def epoch(self, examples: int) -> Epoch:
         """How an epoch of so many examples divides into micro-batches and steps. `num_processes` must be resolved.
         Raises ConfigError if `whole_steps` is set and there are too few examples for one micro-batch."""
@@ -176,6 +185,8 @@ class TrainConfig(
             del settings["max_train_steps"], settings["num_train_epochs"]
         elif self.max_train_steps is not None:
             del settings["num_train_epochs"]
+        for name in fields.LoraSettings.model_fields if not self.lora else ():
+            del settings[name]
         for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir"):
             if settings[name] is not None and Path(settings[name]).expanduser().exists():
                 settings[name] = str(Path(settings[name]).expanduser().resolve())

@@ -92,6 +92,16 @@ class ModelSettings(Settings):
     enable_xformers_memory_efficient_attention: Flag = setting(False, "attention by the package xformers")
 
 
+class LoraSettings(Settings):
+    """Those of diffusers' `train_text_to_image_lora.py` only."""
+
+    affects_result = True
+
+    lora: Flag = setting(
+        False, "train an adapter (LoRA) of the frozen UNet, like train_text_to_image_lora.py, and with its defaults")
+    rank: Annotated[int, Field(ge=1, le=2**12)] = setting(4, "rank of the adapter's matrices")
+
+
 class DataSettings(Settings):
     affects_result = True
 
@@ -155,6 +165,9 @@ class SpeedSettings(Settings):
     memory_gib: Real | None = setting(
         None, "memory in GiB that a rank may use; a run that needs more is refused. Default: what is free", gt=0)
     fused_optimizer: Flag = setting(True, "update the weights in one pass over memory, and the EMA in another")
+    without_xformers: Flag = setting(
+        False, "where xformers is not installed, do what enable_xformers_memory_efficient_attention asks for with "
+        "torch's own attention, which is as fast")
     compile_unet: Annotated[Literal["no", "blocks", "whole"], BeforeValidator(_no_from_flag)] = setting(
         "no", "torch.compile of the UNet's transformer blocks, or of the whole UNet")
 
@@ -180,7 +193,9 @@ class CheckpointSettings(Settings):
 
 class ValidationSettings(Settings):
     validation_prompts: Texts | None = setting(None, "prompts to draw before, during and after the training")
-    validation_epochs: Count = setting(5, "draw them after every so many epochs")
+    num_validation_images: Annotated[int, Field(ge=1, le=1000)] = setting(
+        1, "images to draw of each prompt, from consecutive seeds; with lora 4 (a flag of train_text_to_image_lora.py)")
+    validation_epochs: Count = setting(5, "draw them after every so many epochs; with lora 1")
     validation_guidance_scale: Real = setting(7.5, "guidance scale for drawing them (not in the reference)", ge=0)
     validation_loss_steps: int = setting(
         0, "measure the loss on held-out images every so many steps; 0: never (not in the reference)", ge=0)
@@ -198,7 +213,8 @@ class ValidationSettings(Settings):
 
 class OutputSettings(Settings):
     output_dir: str | None = setting(
-        "sd-model-finetuned", "the run folder; in a notebook, None makes a new one under runs/")
+        "sd-model-finetuned", "the run folder; in a notebook, None makes a new one under runs/; with lora "
+        "sd-model-finetuned-lora")
     cache_dir: str | None = setting(None, "folder for downloaded and embedded models and data")
     report_to: Annotated[Literal["tensorboard", "wandb", "comet_ml", "all", "none"], BeforeValidator(_tracker)] = (
         setting("tensorboard", "tracker that gets the loss and the drawn images; the run folder has them in any case"))
@@ -225,10 +241,17 @@ class RankSettings(Settings):
 
 
 GROUPS: tuple[type[Settings], ...] = (
-    ModelSettings, DataSettings, TrainingSettings, SpeedSettings, LossSettings, CheckpointSettings,
+    ModelSettings, LoraSettings, DataSettings, TrainingSettings, SpeedSettings, LossSettings, CheckpointSettings,
     ValidationSettings, OutputSettings, HubSettings, RankSettings,
 )
 # fmt: on
+
+
+def other_defaults(lora: Any) -> dict[str, Any]:
+    """The defaults of `train_text_to_image_lora.py` that are others than those above, if `lora` is set."""
+    if _flag_from_text(lora) is not True:
+        return {}
+    return {"output_dir": "sd-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1}
 
 
 def listed() -> str:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from sdnb.errors import ConfigError
 from sdnb.places import shipped
 from sdnb.settings.config import TrainConfig, read_yaml
-from sdnb.settings.fields import GROUPS
+from sdnb.settings.fields import GROUPS, other_defaults
 
 # Abbreviations that users of the reference write.
 _SHORT = {"resume_from_checkpoint": ["--resume"], "validation_prompts": ["--validation_prompt"]}
@@ -43,21 +43,25 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; {hint}")
 
 
-def parse(arguments: Sequence[str]) -> TrainConfig:
-    """Settings from the command line of `python -m sdnb.train`, such as that of diffusers' `train_text_to_image.py`.
-    `--help` prints and exits. Raises ConfigError if a flag is unknown or lacks its value, or a setting is wrong."""
+def parse(arguments: Sequence[str], lora: bool = False) -> TrainConfig:
+    """Settings from the command line of `python -m sdnb.train`, such as that of diffusers' `train_text_to_image.py`;
+    with `lora` of `python -m sdnb.train_lora` and `train_text_to_image_lora.py`. `--help` prints and exits. Raises
+    ConfigError if a flag is unknown or lacks its value, or a setting is wrong."""
+    module = f"sdnb.train{'_lora' if lora else ''}"
     parser = Parser(
-        prog="python -m sdnb.train",
-        usage="python -m sdnb.train --pretrained_model_name_or_path … --dataset_name … [--setting value …]\n"
-        "       accelerate launch [its own options] -m sdnb.train --pretrained_model_name_or_path … …",
+        prog=f"python -m {module}",
+        usage=f"python -m {module} --pretrained_model_name_or_path … --dataset_name … [--setting value …]\n"
+        f"       accelerate launch [its own options] -m {module} --pretrained_model_name_or_path … …",
         description=DESCRIPTION,
     )
     add_settings(parser)
+    if lora:
+        parser.set_defaults(lora=True)
     return config_of(parser.parse_args(arguments))
 
 
-DESCRIPTION = """Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py. The run folder,
-output_dir, gets the measurements and the trained pipeline."""
+DESCRIPTION = """Fine-tune Stable Diffusion with the settings of diffusers' train_text_to_image.py and
+train_text_to_image_lora.py. The run folder, output_dir, gets the measurements and the trained weights."""
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +99,9 @@ def found(file: str | Path) -> Path:
 def command_line(settings: dict[str, Any]) -> list[str]:
     """The flags that give these settings, except for defaults. `parse` reads them back."""
     flags: list[str] = []
+    others = other_defaults(settings.get("lora"))
     for name, value in settings.items():
-        default = TrainConfig.model_fields[name].default
+        default = others.get(name, TrainConfig.model_fields[name].default)
         if value is None or value == default or (isinstance(value, list) and tuple(value) == default):
             continue
         if isinstance(value, bool):

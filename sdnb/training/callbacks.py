@@ -15,6 +15,7 @@ from sdnb.errors import RunError
 from sdnb.machine.device import peak_bytes, release_freed_memory
 from sdnb.metrics.recent import RECENT_STEPS, recent_rates, utilisation_of
 from sdnb.metrics.steps import first_not_finite
+from sdnb.models.lora import SCALES, save_adapter
 from sdnb.models.pipeline import assemble
 from sdnb.run import files, hub
 from sdnb.run import folder as run_folder
@@ -106,10 +107,10 @@ class Callbacks:
         if self.training.ema is not None:
             self.training.ema.copy_to(self.training.unet.parameters())
         if accelerator.is_main_process:
-            logger.info("saving the pipeline")
+            logger.info("saving the %s", "adapter" if self.config.lora else "pipeline")
             release_freed_memory()  # saving makes copies
             with self._counted("saving"):
-                self._save_pipeline()
+                self._save_trained()
             summary = dict(
                 world_size=accelerator.num_processes, machines=self.config.num_machines,
                 distributed_type=accelerator.distributed_type.value, ranks=ranks, threads=threads,
@@ -120,7 +121,8 @@ class Callbacks:
             )  # fmt: skip
             files.write(self.folder / run_folder.SUMMARY, summary)
             run_folder.write_results(self.folder)
-        self._draw()
+        for scale in SCALES if self.config.lora else (1.0,):
+            self._draw(scale)
         if accelerator.is_main_process and self.repository:
             logger.info("uploading to %s", self.repository)
             hub.publish(run_folder.RunFolder(self.folder), self.config, self.repository)
@@ -133,37 +135,45 @@ class Callbacks:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def _save_pipeline(self) -> None:
-        encoders, dtype = (self.pipeline.vae, self.pipeline.text_encoder), self.pipeline.vae.dtype
+    def _save_trained(self) -> None:
         try:
-            # In float32: from_pretrained keeps the stored precision of transformers' models but not of diffusers', and
-            # the two would not fit together.
-            for encoder in encoders:
-                encoder.float()
-            self.pipeline.save_pretrained(self.folder)
-            for encoder in encoders:
-                encoder.to(dtype)
+            if self.config.lora:
+                save_adapter(self.training.parts.unet, self.folder / run_folder.ADAPTER)
+            else:
+                self._save_pipeline()
         except Exception as error:  # torch and safetensors do not raise OSError when the disk is full
             free = shutil.disk_usage(self.folder).free / 2**30
             raise RunError(
-                f"{self.folder}: the trained pipeline could not be saved: {error}\n{free:.2f} GiB are free there. The "
+                f"{self.folder}: the trained weights could not be saved: {error}\n{free:.2f} GiB are free there. The "
                 "measurements are complete. With a checkpoint, resume_from_checkpoint = latest returns to this point."
             ) from error
 
-    def _draw(self) -> None:
-        """Draw with the weights that would be saved now, unless the run has these images already."""
+    def _save_pipeline(self) -> None:
+        # In float32: from_pretrained keeps the stored precision of transformers' models but not of diffusers', and the
+        # two would not fit together.
+        encoders, dtype = (self.pipeline.vae, self.pipeline.text_encoder), self.pipeline.vae.dtype
+        for encoder in encoders:
+            encoder.float()
+        self.pipeline.save_pretrained(self.folder)
+        for encoder in encoders:
+            encoder.to(dtype)
+
+    def _draw(self, scale: float = 1.0) -> None:
+        """Draw with the weights that would be saved now, unless the run has these images already. `scale`: of an
+        adapter."""
         config, step = self.config, self.training.step
         if not (config.validation_prompts and self.accelerator.is_main_process):
             return
         drawn = run_folder.RunFolder(self.folder).drawn
-        if len(drawn) and (drawn.step == step).any():
+        if len(drawn) and ((drawn.step == step) & (drawn.get("scale", 1.0) == scale)).any():
             return
         ema, unet = self.training.ema, self.training.parts.unet
         logger.info("drawing images %s", f"after step {step}" if step else "before the training")
         with self._counted("images"), ema.applied_to(unet) if ema is not None else nullcontext():
             draw_samples(
                 self.pipeline, self.accelerator, self.folder, step, config.validation_prompts, config.resolution,
-                seed=config.seed or 0, guidance_scale=config.validation_guidance_scale,
+                seeds=[(config.seed or 0) + index for index in range(config.num_validation_images)],
+                guidance_scale=config.validation_guidance_scale, adapter_scale=scale if config.lora else None,
             )  # fmt: skip
 
     def _measure_held_out(self) -> None:
@@ -193,7 +203,7 @@ class Callbacks:
         """Each rank's peak memory, and a checksum of its weights (sum and sum of squares): all ranks must agree."""
         memory = peak_bytes(self.accelerator.device)  # before the sums take some
         sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        for parameter in self.training.unet.parameters():  # one by one: a copy of all may not fit
+        for parameter in self.training.trained:  # one by one: a copy of all may not fit
             values = parameter.detach().double()
             sums += torch.stack([values.sum(), values.square().sum()])
         own = torch.cat([sums.new_tensor(memory), sums])

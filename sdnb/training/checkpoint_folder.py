@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # who verifies a run needs no data, and loading that takes se
     from sdnb.data.image_captions import ImageCaptions
 
 MANIFEST = "checkpoint.json"
-_REFERENCE_FILES = ("unet/config.json", "optimizer.bin", "scheduler.bin")
+_REFERENCE_FILES = ("unet/config.json", run_folder.ADAPTER), ("optimizer.bin",), ("scheduler.bin",)  # one of each
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint says of itself; None if the reference made it. Raises RunError if a file is missing or has
     another size than in the manifest."""
     if not (folder / MANIFEST).exists():
-        if missing := [name for name in _REFERENCE_FILES if not (folder / name).is_file()]:
+        there = {name for names in _REFERENCE_FILES for name in names if (folder / name).is_file()}
+        if missing := [names[0] for names in _REFERENCE_FILES if not there & {*names}]:
             raise RunError(f"{folder}: incomplete, it has no {', '.join(missing)}")
         return None
     try:

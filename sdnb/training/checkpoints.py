@@ -1,6 +1,7 @@
 """Checkpoints: the whole state of a run in a folder, complete or absent.
 
-A checkpoint has the reference's layout (`unet`, `unet_ema`, and accelerate's files) and two more things: each rank's
+A checkpoint has the reference's layout (`unet`, `unet_ema`, or the weights of an adapter, and accelerate's files) and
+two more things: each rank's
 position among the micro-batches with its RNG states, and `checkpoint.json`, with its files and its settings. With these
 a run resumes bit for bit.
 """
@@ -20,6 +21,7 @@ from accelerate.utils import SCALER_NAME
 from diffusers import UNet2DConditionModel
 
 from sdnb.errors import RunError
+from sdnb.models.lora import load_adapter, save_adapter
 from sdnb.models.pipeline import model_folder
 from sdnb.run import folder as run_folder
 from sdnb.run.files import read, write
@@ -116,8 +118,7 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(self.folder).free / 2**30
         copies = 4 if self.training.ema is not None else 3  # weights, Adam's two averages, and the EMA
-        weights = self.training.optimizer.param_groups[0]["params"]
-        needed = copies * sum(weight.nbytes for weight in weights) / 2**30
+        needed = copies * sum(weight.nbytes for weight in self.training.trained) / 2**30
         earlier = [folder.name for _, folder in sorted(numbered(self.folder))]
         kept = f"the one before it, {earlier[-1]}, is complete" if earlier else "there is none before it"
         return RunError(
@@ -132,14 +133,21 @@ class Checkpoints:
             if self.training.ema is not None:
                 self.training.ema.save(Path(folder) / "unet_ema")
             for model in models:
-                self.accelerator.unwrap_model(model).save_pretrained(Path(folder) / "unet")
+                unet = self.accelerator.unwrap_model(model)
+                if self.training.config.lora:
+                    save_adapter(unet, Path(folder) / run_folder.ADAPTER)
+                else:
+                    unet.save_pretrained(Path(folder) / "unet")
 
     def _load_models(self, models: list[torch.nn.Module], folder: str) -> None:
         if self.training.ema is not None:
             self.training.ema.load(Path(folder) / "unet_ema")
         while models:  # removed, so that accelerate does not look for their weights
-            model = self.accelerator.unwrap_model(models.pop())
-            model.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
+            unet = self.accelerator.unwrap_model(models.pop())
+            if self.training.config.lora:
+                load_adapter(unet, Path(folder) / run_folder.ADAPTER)
+            else:
+                unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
 
 
 def resume(training: Training, found: FoundCheckpoints) -> int:

@@ -69,28 +69,35 @@ def psnr(pixels: Tensor, others: Tensor) -> float:
 
 def draw_samples(
     pipeline: StableDiffusionPipeline, accelerator: Accelerator, folder: Path, step: int, prompts: Sequence[str],
-    resolution: int, seed: int, guidance_scale: float,
+    resolution: int, seeds: Sequence[int], guidance_scale: float, adapter_scale: float | None = None,
 ) -> None:  # fmt: skip
-    """Draw each prompt from the same seed, and give the images to the run folder and the trackers. As in the
-    reference's validation, no safety checker is used."""
+    """Draw each prompt from each of the seeds, and give the images to the run folder and the trackers. As in the
+    reference's validation, no safety checker is used. `adapter_scale`: if there is an adapter, how much of it counts,
+    from 0 to 1."""
     unchecked = {**pipeline.components, "safety_checker": None, "feature_extractor": None}
     pipeline = StableDiffusionPipeline(**unchecked, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     (folder / run_folder.SAMPLES).mkdir(exist_ok=True)
     how = dict(num_inference_steps=INFERENCE_STEPS, guidance_scale=guidance_scale)
+    scaled = {} if adapter_scale is None else {"scale": adapter_scale}
+    part = f"-scale-{adapter_scale}" if adapter_scale not in (None, 1.0) else ""
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     images, records = [], []
-    for index, prompt in enumerate(prompts):  # one by one: the optimizer's state is in memory, too
+    for index, (prompt, seed) in enumerate(wanted):  # one by one: the optimizer's state is in memory, too
         with accelerator.autocast():
             generator = torch.Generator().manual_seed(seed)
-            image = pipeline(prompt, height=resolution, width=resolution, generator=generator, **how).images[0]
-        name = f"step-{step:06d}-{index}.png"
+            image = pipeline(
+                prompt, height=resolution, width=resolution, generator=generator, cross_attention_kwargs=scaled or None,
+                **how,
+            ).images[0]  # fmt: skip
+        name = f"step-{step:06d}{part}-{index}.png"
         image.save(folder / run_folder.SAMPLES / name)
-        records.append(dict(file=name, step=step, prompt=prompt, seed=seed, **how))
+        records.append(dict(file=name, step=step, prompt=prompt, seed=seed, **scaled, **how))
         images.append(image)
     for record in records:  # after all are drawn: a run that is killed before draws them again
         files.append(folder / run_folder.SAMPLES_LIST, record)
     for tracker in accelerator.trackers:
-        _track(tracker, images, prompts, step)
+        _track(tracker, images, [prompt for prompt, _ in wanted], step)
 
 
 def _track(tracker: GeneralTracker, images: list[Image.Image], prompts: Sequence[str], step: int) -> None:

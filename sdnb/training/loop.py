@@ -71,7 +71,7 @@ def train(config: TrainConfig, show: Show = lambda record, total: None, splits: 
 
 def train_step(training: Training) -> dict[str, Any]:
     """One optimizer step. Returns its record."""
-    config, clock, unet = training.config, training.clock, training.unet
+    config, clock = training.config, training.clock
     epoch, waiting = training.batches.epoch, []
     for batch, ends_step in training.batches.of_a_step():
         clock.end_phase("data")
@@ -82,12 +82,12 @@ def train_step(training: Training) -> dict[str, Any]:
             waiting = []
 
     learning_rate = training.schedule.get_last_lr()[0]
-    grad_norm = training.accelerator.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
+    grad_norm = training.accelerator.clip_grad_norm_(training.trained, config.largest_norm)
     training.optimizer.step()
     training.optimizer.zero_grad()
     clock.end_phase("optimizer")
     if training.ema is not None:
-        training.ema.step(unet.parameters())
+        training.ema.step(training.unet.parameters())
         clock.end_phase("ema")
 
     training.step += 1
@@ -193,6 +193,8 @@ def _log_start(training: Training) -> None:
         f", {training.step} of them done" if training.step else "", accelerator.device,
         f", {ranks} ranks, {accelerator.distributed_type.value}" if ranks > 1 else "",
     )  # fmt: skip
+    if config.lora and accelerator.is_main_process:
+        logger.info("gradients are not clipped: the reference's script for LoRA does not apply max_grad_norm")
     if scheduled != steps and not config.lr_scheduler.startswith("constant") and accelerator.is_main_process:
         logger.warning(
             "the %s schedule is laid out for %d steps, but this run has %d: with num_train_epochs and several ranks "

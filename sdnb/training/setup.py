@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from sdnb.machine import onednn_linear
 from sdnb.metrics.step_clock import StepClock
 from sdnb.models.ema import EMA
 from sdnb.models.encoders import WEIGHT_DTYPES, Encoders
+from sdnb.models.lora import add_adapter
 from sdnb.models.pipeline import Parts, load_parts, start_of_ema
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
@@ -38,13 +40,14 @@ logger = logging.getLogger("sdnb")
 
 @dataclass
 class Training:
-    """What a step needs. `step` is the number of the last one."""
+    """What a step needs. `trained`: the UNet's weights, or those of its adapter. `step`: the number of the last one."""
 
     config: TrainConfig
     accelerator: Accelerator
     splits: Splits
     parts: Parts
     unet: torch.nn.Module
+    trained: list[torch.nn.Parameter]
     optimizer: AcceleratedOptimizer
     schedule: AcceleratedScheduler
     ema: EMA | None
@@ -122,8 +125,9 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
         fused = config.fused_optimizer or config.foreach_ema
         ema = EMA(start_of_ema(config, parts), config.offload_ema, fused) if config.use_ema else None
     configure(parts, config, device)
+    trained = [parameter for parameter in parts.unet.parameters() if parameter.requires_grad]
     optimizer = optimizer_class(config, device)(
-        parts.unet.parameters(), lr=config.peak_learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        trained, lr=config.peak_learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay, eps=config.adam_epsilon,
     )  # fmt: skip
     schedule = schedule_of(config, optimizer, len(splits.train))
@@ -142,7 +146,7 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
         ema.settle(device)
     stop = StopRequest(run_folder.path_of(config) / run_folder.FAILURE if config.ranks > 1 else None)
     return Training(
-        config, accelerator, splits, parts, unet, optimizer, schedule, ema, encoders,
+        config, accelerator, splits, parts, unet, trained, optimizer, schedule, ema, encoders,
         batches=MicroBatches(loader, config.gradient_accumulation_steps, config.whole_steps),
         clock=StepClock(device),
         stats=StepStats(accelerator, config.gradient_accumulation_steps, encoders, stop),
@@ -168,9 +172,13 @@ def configure(parts: Parts, config: TrainConfig, device: torch.device) -> None:
         raise ConfigError(f"prediction_type: the model's scheduler says {predicts}: set it to epsilon, or v_prediction")
     if config.dream_training and predicts != "epsilon":
         raise ConfigError("dream_training is defined for models that predict the noise; this one predicts a velocity")
+    if config.lora:
+        add_adapter(unet.to(device, WEIGHT_DTYPES[config.mixed_precision or "no"]), config.rank)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if config.enable_xformers_memory_efficient_attention:
+    if config.enable_xformers_memory_efficient_attention and find_spec("xformers") is None:
+        logger.info("xformers is not installed: torch's own attention runs in its place")
+    elif config.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
         except (ValueError, RuntimeError, NotImplementedError) as error:
