@@ -119,7 +119,7 @@ CASES = {
         f"{_CENTRED} --rank=16 --snr_gamma=5 --noise_offset=0.1 --lr_scheduler=cosine"
     ),
     "LoRA, norms above the limit, random crop, several captions": Case(
-        f"{_ANYWHERE} --rank=4 --learning_rate=1e-3 --max_grad_norm=0.001 --gradient_accumulation_steps=4",
+        f"{_ANYWHERE} --rank=4 --learning_rate=1e-2 --max_grad_norm=0.001 --gradient_accumulation_steps=4",
         data="shapes",
     ),
     "LoRA, velocity with min-SNR on two ranks, gradient checkpointing": Case(

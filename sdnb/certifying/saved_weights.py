@@ -2,15 +2,18 @@
 
 import math
 from collections import Counter
+from copy import deepcopy
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 
 from sdnb.certifying.quantities import AVERAGED, ROUNDED, SAVED, UNMOVED, recorded_quantities
 from sdnb.data.loading import load_data
 from sdnb.errors import RunError
+from sdnb.models.lora import merge_adapter
 from sdnb.models.pipeline import load_parts
-from sdnb.run.folder import RunFolder
+from sdnb.run.folder import ADAPTER, RunFolder
 from sdnb.training.evaluation import HeldOutLoss
 
 _SAME_WEIGHTS = 5e-5  # relative, of their held-out losses
@@ -35,13 +38,12 @@ def _saved(run: RunFolder) -> dict[str, float]:
     parts, data = load_parts(run.config), load_data(run.config)
     if run.config.prediction_type is not None:
         parts.noise_scheduler.register_to_config(prediction_type=run.config.prediction_type)
-    try:
-        saved = UNet2DConditionModel.from_pretrained(run.folder, subfolder="unet", use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{run.folder}: its saved UNet cannot be loaded: {str(error).splitlines()[0]}") from None
+    saved, trained = _saved_unet(run, parts.unet)
     moved, squares, unmoved, rounded = 0, Counter[str](), 0, Counter[torch.dtype]()
     ends = dict(saved.named_parameters())
     for name, begin in parts.unet.named_parameters():
+        if name not in trained:
+            continue
         end = ends[name].detach()
         change = end - begin.detach()
         squares[_block_of(name)] += change.double().square().sum().item()
@@ -57,6 +59,19 @@ def _saved(run: RunFolder) -> dict[str, float]:
         held_out = HeldOutLoss(data.held_out, parts, run.config.train_batch_size, torch.device("cpu"))
         found[SAVED] = held_out(saved)["loss"]
     return found
+
+
+def _saved_unet(run: RunFolder, begun: UNet2DConditionModel) -> tuple[UNet2DConditionModel, set[str]]:
+    """The UNet as the run saved it, and the names of the weights that were trained. Raises RunError if it cannot be
+    loaded."""
+    try:
+        if run.config.lora:
+            saved = deepcopy(begun)
+            return saved, merge_adapter(saved, run.folder / ADAPTER)
+        saved = UNet2DConditionModel.from_pretrained(run.folder, subfolder="unet", use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:
+        raise RunError(f"{run.folder}: its saved weights cannot be loaded: {str(error).splitlines()[0]}") from None
+    return saved, {name for name, _ in saved.named_parameters()}
 
 
 def _block_of(parameter: str) -> str:

@@ -98,12 +98,14 @@ def _dry_run(
     and is corrected here.
     """
     dtype = torch.float32 if precision == "no" else torch.bfloat16  # has the size of fp16
-    with FakeTensorMode():
+    with torch.device("meta"):  # PEFT moves its layers, and fake ones cannot be moved
         unet = UNet2DConditionModel.from_config(architecture["unet"]).train()
-        vae = AutoencoderKL.from_config(architecture["vae"])
-        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(architecture["text_encoder"])))
         if adapter_rank:
             add_adapter(unet, adapter_rank)
+    with FakeTensorMode():
+        unet = _on_cpu(unet)
+        vae = AutoencoderKL.from_config(architecture["vae"])
+        text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(dict(architecture["text_encoder"])))
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -136,6 +138,15 @@ def _dry_run(
         encoders=alive.bytes[:encoded],
         unet=alive.bytes[encoded:],
     )
+
+
+def _on_cpu(module: torch.nn.Module) -> torch.nn.Module:
+    """Replaces the module's parameters by those of the same shapes on the CPU."""
+    for one in module.modules():
+        for name, parameter in one.named_parameters(recurse=False):
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(one, name, torch.nn.Parameter(values, parameter.requires_grad))
+    return module
 
 
 class _AliveBytes(TorchDispatchMode):

@@ -34,12 +34,30 @@ def save_adapter(unet: UNet2DConditionModel, file: Path) -> None:
 def load_adapter(unet: UNet2DConditionModel, file: Path) -> None:
     """Give the UNet's adapter the weights that `save_adapter`, or the reference, has written. Raises ValueError if they
     are those of another one."""
+    weights = _read(file)
+    expected = {name: values.shape for name, values in get_peft_model_state_dict(unet).items()}
+    if {name: values.shape for name, values in weights.items()} != expected:
+        raise ValueError(f"{file} is of another adapter: another rank, or another model")
+    set_peft_model_state_dict(unet, weights)
+
+
+def merge_adapter(unet: UNet2DConditionModel, file: Path) -> set[str]:
+    """Add what an adapter has learnt to the UNet's own weights: the product of its two matrices. Returns the names of
+    these weights. Raises OSError, ValueError or AttributeError if the file is not that of an adapter of this UNet."""
+    weights, merged = _read(file), set()
+    for name, first in weights.items():
+        if ".lora_A." in name:
+            own = name.replace(".lora_A.", ".")
+            unet.get_parameter(own).data += weights[name.replace(".lora_A.", ".lora_B.")] @ first
+            merged.add(own)
+    return merged
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    """The weights of an adapter, with PEFT's names."""
     weights = {}
     for name, values in load_file(file).items():
         for former, now in _FORMER_NAMES.items():
             name = name.replace(former, now)
         weights[name.removeprefix("unet.")] = values
-    expected = {name: values.shape for name, values in get_peft_model_state_dict(unet).items()}
-    if {name: values.shape for name, values in weights.items()} != expected:
-        raise ValueError(f"{file} is of another adapter: another rank, or another model")
-    set_peft_model_state_dict(unet, weights)
+    return weights

@@ -21,17 +21,18 @@ from sdnb.figures.chart import Chart, grid_of, legend
 from sdnb.figures.colours import BLUE, RED
 from sdnb.machine.device import release_freed_memory
 from sdnb.metrics.results import PAGE_MIME
+from sdnb.models.lora import merge_adapter
 from sdnb.models.pipeline import Parts, assemble, load_parts
 from sdnb.places import runs_folder
 from sdnb.report.run import Run
-from sdnb.run.folder import SUMMARY, data_name, problems_of
+from sdnb.run.folder import ADAPTER, SUMMARY, data_name, problems_of
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import several
 from sdnb.tables import html_table
 from sdnb.training.evaluation import psnr
 
 LATEST = "latest"
-PIPELINE = "model_index.json"
+TRAINED = ("model_index.json", ADAPTER)  # one of them is in the folder of a complete run
 
 
 def survey(examples: ImageCaptions) -> pd.DataFrame:
@@ -165,7 +166,7 @@ def find_run(wanted: str | Path | None, config: TrainConfig) -> Run | None:
     model, ended = config.pretrained_model_name_or_path, {}
     for path in runs_folder().glob(f"**/{SUMMARY}"):
         seen, _ = problems_of(partial(_model_and_end, path.parent))  # a damaged run does not hide the others
-        if seen and seen[0] == model and (path.parent / PIPELINE).exists():
+        if seen and seen[0] == model and _is_trained(path.parent):
             ended[path.parent] = seen[1]
     return Run(max(ended, key=ended.__getitem__)) if ended else None
 
@@ -184,11 +185,7 @@ def draw(
     prompts = several(prompts)
     pipelines = {"untrained": assemble(config, load_parts(config))}
     if run is not None:
-        if not (run.folder / PIPELINE).exists():
-            raise RunError(f"{run.folder}: has no trained pipeline; it is saved at the end of a run")
-        unchecked = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        trained = StableDiffusionPipeline.from_pretrained(run.folder, use_safetensors=True, **unchecked)
-        pipelines[f"trained: {run.folder.name}"] = trained
+        pipelines[f"trained: {run.folder.name}"] = _trained(run)
     side, rows = config.resolution, []
     options = dict(height=side, width=side, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
     for pipeline in pipelines.values():
@@ -200,6 +197,22 @@ def draw(
     release_freed_memory()  # on a GPU, for a run that starts while this notebook is open
     how = f"Seed {seed}, {num_inference_steps} steps, guidance {guidance_scale:g}."
     return grid_of(rows, "Images of the same prompts and noise", how, columns=prompts, rows=list(pipelines))
+
+
+def _is_trained(folder: Path) -> bool:
+    return any((folder / name).exists() for name in TRAINED)
+
+
+def _trained(run: Run) -> StableDiffusionPipeline:
+    """The pipeline of a run. Raises RunError if it has none yet."""
+    if not _is_trained(run.folder):
+        raise RunError(f"{run.folder}: has no trained pipeline; it is saved at the end of a run")
+    if run.config.lora:
+        parts = load_parts(run.config)
+        merge_adapter(parts.unet, run.folder / ADAPTER)
+        return assemble(run.config, parts)
+    unchecked = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline.from_pretrained(run.folder, use_safetensors=True, **unchecked)
 
 
 def _to_images(pixels: Tensor) -> list[Image.Image]:

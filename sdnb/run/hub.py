@@ -1,5 +1,5 @@
-"""Uploads the trained pipeline to the Hugging Face hub, with a card that shows its images, settings and measurements.
-The token comes from `hub_token`, the environment (HF_TOKEN) or the hub's own login, in this order."""
+"""Uploads the trained pipeline or adapter to the Hugging Face hub, with a card that shows its images, settings and
+measurements. The token comes from `hub_token`, the environment (HF_TOKEN) or the hub's own login, in this order."""
 
 import html
 import shlex
@@ -16,8 +16,8 @@ from sdnb.settings.config import TrainConfig
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training", "sdnb"]
 CARD = "README.md"
 # The pipeline, its images and its measurements; no checkpoint, and nothing that names the machine or its user.
-UPLOADED = [CARD, "model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", f"{run_folder.SAMPLES}/*",
-            run_folder.STEPS, run_folder.VALIDATION]  # fmt: skip
+UPLOADED = [CARD, "model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", run_folder.ADAPTER,
+            f"{run_folder.SAMPLES}/*", run_folder.STEPS, run_folder.VALIDATION]  # fmt: skip
 NOT_UPLOADED = ["checkpoint-*", ".*", "logs/*"]
 
 
@@ -61,11 +61,11 @@ def card(run: run_folder.RunFolder) -> ModelCard:
     about = ModelCardData(
         base_model=model if _on_hub(model) else None, datasets=[data] if _on_hub(data) else None,
         license="creativeml-openrail-m" if _on_hub(model) else None,
-        library_name="diffusers", pipeline_tag="text-to-image", tags=TAGS,
+        library_name="diffusers", pipeline_tag="text-to-image", tags=[*TAGS, *["lora"] * config.lora],
     )  # fmt: skip
     packages = environment["packages"]
     shown = dict(
-        model=_name(model), data=_name(data), steps=len(run.steps),
+        adapter="An adapter (LoRA) of " if config.lora else "", model=_name(model), data=_name(data), steps=len(run.steps),
         images=[] if drawn.empty else drawn[drawn.step == drawn.step.max()].to_dict("records"),
         results=[vars(row) for row in measure(run).results],
         ranks=config.num_processes, device=environment["devices"]["names"][0],

@@ -46,7 +46,10 @@ def from_notebook(namespace: Mapping[str, Any], besides: Container[str] = ()) ->
                 for name in choice - names:
                     settings.pop(name, None)
         settings.update({name: namespace[name] for name in names if name in namespace})
-    return TrainConfig(**_without_the_demos_goals(settings, set[str]().union(*cells[1:])))
+    given = set[str]().union(*cells[1:])
+    if "lora" in given and settings["lora"] and "use_ema" not in given:
+        settings.pop("use_ema", None)  # the notebook's own default is for the whole UNet
+    return TrainConfig(**_without_the_demos_goals(settings, given))
 
 
 def _without_the_demos_goals(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
