@@ -138,7 +138,6 @@ def samples(comparison: Comparison) -> Chart | None:
         warnings.warn(problem, DamagedFile, stacklevel=2)
     drawn = {label: listed for label, (listed, _) in lists.items() if listed is not None and not listed.empty}
     last = {label: samples[samples.step == samples.step.max()] for label, samples in drawn.items()}
-    # of each prompt the last one: with an adapter, that is the whole adapter's
     files = {label: dict(zip(samples.prompt, samples.file)) for label, samples in last.items()}
     first = next(iter(files.values()), {})
     prompts = [prompt for prompt in first if all(prompt in of_run for of_run in files.values())]

@@ -114,12 +114,11 @@ def samples(run: RunFolder) -> Chart | None:
     drawn = run.drawn
     if drawn.empty:
         return None
-    scales = drawn.get("scale", pd.Series(1.0, drawn.index)).fillna(1.0)
     keys = list(zip(drawn.prompt, drawn.seed))
-    columns, rows = list(dict.fromkeys(keys)), sorted({*zip(drawn.step, scales)})
+    columns, rows = list(dict.fromkeys(keys)), sorted({*zip(drawn.step, drawn.scale)})
     # evenly chosen, with the first and the last
     rows = [rows[round(index)] for index in np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows)))]
-    images = dict(zip(zip(zip(drawn.step, scales), keys), map(run.sample, drawn.file)))
+    images = dict(zip(zip(zip(drawn.step, drawn.scale), keys), map(run.sample, drawn.file)))
     first, seeds = drawn.iloc[0], sorted(drawn.seed.unique())
     seeded = f"Seed {seeds[0]}" if len(seeds) == 1 else f"Seeds {seeds[0]} to {seeds[-1]}"
     how = f"{seeded}, {first.num_inference_steps} steps, guidance {first.guidance_scale:g}."

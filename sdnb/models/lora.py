@@ -1,6 +1,8 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685) of the UNet, as in diffusers' `train_text_to_image_lora.py`: its weights
 are frozen, and beside each projection of its attention two small matrices are trained. PEFT makes and runs them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -51,6 +54,19 @@ def merge_adapter(unet: UNet2DConditionModel, file: Path) -> set[str]:
             unet.get_parameter(own).data += weights[name.replace(".lora_A.", ".lora_B.")] @ first
             merged.add(own)
     return merged
+
+
+@contextmanager
+def scaled(unet: UNet2DConditionModel, scale: float) -> Iterator[None]:
+    """Within a `with`, the UNet's adapter counts by so much. Without an adapter, nothing changes."""
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.scale_layer(scale)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unscale_layer()
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

@@ -65,7 +65,8 @@ def card(run: run_folder.RunFolder) -> ModelCard:
     )  # fmt: skip
     packages = environment["packages"]
     shown = dict(
-        adapter="An adapter (LoRA) of " if config.lora else "", model=_name(model), data=_name(data), steps=len(run.steps),
+        adapter="An adapter (LoRA) of " if config.lora else "", model=_name(model), data=_name(data),
+        steps=len(run.steps),
         images=[] if drawn.empty else drawn[drawn.step == drawn.step.max()].to_dict("records"),
         results=[vars(row) for row in measure(run).results],
         ranks=config.num_processes, device=environment["devices"]["names"][0],

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from sdnb.errors import RunError
 from sdnb.machine.device import peak_bytes, release_freed_memory
 from sdnb.metrics.recent import RECENT_STEPS, recent_rates, utilisation_of
 from sdnb.metrics.steps import first_not_finite
-from sdnb.models.lora import SCALES, save_adapter
+from sdnb.models.lora import SCALES, save_adapter, scaled
 from sdnb.models.pipeline import assemble
 from sdnb.run import files, hub
 from sdnb.run import folder as run_folder
@@ -165,11 +165,11 @@ class Callbacks:
         if not (config.validation_prompts and self.accelerator.is_main_process):
             return
         drawn = run_folder.RunFolder(self.folder).drawn
-        if len(drawn) and ((drawn.step == step) & (drawn.get("scale", 1.0) == scale)).any():
+        if len(drawn) and ((drawn.step == step) & (drawn.scale == scale)).any():
             return
         ema, unet = self.training.ema, self.training.parts.unet
         logger.info("drawing images %s", f"after step {step}" if step else "before the training")
-        with self._counted("images"), ema.applied_to(unet) if ema is not None else nullcontext():
+        with self._counted("images"), ema.applied_to(unet) if ema is not None else scaled(unet, scale):
             draw_samples(
                 self.pipeline, self.accelerator, self.folder, step, config.validation_prompts, config.resolution,
                 seeds=[(config.seed or 0) + index for index in range(config.num_validation_images)],

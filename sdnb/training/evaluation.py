@@ -72,8 +72,7 @@ def draw_samples(
     resolution: int, seeds: Sequence[int], guidance_scale: float, adapter_scale: float | None = None,
 ) -> None:  # fmt: skip
     """Draw each prompt from each of the seeds, and give the images to the run folder and the trackers. As in the
-    reference's validation, no safety checker is used. `adapter_scale`: if there is an adapter, how much of it counts,
-    from 0 to 1."""
+    reference's validation, no safety checker is used. `adapter_scale`: to be recorded."""
     unchecked = {**pipeline.components, "safety_checker": None, "feature_extractor": None}
     pipeline = StableDiffusionPipeline(**unchecked, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -86,10 +85,7 @@ def draw_samples(
     for index, (prompt, seed) in enumerate(wanted):  # one by one: the optimizer's state is in memory, too
         with accelerator.autocast():
             generator = torch.Generator().manual_seed(seed)
-            image = pipeline(
-                prompt, height=resolution, width=resolution, generator=generator, cross_attention_kwargs=scaled or None,
-                **how,
-            ).images[0]  # fmt: skip
+            image = pipeline(prompt, height=resolution, width=resolution, generator=generator, **how).images[0]
         name = f"step-{step:06d}{part}-{index}.png"
         image.save(folder / run_folder.SAMPLES / name)
         records.append(dict(file=name, step=step, prompt=prompt, seed=seed, **scaled, **how))
