@@ -39,7 +39,7 @@ def predict(settings, device="cpu", folded=1):
     return memory.predict(settings, device, folded)
 
 
-MEASURED = config(train_batch_size=32), config(train_batch_size=32, gradient_checkpointing=True)
+MEASURED = [config(train_batch_size=32, **how) for how in ({}, dict(gradient_checkpointing=True), dict(lora=True))]
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def measured_gib(tmp_path_factory):
     running = []
     try:
         for folder, settings in zip(folders, MEASURED):
-            flags = ["--gradient_checkpointing"] if settings.gradient_checkpointing else []
+            flags = [f"--{name}" for name in ("gradient_checkpointing", "lora") if getattr(settings, name)]
             with folder.with_suffix(".log").open("w") as log:
                 starting = [*command, *flags, f"--output_dir={folder}"]
                 running.append(subprocess.Popen(starting, cwd=ROOT, env=environment, stdout=log, stderr=log))
-        assert [process.wait(timeout=200) for process in running] == [0, 0], folders
+        assert [process.wait(timeout=200) for process in running] == [0, 0, 0], folders
     finally:
         for process in running:
             process.kill()
@@ -70,7 +70,7 @@ def measured_gib(tmp_path_factory):
 
 def test_activations_are_what_real_trainings_take(measured_gib):
     """To what two runs differ by."""
-    whole, checkpointing = (predict(settings).activations_gib for settings in MEASURED)
+    whole, checkpointing, _ = (predict(settings).activations_gib for settings in MEASURED)
     assert measured_gib[0] - measured_gib[1] == pytest.approx(whole - checkpointing, abs=0.04)
 
 
@@ -95,6 +95,14 @@ def test_stable_diffusion_as_it_was_published():
     # An attention matrix of 8 heads × 4096 × 4096 would take 0.25 GiB an image in each of five layers.
     more = predict(sd(train_batch_size=16), "cuda")
     assert 1.0 < (more.activations_gib - predicted.activations_gib) / 8 < 1.4
+
+
+def test_an_adapter_needs_little_besides_the_frozen_weights():
+    predicted = predict(sd(lora=True, use_ema=False), "cuda")
+    adapter = 797_184  # parameters: rank 4 × both sides of 128 projections
+    assert predicted.gradients_gib == pytest.approx(4 * adapter / 2**30)
+    assert predicted.optimizer_gib == pytest.approx(8 * adapter / 2**30)
+    assert predicted.weights_gib == pytest.approx((2 * 859_520_964 + 4 * adapter) / 2**30)
 
 
 def test_twice_the_batch_has_twice_the_activations():

@@ -97,6 +97,17 @@ def test_the_flop_of_stable_diffusion(name, resolution, unet_forward, unet_train
     )
 
 
+def test_the_flop_of_an_adapter():
+    """A frozen layer has no gradient of its weights, which is a third of its training; and what is before the first
+    adapter has no backward pass."""
+    parts = load_parts(config())
+    whole, adapter = (flop_per_image(parts, 64, rank) for rank in (None, 4))
+    of_adapter = adapter["unet_forward"] - whole["unet_forward"]
+    assert 0 < of_adapter < 0.02 * whole["unet_forward"]
+    assert 1.9 < (adapter["unet_training"] - 3 * of_adapter) / whole["unet_forward"] < 2
+    assert whole["unet_training"] / whole["unet_forward"] == pytest.approx(3, abs=0.02)
+
+
 @pytest.mark.parametrize(
     "name, said", [("tinny", "did you mean tiny"), ("./model", "no such folder"), ("a/b/c", "tiny")]
 )
