@@ -67,15 +67,17 @@ def test_its_tokenizer_knows_the_captions_words():
     assert tokenizer.decode(tokenizer("snow ☃ ünïcode").input_ids, skip_special_tokens=True).startswith("snow")
 
 
-@pytest.mark.parametrize(("name", "resolution", "unet_forward", "unet_training", "vae_encoder", "text_encoder"), [
-    ("sd-v1-4-random", 512, 0.8033, 2.407, 1.117, 0.0133),  # the published figures
-    ("sd-v1-4-random", 768, 2.148, 6.441, 2.609, 0.0133),
-    ("sd-v1-4-random", 960, 3.900, 11.70, 4.230, 0.0133),
-    ("sd-v2-1-random", 512, 0.8043, 2.409, 1.117, 0.0451),
-    ("sd-v2-1-random", 768, 2.149, 6.443, 2.609, 0.0451),
-    ("sd-v2-1-random", 960, 3.901, 11.70, 4.230, 0.0451),
+@pytest.mark.parametrize(("name", "resolution", "forward", "training", "lora", "vae_encoder", "text_encoder"), [
+    ("sd-v1-4-random", 256, 0.1801, 0.5373, 0.3620, 0.2727, 0.0133),
+    ("sd-v1-4-random", 512, 0.8033, 2.407, 1.714, 1.117, 0.0133),  # the published figures, but for LoRA
+    ("sd-v1-4-random", 768, 2.148, 6.441, 4.887, 2.609, 0.0133),
+    ("sd-v1-4-random", 960, 3.900, 11.70, 9.270, 4.230, 0.0133),
+    ("sd-v2-1-random", 256, 0.1811, 0.5393, 0.3630, 0.2727, 0.0451),
+    ("sd-v2-1-random", 512, 0.8043, 2.409, 1.715, 1.117, 0.0451),
+    ("sd-v2-1-random", 768, 2.149, 6.443, 4.888, 2.609, 0.0451),
+    ("sd-v2-1-random", 960, 3.901, 11.70, 9.271, 4.230, 0.0451),
 ])  # fmt: skip
-def test_the_flop_of_stable_diffusion(name, resolution, unet_forward, unet_training, vae_encoder, text_encoder):
+def test_the_flop_of_stable_diffusion(name, resolution, forward, training, lora, vae_encoder, text_encoder):
     """In TFLOP for an image. The parameters are those of the models on the hub."""
     architecture = embedded.ARCHITECTURES[name]
     with torch.device("meta"):
@@ -90,11 +92,10 @@ def test_the_flop_of_stable_diffusion(name, resolution, unet_forward, unet_train
     assert counts == tuple(part.num_parameters() for part in (parts.unet, parts.text_encoder))
     flop = {part: count / 1e12 for part, count in flop_per_image(parts, resolution).items()}
     assert flop == pytest.approx(
-        dict(
-            unet_forward=unet_forward, unet_training=unet_training, vae_encoder=vae_encoder, text_encoder=text_encoder
-        ),
+        dict(unet_forward=forward, unet_training=training, vae_encoder=vae_encoder, text_encoder=text_encoder),
         rel=1e-3,
     )
+    assert flop_per_image(parts, resolution, adapter_rank=4)["unet_training"] / 1e12 == pytest.approx(lora, rel=1e-3)
 
 
 def test_the_flop_of_an_adapter():
