@@ -29,7 +29,7 @@ import yaml
 from sdnb.errors import ConfigError, RunError
 from sdnb.places import runs_folder, shipped
 from sdnb.report.page import write_page
-from sdnb.run.folder import SUMMARY
+from sdnb.run.folder import STEPS, SUMMARY
 from sdnb.run.repeats import REPEATS
 from sdnb.settings.config import TrainConfig, read_yaml
 from sdnb.settings.flags import found
@@ -75,21 +75,7 @@ def run(
     notebook and as a page. Returns the page, and for each failed run the reason. Raises RunError if fewer than two
     succeeded, so that there is nothing to compare."""
     target = Path(folder).expanduser().absolute() if folder else runs_folder() / sweep.name
-    failed: dict[str, str] = {}
-    for number, (name, settings) in enumerate(sweep.runs.items(), 1):
-        where = target / name
-        parameters = {**settings, "output_dir": str(where)}
-        if _is_complete(where, parameters):
-            say(f"{number} of {len(sweep.runs)}: {name}: complete already")
-            continue
-        say(f"{number} of {len(sweep.runs)}: {name}")
-        if where.exists():  # keep the measurements of a failed run, or of other settings
-            before = len(list(target.glob(f"{glob.escape(name)}.before-*")))
-            where.rename(target / f"{name}.before-{before + 1}")
-        where.mkdir(parents=True)
-        if reason := _execute(shipped("notebooks/train.ipynb"), where / EXECUTED, parameters):
-            failed[name] = reason
-            say(f"    failed: {reason}")
+    failed = run_each(sweep.runs, target, say)
     complete = [str(target / name) for name in sweep.runs if name not in failed]
     if len(complete) < 2:
         raise RunError(f"{target}: only {len(complete)} of {len(sweep.runs)} runs succeeded, too few to compare")
@@ -100,6 +86,27 @@ def run(
     besides = {"title": title, "reproduce": [f"sdnb sweep {shlex.quote(sweep.file)}"]}
     page, *_ = write_page(notebook, target / f"{sweep.name}.html", besides)
     return page, failed
+
+
+def run_each(runs: dict[str, dict[str, Any]], target: Path, say: Callable[[str], None] = print) -> dict[str, str]:
+    """Run what is not complete yet, each with its settings in a folder of its name. Returns for each failed run the
+    reason."""
+    failed: dict[str, str] = {}
+    for number, (name, settings) in enumerate(runs.items(), 1):
+        where = target / name
+        parameters = {**settings, "output_dir": str(where)}
+        if _is_complete(where, parameters):
+            say(f"{number} of {len(runs)}: {name}: complete already")
+            continue
+        say(f"{number} of {len(runs)}: {name}")
+        if (where / STEPS).exists():  # keep the measurements of a failed run, or of other settings
+            before = len(list(target.glob(f"{glob.escape(name)}.before-*")))
+            where.rename(target / f"{name}.before-{before + 1}")
+        where.mkdir(parents=True, exist_ok=True)
+        if reason := _execute(shipped("notebooks/train.ipynb"), where / EXECUTED, parameters):
+            failed[name] = reason
+            say(f"    failed: {reason}")
+    return failed
 
 
 def _is_complete(where: Path, parameters: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from sdnb.settings.config import TrainConfig
 _FOLDER = Path(__file__).parent / "published"
 # The measurement of Stable Diffusion v1-4 on eight GPUs behind the published 17.88, as a run folder.
 PUBLISHED = _FOLDER / "sd-v1-4-8-gpus-2024"
+SUITE = _FOLDER / "suite.yaml"  # what is published of the suite's cards
 
 
 @dataclass(frozen=True)
