@@ -143,7 +143,7 @@ def _function(card: Card, run: Run) -> Iterator[str]:
     what = f"mean of {of} train_loss" if of > 1 else "last step_loss"
     if not card.does_the_work:
         yield f"target ({what} under {limit:g} after step {after}): not judged, as {', '.join(card.changed)} differ"
-    elif len(run.steps) <= after:
+    elif len(run.steps) < after:
         yield f"target ({what} under {limit:g}): not reached, as it is judged after step {after}"
     else:
         loss = run.steps["train_loss" if of > 1 else "step_loss"].tail(of).mean()
