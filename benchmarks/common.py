@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ embedded.ARCHITECTURES["small"] = dict(
 # For each model: the side of its images in pixels, its device, and additional flags of a run.
 MODELS = {
     "tiny": (64, "cpu", ""),
+    "tiny-random": (64, "cpu", ""),
     "small": (64, "cpu", ""),
     "small-unet": (128, "cpu", ""),
     "sd-v1-4-random": (512, "cuda", " --mixed_precision=fp16"),  # as params/reference.yaml
@@ -179,6 +180,12 @@ def heading(about: dict[str, Any]) -> str:
 def file_of(options: argparse.Namespace, *names: str) -> str:
     """The path of a result's files, without extension."""
     return f"{options.out}/{'-'.join(filter(None, [*names, options.label]))}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table. Rows may be shorter than the head."""
+    lines = [head, ["---"] * len(head), *([*row, *[""] * (len(head) - len(row))] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(path: str, text: str, about: dict[str, Any], **results: Any) -> None:
