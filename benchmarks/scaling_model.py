@@ -1,9 +1,12 @@
 """The arithmetic of scaling.py: a model of the seconds of a step on any number of ranks, fitted to measured ones.
 
     step(n) = work(n) + max(0, allreduce(n) - hidden(n))
-    work(n) = accumulation × micro-batch + update, of the slowest of n ranks
+    work(n) = accumulation × micro-batch + update, of the slowest of n ranks, measured for one rank and for several
     allreduce(n) = buckets × 2 (n - 1) × latency + 2 (n - 1) / n × bytes / bandwidth
     hidden(n) = the same share of allreduce(n) as measured, but at most the backward pass of the last micro-batch
+
+Ranks on one machine share its memory, so that a rank works faster alone than beside others. The work of several ranks
+is the median of all launches of several. More ranks are taken to be more machines that are as full.
 
 The slowest of n ranks: the times of a rank vary. If ranks are independent, the median of the slowest of n is the
 quantile 0.5^(1/n) of these times.
@@ -26,7 +29,7 @@ from scipy.special import stdtrit
 
 from sdnb.metrics.throughput import Estimate
 
-PARAMETERS = 4  # fitted: work, latency, bandwidth, hidden share
+PARAMETERS = 3  # fitted to steps: work of one rank and of several, hidden share
 DRAWS = 400  # of the bootstrap
 BYTES_PER_GRADIENT = 4  # the weights are in float32, also with mixed_precision = fp16
 UNET_PARAMETERS = {"v1": 859_520_964, "v2": 865_910_724}
@@ -93,7 +96,8 @@ class Launch:
 class Model:
     """The fitted model. `spread`: the times of a rank, relative to the median of their launch."""
 
-    work: float
+    alone: float  # work of one rank
+    work: float  # of several
     spread: np.ndarray
     latency: float
     seconds_per_byte: float
@@ -103,6 +107,8 @@ class Model:
     buckets: int
 
     def work_of(self, ranks: int) -> float:
+        if ranks == 1:
+            return self.alone
         return self.work * float(np.quantile(self.spread, 0.5 ** (1 / ranks)))
 
     def allreduce(self, ranks: int) -> float:
@@ -118,12 +124,13 @@ class Model:
 
 def fit(launches: Sequence[Launch]) -> Model:
     """Fit the model to launches on one rank and on several."""
-    several = [one for one in launches if one.ranks > 1]
+    alone, several = ([one for one in launches if (one.ranks > 1) == many] for many in (False, True))
     latency, seconds_per_byte = _fit_ring(several)
     # What is left of a step beside the ranks' own work, such as the reduction of the records, belongs to the work.
-    rest = np.median(np.concatenate([one.unreduced - one.own.max(axis=1) for one in launches]))
+    rest = np.median(np.concatenate([one.unreduced - one.own.max(axis=1) for one in several]))
     return Model(
-        work=float(np.median([np.median(one.own) for one in launches]) + rest),
+        alone=float(np.median([np.median(one.unreduced) for one in alone])),
+        work=float(np.median([np.median(one.own) for one in several]) + rest),
         spread=np.sort(np.concatenate([(one.own / np.median(one.own)).ravel() for one in launches])),
         latency=latency,
         seconds_per_byte=seconds_per_byte,

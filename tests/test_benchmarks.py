@@ -103,7 +103,7 @@ def launches_of(counts, rng, rounds=5, bandwidth=2e9, noise=0.02):
 
 def test_the_fit_recovers_what_is_known():
     model = fit(launches_of((1, 2, 4), np.random.default_rng(0), rounds=9, noise=0.01))
-    assert model.work == pytest.approx(1, rel=0.02)
+    assert (model.alone, model.work) == pytest.approx((1, 1), rel=0.02)
     assert model.latency == pytest.approx(1e-4, rel=0.1) and model.seconds_per_byte == pytest.approx(1 / 2e9, rel=0.05)
     assert model.hidden_share == pytest.approx(0.5, abs=0.05)
     assert model.allreduce(2) == pytest.approx(2 * 2 * 1e-4 + 104e6 / 2e9, rel=0.05)
@@ -123,7 +123,7 @@ def test_the_interval_of_a_prediction_has_95_percent_of_new_launches():
         predicted = Fit.of(launches_of((1, 2), rng), draws=60).step(8)
         (new,) = launches_of((8,), rng, rounds=1)
         inside += predicted.low <= np.median(new.reduced) <= predicted.high
-    assert 0.88 * times <= inside < times
+    assert 0.9 * times <= inside < times
 
 
 def test_published_figures_of_8_and_32_gpus():
