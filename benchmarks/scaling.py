@@ -133,9 +133,9 @@ def parameters(fitted: Fit) -> str:
     return (
         f"The model: work {model.alone:.3f} s of one rank, {model.work:.3f} s of several; latency "
         f"{model.latency * 1e6:.0f} µs per bucket and hop; bandwidth {bandwidth}; {model.bytes / 1e6:.1f} MB in "
-        f"{model.buckets} buckets; {model.hidden_share:.0%} of the reduction is hidden, at most {model.backward:.3f} s. "
-        f"The steps of the launches differ from the model by {fitted.noise:.1%} (standard deviation, {fitted.freedom} "
-        "degrees of freedom)."
+        f"{model.buckets} buckets; {model.hidden_share:.0%} of the reduction is hidden, at most "
+        f"{model.backward:.3f} s. The steps of the launches differ from the model by {fitted.noise:.1%} (standard "
+        f"deviation, {fitted.freedom} degrees of freedom)."
     )
 
 
@@ -191,7 +191,7 @@ def _plot_published(axes: Any, fitted: Fit) -> None:
     _plot_model(axes, fitted, 8, 32)
     for pair, colour in zip(scaling_published.pairs(), (RED, GREEN, ORANGE)):
         for value, marker, what in ((pair.nominal, "x", "published IPS"), (pair.trained, "s", "images trained on")):
-            axes.plot([8, 32], [1, value], color=colour, marker=marker, ls=":", label=f"{pair.few.model_name}, {what}")
+            axes.plot([8, 32], [1, value], color=colour, marker=marker, ls=":", label=f"{pair.name}, {what}")
     axes.set_xlabel("A100, relative to eight")
 
 
@@ -235,7 +235,8 @@ def main() -> None:
     counts, (side, device, further) = sorted({*options.ranks}), MODELS[options.model]
     if counts[0] != 1 or len(counts) < 2:
         parser.error("--ranks: the fit needs 1, and at least one larger number")
-    os.environ["OMP_NUM_THREADS"] = "1" if device == "cpu" else os.environ.get("OMP_NUM_THREADS", "1")
+    if device == "cpu":
+        os.environ["OMP_NUM_THREADS"] = "1"
     sizes = [f"--{name}={getattr(options, name)}" for name in ("train_batch_size", "gradient_accumulation_steps")]
     with tempfile.TemporaryDirectory(prefix="sdnb-scaling-") as work:
         try:

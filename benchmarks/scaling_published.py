@@ -22,6 +22,10 @@ class Pair:
     many: Baseline
 
     @property
+    def name(self) -> str:
+        return f"{self.few.model_name.removeprefix('stable-diffusion-')} at {self.few.resolution}"
+
+    @property
     def nominal(self) -> float:
         """The efficiency of the published IPS, which counts short steps as full ones."""
         return self.many.images_per_second / self.few.images_per_second
@@ -74,7 +78,7 @@ def text() -> str:
     """The pairs, what they imply, and how it follows."""
     rows = [
         [
-            f"{pair.few.model_name} at {pair.few.resolution}",
+            pair.name,
             f"{pair.few.seconds_per_step:.3f}, {pair.many.seconds_per_step:.3f}",
             f"{pair.nominal:.3f}",
             f"{pair.trained:.3f}",
@@ -98,7 +102,7 @@ def text() -> str:
         "machine: only the shape of the two can be compared.",
         f"**The published IPS understates the scaling.** It counts each step as a full one. On 8 GPUs an epoch of "
         f"{few.examples} images has 14 micro-batches per GPU, so that every fourth step has 2 instead of 4: "
-        f"{mean:.3f} on average. On 32 GPUs an epoch is one full step. *Images trained on* counts what the steps had. "
+        f"{mean:.3f} on average. The published s/it is a mean of all steps. On 32 GPUs an epoch is one full step. *Images trained on* counts what the steps had. "
         "*Full step* is the time of 4 micro-batches, if all take the same time.",
         f"**Repeats.** An epoch is filled up to {epochs[0]:,} images on 8 GPUs and to {epochs[1]:,} on 32, so that "
         f"{repeats(few):.1%} and {repeats(many):.1%} of the images are repeats. *Distinct images/s* leaves them out. "
