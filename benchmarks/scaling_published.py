@@ -102,8 +102,9 @@ def text() -> str:
         "machine: only the shape of the two can be compared.",
         f"**The published IPS understates the scaling.** It counts each step as a full one. On 8 GPUs an epoch of "
         f"{few.examples} images has 14 micro-batches per GPU, so that every fourth step has 2 instead of 4: "
-        f"{mean:.3f} on average. The published s/it is a mean of all steps. On 32 GPUs an epoch is one full step. *Images trained on* counts what the steps had. "
-        "*Full step* is the time of 4 micro-batches, if all take the same time.",
+        f"{mean:.3f} on average. The published s/it is a mean of all steps. On 32 GPUs an epoch is one full step. "
+        "*Images trained on* counts what the steps had. *Full step* is the time of 4 micro-batches, if "
+        "all take the same time.",
         f"**Repeats.** An epoch is filled up to {epochs[0]:,} images on 8 GPUs and to {epochs[1]:,} on 32, so that "
         f"{repeats(few):.1%} and {repeats(many):.1%} of the images are repeats. *Distinct images/s* leaves them out. "
         "It scales as the published IPS does, because an epoch is 4 steps on 8 GPUs and one on 32.",
