@@ -165,9 +165,8 @@ def plot(fitted: Fit, launches: list[Launch], counts: list[int], title: str, wit
     most = max(*measured, *counts)
     _plot_model(grid[0], fitted, 1, most)
     alone = np.median([np.median(one.reduced) for one in measured[1]])
-    for ranks, same in measured.items():
-        grid[0].plot([ranks] * len(same), [alone / np.median(one.reduced) for one in same], "o", color=BLUE, ms=4,
-                     label="measured launches" if ranks == 1 else None)  # fmt: skip
+    points = [(one.ranks, alone / np.median(one.reduced)) for one in launches]
+    grid[0].plot(*zip(*points), "o", color=BLUE, ms=4, label="measured launches")
     grid[0].set(ylabel="images/s per rank, relative", xlabel="ranks, relative to one")
     if with_published:
         _plot_published(grid[1], fitted)
@@ -175,7 +174,7 @@ def plot(fitted: Fit, launches: list[Launch], counts: list[int], title: str, wit
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
-        axes.set_ylim(0, 1.2)
+        axes.set_ylim(0, max(1.2, *(1.05 * value for _, value in points)))
         legend(axes, loc="lower left")
     return chart
 
