@@ -24,6 +24,7 @@ from sdnb.settings.config import TrainConfig
 from sdnb.training.callbacks import Callbacks
 from sdnb.training.checkpoint_folder import find_checkpoints
 from sdnb.training.checkpoints import fingerprint, remove_leftovers, resume
+from sdnb.training.machines import link
 from sdnb.training.objective import draw_latents, draw_noise, draw_timesteps, dream, losses_of, target_of
 from sdnb.training.setup import Training, build, set_stance, start
 
@@ -45,11 +46,12 @@ def train(config: TrainConfig, show: Show = lambda record, total: None, splits: 
     gc.freeze()  # the collector ignores what is loaded by now
     gc.enable()
     accelerator = start(config)
+    machines = link(config, accelerator)
     waits = Waits(accelerator.device.type)
     training = build(config, accelerator, splits)
     callbacks = _begin(training, waits)
     paused = True
-    with training.stop:
+    with training.stop, machines:
         while training.step < training.total_steps:
             if paused:  # no step counts the time and the energy of a pause
                 training.clock.restart()
