@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import selectors
+import shutil
 import struct
 import subprocess
 import threading
@@ -89,6 +90,8 @@ class Network:
 @contextmanager
 def network():
     """The machines, which are removed at the end with all their processes. Skips the test where that is not allowed."""
+    if not (shutil.which("ip") and os.access("/dev/net/tun", os.W_OK)):
+        pytest.skip("needs ip, and write access to /dev/net/tun")
     made = Network()
     with ExitStack() as at_end:
         for machine in range(MACHINES):

@@ -133,9 +133,10 @@ def test_killed_again_and_again_with_eight_loading_processes(settings, tmp_path)
     assert [one["step"] for one in records(run_folder.RunFolder(folder))] == list(range(1, STEPS + 1))
 
 
-def test_two_ranks_one_of_them_killed(settings, tmp_path, forked_ranks, monkeypatch):
+def test_three_ranks_one_of_them_killed(settings, tmp_path, forked_ranks, monkeypatch):
+    """More than two add up a number in an order of their own."""
     monkeypatch.setattr(notebook, "POLL_SECONDS", 0.05)  # a fast machine takes several steps in half a second
-    settings = {**settings, "num_processes": 2, "validation_loss_steps": 0}
+    settings = {**settings, "num_processes": 3, "validation_loss_steps": 0}
     whole = launch(prepare(TrainConfig(**settings)), show=lambda *_: None)
     folder = tmp_path / "killed"
 
@@ -150,7 +151,7 @@ def test_two_ranks_one_of_them_killed(settings, tmp_path, forked_ranks, monkeypa
     assert plan.facts["resumes"] == f"after step {plan.resumes_after}"
     resumed = launch(plan, show=lambda *_: None)
     assert_same(resumed, whole)
-    assert resumed.summary["world_size"] == 2 and not resumed.failure
+    assert resumed.summary["world_size"] == 3 and not resumed.failure
     assert len(resumed.environment["resumed"]) == 1
 
 

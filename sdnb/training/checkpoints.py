@@ -39,7 +39,7 @@ from sdnb.training.checkpoint_folder import (
     numbered,
     records_digest,
 )  # fmt: skip
-from sdnb.training.setup import Training
+from sdnb.training.setup import Training, settle_buckets
 
 logger = logging.getLogger("sdnb")
 
@@ -185,6 +185,7 @@ def remove_leftovers(folder: Path) -> None:
 def load(training: Training, checkpoint: Checkpoint) -> str | None:
     """The problem with the checkpoint, on this rank or another; None if it is loaded. One rank checks the content of
     the files meanwhile."""
+    settle_buckets(training)
     accelerator, scaler, problem = training.accelerator, training.accelerator.scaler, None
     if not (checkpoint.folder / SCALER_NAME).exists():  # made in another precision: accelerate would look for it
         accelerator.scaler = None

@@ -21,7 +21,7 @@ def link(config: TrainConfig, accelerator: Accelerator) -> Links:
     is lost, that rank writes the failure and ends, and the launcher of its machine ends the others there."""
 
     def end(machine: int, what: str) -> None:
-        help_ = "What it printed says why. To go on, repeat the command on all machines with resume_from_checkpoint = latest."
+        help_ = "To go on, repeat the command on every machine with resume_from_checkpoint = latest."
         print(f"error: {what}. {help_}", file=sys.stderr, flush=True)
         with suppress(RunError):  # the disk may be full
             run_folder.fail(run_folder.path_of(config), machine * config.ranks_here, what, help_)
@@ -38,7 +38,7 @@ def link(config: TrainConfig, accelerator: Accelerator) -> Links:
             links.connect(config.machine_rank, address, port[0])
         except OSError as error:
             logger.warning(
-                "machine %d cannot connect to port %d of %s: %s. If one of them is lost, the other notices it only after "
-                "an hour", config.machine_rank, port[0], address, error,
+                "machine %d cannot connect to port %d of %s: %s. If a machine is lost, it may wait for an hour",
+                config.machine_rank, port[0], address, error,
             )  # fmt: skip
     return links

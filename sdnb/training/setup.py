@@ -16,6 +16,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -216,3 +217,17 @@ def set_stance(config: TrainConfig, stance: str) -> None:
     """When the UNet runs compiled, if it is to be compiled and torch can be told: see `torch.compiler.set_stance`."""
     if config.compile_unet != "no" and has_stances():
         torch.compiler.set_stance(stance)
+
+
+def settle_buckets(training: Training) -> None:
+    """Let DDP arrange its gradient buckets before the first step after a checkpoint. It does so after the first
+    backward pass, in the order in which the gradients came. The place in a bucket decides in which order more than two
+    ranks add up a gradient. So the last digits of the first step would not be those of an uninterrupted run."""
+    unet, device = training.unet, training.accelerator.device
+    if isinstance(unet, DistributedDataParallel):
+        latents = torch.zeros(1, unet.module.config.in_channels, 8, 8, device=device)
+        hidden_states = torch.zeros(1, 1, training.parts.text_encoder.config.hidden_size, device=device)
+        set_stance(training.config, "force_eager")  # no step has this size
+        unet(latents, torch.zeros(1, device=device), hidden_states, return_dict=False)[0].sum().backward()
+        unet.zero_grad()
+        set_stance(training.config, "default")
