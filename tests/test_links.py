@@ -21,6 +21,7 @@ class Machine:
 
     def ends(self):
         """As when the system closes the connections of a killed process."""
+        self.links._over.acquire(blocking=False)  # it tells nobody
         for connection in self.links._connections:
             with suppress(OSError):  # the other end has ended
                 connection.shutdown(socket.SHUT_RDWR)
