@@ -29,11 +29,11 @@ class Network:
 
     def __init__(self) -> None:
         self.loss, self.unplugged, self.lost = 0.0, set(), 0
-        self._name, self._taps, self._found = f"sdnb{os.getpid()}", [], {}
+        self.name, self._taps, self._found = f"sdnb{os.getpid()}", [], {}
         self._random, self._over = random.Random(7), threading.Event()
 
     def namespace(self, machine):
-        return f"{self._name}-{machine}"
+        return f"{self.name}-{machine}"
 
     def address(self, machine):
         return f"10.77.0.{10 + machine}"
@@ -47,7 +47,7 @@ class Network:
         return [psutil.Process(int(pid)) for pid in found.stdout.split()]
 
     def plug(self, machine):
-        namespace, tap = self.namespace(machine), f"{self._name}.{machine}"
+        namespace, tap = self.namespace(machine), f"{self.name}.{machine}"
         device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         self._taps.append(device)
         fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH22x", tap.encode(), _IFF_TAP | _IFF_NO_PI))
