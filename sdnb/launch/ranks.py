@@ -110,7 +110,7 @@ def _rank(config: TrainConfig, replayed: dict[str, Any] | None) -> None:
         with contextlib.suppress(OSError):  # the log may be on a full disk
             print(f"rank {rank} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         if config.ranks > 1:
-            time.sleep(1)  # a rank that lost its peer fails, too: the launcher ends it before it reports that
+            time.sleep(3)  # a rank that lost its peer fails, too: the launcher ends it before it reports that
         # At once: interpreter shutdown would wait for ranks that wait for this one.
         os._exit(write_down(run_folder.path_of(config), rank, type(error).__name__, details))
 
