@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,66 +13,30 @@ import fsspec
 import torch
 from PIL import Image
 
-from sdnb.data.transforms import crop, normalize, resize
+from sdnb.data.columns import describe, find_columns
+from sdnb.data.transforms import crop, normalize, resize, size_after_resize
 from sdnb.errors import DataError
 from sdnb.settings.fields import DataSettings
 
+ARCHIVE = "__url__"  # a WebDataset's column with the path of the tar
 
-class ImageCaptions:
-    """The images and captions of one split, in their order.
 
-    A *view* is an image, or an image mirrored, resized and cropped in the centre. View n is image n; with `random_flip`
-    the mirrored ones follow after all of these. `views` is their number. `distinct_captions` has each caption once.
-    Raises DataError if a column is missing or a caption is not a text.
-    """
+class Images:
+    """Decodes the images of a data set. A row is whatever `_stored`, `caption` and `name_of` know."""
 
-    def __init__(self, rows: datasets.Dataset, settings: DataSettings, split: str) -> None:
-        self.settings, self.split = settings, split
-        captions, column = self._column(rows, "caption_column"), self._column(rows, "image_column")
-        if not isinstance(rows.features[column], datasets.Image):
-            raise DataError(f"{describe(settings)}: column {column} holds {rows.features[column]}, not images")
-        if isinstance(rows.features[captions], datasets.Image):
-            raise DataError(f"{describe(settings)}: caption_column = {captions}: it holds images, not captions")
-        self.captions = rows[captions][:]
-        # sdnb decodes images itself, so that it can name a broken one.
-        self.rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        self.views = len(rows) * (2 if settings.random_flip else 1)
-        distinct: dict[str, None] = {}
-        for row, caption in enumerate(self.captions):
-            captions = caption if isinstance(caption, list) else [caption]
-            if not captions or not all(isinstance(one, str) for one in captions):
-                raise DataError(
-                    f"{self.name_of(row)}: the caption in column {settings.caption_column} is {caption!r}; "
-                    "it must be a text, or a list of texts"
-                )
-            distinct.update(dict.fromkeys(captions))
-        self.distinct_captions = list(distinct)
+    settings: DataSettings
 
-    def _column(self, rows: datasets.Dataset, setting: str) -> str:
-        column = getattr(self.settings, setting)
-        if column not in rows.column_names:
-            missing_metadata = "" if len(rows.column_names) > 1 else " A folder needs a metadata.jsonl for captions."
-            raise DataError(
-                f"{setting} = {column}: {describe(self.settings)} has no such column; "
-                f"it has: {', '.join(rows.column_names)}. Set {setting} to one of these.{missing_metadata}"
-            )
-        return column
+    def _stored(self, row: Any) -> dict[str, Any]:
+        """The `bytes` and the `path` of an image file; one of them may be missing."""
+        raise NotImplementedError
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def caption(self, row: Any) -> str | list[str]:
+        """The caption of an image, or several."""
+        raise NotImplementedError
 
-    def digest(self) -> str:
-        """Identifies the data: the number of examples, and a hash of their captions in order."""
-        captions = hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16]
-        return f"{len(self)} examples, captions {captions}"
-
-    def name_of(self, row: int) -> str:
-        """A row's name in a message: the data set, the row's number, and its file if it has one."""
-        path = self._stored(row).get("path")
-        return f"{describe(self.settings)}, row {row} ({self.split}{', ' + path if path else ''})"
-
-    def _stored(self, row: int) -> dict[str, Any]:
-        return self.rows[row][self.settings.image_column] or {}
+    def name_of(self, row: Any) -> str:
+        """A row's name in a message."""
+        raise NotImplementedError
 
     @staticmethod
     def _file(stored: dict[str, Any]) -> bytes:
@@ -83,7 +48,7 @@ class ImageCaptions:
                 return file.read()
         return Path(stored["path"]).read_bytes()
 
-    def image(self, row: int) -> Image.Image:
+    def image(self, row: Any) -> Image.Image:
         """The image of a row as it is stored, in RGB. Raises DataError if there is none or it cannot be decoded."""
         stored = self._stored(row)
         if not stored:
@@ -101,9 +66,77 @@ class ImageCaptions:
             advice = "Repair the file, or remove it and its caption."
             raise DataError(f"{self.name_of(row)}: the image cannot be used: {error}. {advice}") from error
 
-    def resized(self, row: int) -> Image.Image:
+    def resized(self, row: Any) -> Image.Image:
         """The image of a row, with its shorter side as long as the resolution."""
         return resize(self.image(row), self.settings.resolution, self.settings.image_interpolation_mode)
+
+    def resized_size(self, row: Any) -> tuple[int, int]:
+        """Width and height of `resized`, or of that image on its side. Nothing is decoded. Raises OSError."""
+        with Image.open(BytesIO(self._file(self._stored(row)))) as opened:
+            return size_after_resize(opened.size, self.settings.resolution)
+
+    def caption_error(self, row: Any, column: str) -> DataError | None:
+        """What is wrong with the caption of a row."""
+        caption = self.caption(row)
+        captions = caption if isinstance(caption, list) else [caption]
+        if captions and all(isinstance(one, str) for one in captions):
+            return None
+        return DataError(
+            f"{self.name_of(row)}: the caption in column {column} is {caption!r}; it must be a text, or a list of texts"
+        )
+
+
+class ImageCaptions(Images):
+    """The images and captions of one split, in their order.
+
+    A *view* is an image, or an image mirrored, resized and cropped in the centre. View n is image n; with `random_flip`
+    the mirrored ones follow after all of these. `views` is their number. `distinct_captions` has each caption once.
+    Raises DataError if a column is missing or a caption is not a text.
+    """
+
+    def __init__(self, rows: datasets.Dataset, settings: DataSettings, split: str) -> None:
+        self.settings, self.split = settings, split
+        self._column, captions = find_columns(rows.features, settings)
+        self.captions = (rows if captions in rows.column_names else rows.flatten())[captions][:]
+        # sdnb decodes images itself, so that it can name a broken one.
+        kept = [self._column, *({ARCHIVE} & {*rows.column_names})]
+        self.rows = rows.select_columns(kept).cast_column(self._column, datasets.Image(decode=False))
+        self.views = len(rows) * (2 if settings.random_flip else 1)
+        distinct: dict[str, None] = {}
+        for row, caption in enumerate(self.captions):
+            if error := self.caption_error(row, captions):
+                raise error
+            distinct.update(dict.fromkeys(caption if isinstance(caption, list) else [caption]))
+        self.distinct_captions = list(distinct)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def count(self) -> int:
+        """The number of examples, which a stream may not know."""
+        return len(self)
+
+    def caption(self, row: int) -> str | list[str]:
+        return self.captions[row]
+
+    def digest(self) -> str:
+        """Identifies the data: the number of examples, and a hash of their captions in order."""
+        captions = hashlib.sha256(json.dumps(self.captions).encode()).hexdigest()[:16]
+        return f"{len(self)} examples, captions {captions}"
+
+    def name_of(self, row: int) -> str:
+        """A row's name in a message: the data set, the row's number, and its file and archive if it has them."""
+        path = file_in_archive(self._stored(row).get("path"), self.rows[row].get(ARCHIVE))
+        return f"{describe(self.settings)}, row {row} ({self.split}{', ' + path if path else ''})"
+
+    def _stored(self, row: int) -> dict[str, Any]:
+        return self.rows[row][self._column] or {}
+
+    def sample(self, count: int) -> tuple[list[Image.Image], list[str]]:
+        """Some images, evenly chosen, with their captions."""
+        rows = range(0, len(self), max(1, math.ceil(len(self) / count)))
+        return [self.image(row) for row in rows], [first_caption(self.captions[row]) for row in rows]
 
     def pixels_uint8(self, view: int) -> torch.Tensor:
         """A view, uint8 [3, resolution, resolution]."""
@@ -126,9 +159,9 @@ class ImageCaptions:
         return digest.hexdigest()
 
 
-def describe(settings: DataSettings) -> str:
-    """The data set's name in a message."""
-    return f"data set {settings.dataset_name}" if settings.dataset_name else f"train_data_dir {settings.train_data_dir}"
+def file_in_archive(path: str | None, archive: str | None) -> str:
+    """The name of an image file, in a message."""
+    return f"{path or 'an image'} in {archive}" if archive else path or ""
 
 
 def first_caption(caption: str | list[str]) -> str:

@@ -3,16 +3,20 @@
 import glob
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 
-from sdnb.data import openmoji
-from sdnb.data.image_captions import ImageCaptions, describe
+from sdnb.data import openmoji, shards
+from sdnb.data.columns import describe, find_columns, is_file
+from sdnb.data.image_captions import ImageCaptions
 from sdnb.data.image_folder import HELD_OUT, check_captions, check_files, splits_of, text_captions
+from sdnb.data.stream import ImageStream, first_examples
 from sdnb.errors import DataError
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.fields import EMBEDDED_DATA
 
+HELD_OUT_IMAGES = 64  # that the held-out loss uses
 VANISHED = "lambdalabs/pokemon-blip-captions"
 
 
@@ -20,12 +24,14 @@ VANISHED = "lambdalabs/pokemon-blip-captions"
 class Splits:
     """The examples to train on, and those held out, if there are any."""
 
-    train: ImageCaptions
+    train: ImageCaptions | ImageStream
     held_out: ImageCaptions | None
 
 
 def load_data(config: TrainConfig) -> Splits:
     """The data set that the settings name. Raises DataError if it is missing, empty, or lacks a column or caption."""
+    if config.streaming:
+        return _stream(config)
     splits = _load_splits(config)
     train = splits["train"]
     if config.max_train_samples is not None:
@@ -43,7 +49,7 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     name, folder = config.dataset_name, config.train_data_dir
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise DataError(f"train_data_dir {folder}: there is no such folder (the current folder is {Path.cwd()})")
-    source = {"path": name, "name": config.dataset_config_name, "data_dir": folder}
+    source = _source(config)
     images = splits_of(Path(folder).expanduser()) if name is None else {}
     captions = {split: text_captions(path, files) for split, (path, files) in images.items()}
     if captions and all(texts is not None for texts in captions.values()):
@@ -56,11 +62,6 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     if name in EMBEDDED_DATA:
         rendered = openmoji.folder(config.resolution, config.cache_dir, name)
         folders = {split: rendered / split for split in openmoji.SPLITS}
-    file = Path(name).expanduser() if name else None
-    if file is not None and file.is_file():
-        if file.suffix != ".parquet":
-            raise DataError(f"{describe(config)}: is a file; give a .parquet file, or a folder")
-        source = {"path": "parquet", "data_files": {"train": glob.escape(str(file))}}
     if folders:
         # With the files named, `datasets` does not search the folder for splits.
         files = {split: f"{glob.escape(str(path))}/**" for split, path in folders.items()}
@@ -74,28 +75,59 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
         else:
             splits = datasets.load_dataset(**source, cache_dir=config.cache_dir)
     except Exception as error:  # `datasets` and its builders raise dozens of types
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise DataError(f"{describe(config)} cannot be loaded: {cause}\n{_advice(config)}") from error
+        raise _not_loaded(config, error) from error
     if "train" not in splits or not len(splits["train"]):
         raise DataError(
             f"{describe(config)}: has no examples in a split named train; its splits are: {dict(splits.num_rows)}"
         )
-    splits = datasets.DatasetDict({split: _with_images(rows, config.image_column) for split, rows in splits.items()})
+    column, _ = find_columns(splits["train"].features, config)
+    splits = datasets.DatasetDict({split: _with_images(rows, column) for split, rows in splits.items()})
     for split, rows in splits.items():
-        check_files(describe(config), rows, config.image_column)
+        check_files(describe(config), rows, column)
         if split in images:
             check_captions(describe(config), *images[split], rows)
     return splits
 
 
+def _source(config: TrainConfig) -> dict[str, Any]:
+    """What `datasets` loads. Raises DataError if a shard is missing or cut short."""
+    name = config.dataset_name
+    files = shards.shards_of(describe(config), name) if name else []
+    folder = Path(name).expanduser() if name else None
+    tars = folder.rglob("*.tar") if folder is not None and folder.is_dir() else files
+    shards.check_tars(describe(config), [*tars])
+    if files:
+        builder = shards.BUILDERS[Path(files[0]).suffix]
+        return {"path": builder, "data_files": {"train": [glob.escape(file) for file in files]}}
+    return {"path": name, "name": config.dataset_config_name, "data_dir": config.train_data_dir}
+
+
+def _stream(config: TrainConfig) -> Splits:
+    source = _source(config)
+    try:
+        builder = datasets.load_dataset_builder(**source, cache_dir=config.cache_dir)
+        splits = builder.as_streaming_dataset()
+    except Exception as error:
+        raise _not_loaded(config, error) from error
+    if "train" not in splits:
+        raise DataError(f"{describe(config)}: has no split named train; its splits are: {', '.join(splits)}")
+    files = (builder.config.data_files or {}).get("train", [])
+    count = shards.rows_of(describe(config), files)
+    if count is None and "train" in (builder.info.splits or {}):
+        count = builder.info.splits["train"].num_examples or None
+    train = ImageStream(splits["train"], config, config.seed or 0, files, count)
+    held_out = next((splits[name] for name in HELD_OUT if name in splits), None)
+    return Splits(train, None if held_out is None else first_examples(held_out, config, HELD_OUT_IMAGES))
+
+
 def _with_images(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """A parquet file that `datasets` did not write does not say that its bytes are images."""
-    feature = rows.features.get(column)
-    is_bytes = feature in (datasets.Value("binary"), datasets.Value("large_binary"))
-    is_file = isinstance(feature, dict) and {*feature} == {"bytes", "path"}
-    return rows.cast_column(column, datasets.Image()) if is_bytes or is_file else rows
+    return rows.cast_column(column, datasets.Image()) if is_file(rows.features.get(column)) else rows
+
+
+def _not_loaded(config: TrainConfig, error: BaseException) -> DataError:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return DataError(f"{describe(config)} cannot be loaded: {error}\n{_advice(config)}")
 
 
 def _advice(config: TrainConfig) -> str:
@@ -105,7 +137,8 @@ def _advice(config: TrainConfig) -> str:
             f"{openmoji.PLAIN} (both as dataset_name), or a folder of images with a metadata.jsonl (as train_data_dir)."
         )
     if config.dataset_name is not None:
-        return f"Give a hub id, a folder that `datasets` can load, or an embedded one: {', '.join(EMBEDDED_DATA)}."
+        embedded = ", ".join(EMBEDDED_DATA)
+        return f"Give a hub id, a folder or files that `datasets` can load, or an embedded one: {embedded}."
     return (
         'The folder needs images, and a metadata.jsonl with one line {"file_name": "a.png", '
         f'"{config.caption_column}": "its caption"}} per image, or a .txt file with the caption beside each image.'

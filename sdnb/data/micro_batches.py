@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from accelerate.data_loader import DataLoaderShard
+
+from sdnb.errors import DataError
 
 
 class MicroBatches:
@@ -20,7 +22,7 @@ class MicroBatches:
     3. Restore the RNG state of the position itself.
     """
 
-    def __init__(self, loader: DataLoader, accumulation_steps: int, whole_steps: bool = False) -> None:
+    def __init__(self, loader: DataLoaderShard, accumulation_steps: int, whole_steps: bool = False) -> None:
         """`loader` is over a `TrainingSet`, prepared by accelerate. A full step has `accumulation_steps` micro-batches.
         With `whole_steps` a step does not end where an epoch ends."""
         self.loader, self.accumulation_steps, self.whole_steps = loader, accumulation_steps, whole_steps
@@ -34,10 +36,12 @@ class MicroBatches:
             if self._iterator is None:
                 self._iterator = self._begin_epoch()
             self._before_fetch = rng_states()
-            batch = next(self._iterator)
+            batch = next(self._iterator, None)
+            if batch is None:
+                raise DataError("whole_steps = True: there are too few examples for one micro-batch on each rank")
             batch["pixels"] = list(batch["pixels"])  # threads may have loaded them already
             self._taken += 1
-            epoch_ends = self._taken == len(self.loader)
+            epoch_ends = self.loader.end_of_dataloader  # it has looked ahead: a stream's end is not known before
             if epoch_ends:
                 next(self._iterator, None)  # lets the loader end, too
                 self._iterator, self._taken = None, 0
@@ -67,7 +71,7 @@ class MicroBatches:
             self._taken = state["taken"]
             self._set_rng_states(state["at_start"] if self._taken else state["generators"])
         self._at_start = self._rng_states()
-        self.loader.dataset.skip_batches(self._taken)
+        self.loader.dataset.begin_epoch(self.epoch, self._taken)
         iterator = iter(self.loader)
         if state is not None and self._taken:
             for _ in range(self._taken - 1):

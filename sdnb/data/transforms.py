@@ -18,9 +18,13 @@ def resize(image: Image.Image, side: int, mode: str = "bilinear") -> Image.Image
     """The image with its shorter side resized to `side`, interpolated as torchvision does on PIL images."""
     if min(image.size) == side:
         return image
-    width, height = image.size
-    size = (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
-    return image.resize(size, getattr(Image.Resampling, mode.partition("_")[0].upper()))
+    return image.resize(size_after_resize(image.size, side), getattr(Image.Resampling, mode.partition("_")[0].upper()))
+
+
+def size_after_resize(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height of an image after `resize`."""
+    width, height = size
+    return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
 
 
 def draw_corner(size: tuple[int, int], side: int) -> tuple[int, int]:

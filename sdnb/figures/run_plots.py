@@ -135,6 +135,8 @@ def samples(run: RunFolder) -> Chart | None:
     )  # fmt: skip
 
 
-def examples(images: Sequence[Image.Image], captions: Sequence[str], total: int) -> Chart:
+def examples(images: Sequence[Image.Image], captions: Sequence[str], total: int | None) -> Chart:
     """Some training images with their captions."""
-    return grid_of([list(images)], "What it trains on", f"{len(images)} of {total} images.", columns=captions)
+    return grid_of(
+        [list(images)], "What it trains on", f"{len(images)} of {total or 'a stream of'} images.", columns=captions
+    )

@@ -52,7 +52,7 @@ def main(read: Callable[[], TrainConfig] = lambda: parse(sys.argv[1:]), launches
             from sdnb.training.checkpoint_folder import find_checkpoints
 
             splits = load_data(config)
-            config.epoch(len(splits.train))  # there may be too few examples
+            config.total_steps(splits.train.count)  # there may be too few examples
             find_checkpoints(config, splits.train)  # raises before anything in the folder changes
             folder, _held = run_folder.begin(config, environment.capture())  # until this process ends
         else:

@@ -59,7 +59,7 @@ def launch(plan: Plan, show: Show | None = None, replay: dict[str, Any] | None =
     else:
         folder = run_folder.join(config)
     run = Run(folder)
-    progress = Progress(run, config.total_steps(len(plan.examples.train)), plan.resumes_after)
+    progress = Progress(run, config.total_steps(plan.examples.train.count), plan.resumes_after)
     show = show or Live()
     log = files.Tail(folder / run_folder.LOG)
     log.new()  # skips earlier attempts

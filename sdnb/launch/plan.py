@@ -1,6 +1,5 @@
 """Before the launch: what will run where, decided and checked."""
 
-import math
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from sdnb.data.image_captions import first_caption
 from sdnb.data.loading import Splits, load_data
 from sdnb.errors import ConfigError
 from sdnb.launch import duration, memory
@@ -33,25 +31,21 @@ class Plan:
     @property
     def facts(self) -> dict[str, str]:
         """What a reader wants to know before the training starts."""
-        config, devices, count = self.config, self.environment["devices"], len(self.examples.train)
+        config, devices, count = self.config, self.environment["devices"], self.examples.train.count
         held_out = len(self.examples.held_out) if self.examples.held_out is not None else 0
         ranks = "1 rank" if config.ranks == 1 else f"{config.ranks} ranks"
-        epoch, steps = config.epoch(count), config.total_steps(count)
         where = f"on the CPU: {devices['names'][0]}, {self.environment['cpu_cores']} cores"
         if devices["type"] != "cpu":
             where = f"each on {devices['names'][0]} with {devices['memory_gib'][0]} GiB"
-        repeats = f", {epoch.images - count} of them repeats that fill the last round" if epoch.images > count else ""
-        skipped = f", {count - epoch.images} are skipped" if epoch.images < count else ""
         facts = {
             "model": config.pretrained_model_name_or_path,
-            "data": f"{config.dataset_name or config.train_data_dir}: {count} to train on, {held_out} held out",
+            "data": f"{config.dataset_name or config.train_data_dir}: {count or 'a stream'} to train on, "
+            f"{held_out} held out",
             "runs on": f"{ranks}, {where}",
             "precision": f"{config.mixed_precision}{' (float32)' if config.mixed_precision == 'no' else ''}",
             "global batch": f"{config.global_batch} = {config.train_batch_size} × "
             f"{config.gradient_accumulation_steps} micro-batches × {ranks}",
-            "an epoch": f"{epoch.micro_batches} micro-batches per rank, {epoch.steps:g} optimizer steps, "
-            f"{epoch.short_steps} of them short; {epoch.images} images{repeats}{skipped}",
-            "the training": f"{steps} steps, {steps / epoch.steps:.1f} epochs",
+            **self._epochs(count),
         }
         if (folded := config.fold_micro_batches or 1) > 1:
             facts["micro-batches"] = f"{folded} of a step run as one batch"
@@ -65,11 +59,24 @@ class Plan:
             facts["will take"] = self.duration
         return facts
 
-    def sample_examples(self, count: int) -> tuple[list[Image.Image], list[str], int]:
-        """Some training images, evenly chosen, with their captions; and the number of all images."""
+    def _epochs(self, count: int | None) -> dict[str, str]:
+        steps = self.config.total_steps(count)
+        if count is None:
+            return {"an epoch": "ends with the stream; its length is unknown", "the training": f"{steps} steps"}
+        epoch = self.config.epoch(count)
+        repeats = f", {epoch.images - count} of them repeats that fill the last round" if epoch.images > count else ""
+        skipped = f", {count - epoch.images} are skipped" if epoch.images < count else ""
+        return {
+            "an epoch": f"{epoch.micro_batches} micro-batches per rank, {epoch.steps:g} optimizer steps, "
+            f"{epoch.short_steps} of them short; {epoch.images} images{repeats}{skipped}",
+            "the training": f"{steps} steps, {steps / epoch.steps:.1f} epochs",
+        }
+
+    def sample_examples(self, count: int) -> tuple[list[Image.Image], list[str], int | None]:
+        """Some training images with their captions, evenly chosen, or the first of a stream; and the number of all
+        images, if it is known."""
         train = self.examples.train
-        rows = range(0, len(train), max(1, math.ceil(len(train) / count)))
-        return [train.image(row) for row in rows], [first_caption(train.captions[row]) for row in rows], len(train)
+        return *train.sample(count), train.count
 
     def _repr_html_(self) -> str:
         settings = {name: value for name, value in self.config.model_dump().items() if value is not None}
@@ -93,10 +100,10 @@ def prepare(config: TrainConfig) -> Plan:
     model_folder(config)
     config, predicted = memory.settle(config, environment.Devices(**devices))
     examples = load_data(config)
-    config.epoch(len(examples.train))  # there may be too few examples
+    steps = config.total_steps(examples.train.count)  # there may be too few examples
     checkpoints = find_checkpoints(config, examples.train).usable
     resumes_after = checkpoints[0].step if checkpoints else 0
-    takes = duration.expected(config, seen, config.total_steps(len(examples.train)) - resumes_after)
+    takes = duration.expected(config, seen, steps - resumes_after)
     return Plan(config, seen, examples, predicted, resumes_after, takes)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdnb.cache import cache_root
 from sdnb.data.image_captions import ImageCaptions, tokenize
+from sdnb.data.stream import ImageStream
 from sdnb.data.transforms import normalize
 from sdnb.errors import CacheError
 from sdnb.machine import environment
@@ -35,7 +36,9 @@ class Encoders:
     of the micro-batch. In float32 on a CPU the result does not depend on the rest of that batch, to the bit.
     """
 
-    def __init__(self, parts: Parts, examples: ImageCaptions, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, parts: Parts, examples: ImageCaptions | ImageStream, config: TrainConfig, device: torch.device
+    ) -> None:
         """`examples` are the images and captions of all micro-batches."""
         dtype = WEIGHT_DTYPES[config.mixed_precision]
         self.device, self.examples = device, examples
@@ -141,6 +144,8 @@ class Encoders:
             raise CacheError("encoder_cache_gib is 0")
         if not config.center_crop:
             raise CacheError("the crop is random (center_crop is not set), so no image occurs twice")
+        if isinstance(self.examples, ImageStream):
+            raise CacheError("the data set is a stream")
         examples, captions = self.examples, self.examples.distinct_captions
         side = config.resolution // 2 ** (len(parts.vae.config.block_out_channels) - 1)
         moments = (2 * parts.vae.config.latent_channels, side, side)

@@ -59,6 +59,11 @@ class TrainConfig(
                 raise ValueError(f"{excluded} exclude each other: set one of them to None")
         if self.lora and self.use_ema:
             raise ValueError("use_ema is not defined for lora, as in the reference: use only one of them")
+        if self.streaming and (self.dataset_name is None or self.dataset_name in fields.EMBEDDED_DATA):
+            raise ValueError(
+                "streaming = True needs a dataset_name that is a hub id, a folder, or .parquet or .tar files: "
+                "a train_data_dir and embedded data are on the disk already"
+            )
         if self.dream_training and self.prediction_type == "v_prediction":
             raise ValueError("dream_training is not defined for prediction_type = v_prediction: use only one of them")
         rank, machines = self.machine_rank, self.num_machines
@@ -166,21 +171,30 @@ class TrainConfig(
             )
         return Epoch(examples, batch, self.gradient_accumulation_steps, ranks, self.whole_steps)
 
-    def total_steps(self, examples: int) -> int:
-        """Optimizer steps of the whole run. Raises ConfigError as `epoch` does."""
+    def total_steps(self, examples: int | None) -> int:
+        """Optimizer steps of the whole run. Raises ConfigError as `epoch` does, or if the number of examples is unknown
+        and `max_train_steps` is not set."""
+        if examples is None:
+            if self.max_train_steps is None:
+                raise ConfigError("max_train_steps: set it, because the number of examples of this stream is unknown")
+            return self.max_train_steps
         epoch = self.epoch(examples)
         return self.max_train_steps or epoch.steps_in(self.num_train_epochs)
 
-    def schedule_steps(self, examples: int) -> int:
+    def schedule_steps(self, examples: int | None) -> int:
         """Optimizer steps for which the learning-rate schedule is laid out. As in the reference (v0.26.3), epochs are
         counted as if one rank had all the data: with several ranks the schedule is longer than the run, unless
         `max_train_steps` is given."""
-        return self.max_train_steps or replace(self.epoch(examples), ranks=1).steps_in(self.num_train_epochs)
+        if examples is None or self.max_train_steps:
+            return self.total_steps(examples)
+        return replace(self.epoch(examples), ranks=1).steps_in(self.num_train_epochs)
 
     def trajectory(self) -> dict[str, Any]:
         """The settings that affect the result: losses and weights, bit for bit. Paths are absolute."""
         names = [name for group in fields.GROUPS if group.affects_result for name in group.model_fields]
         settings = {name: getattr(self, name) for name in [*names, "num_processes"]}
+        if not self.streaming:
+            del settings["streaming"], settings["shuffle_buffer"]
         if self.lr_scheduler.startswith("constant"):  # a longer run only adds steps
             del settings["max_train_steps"], settings["num_train_epochs"]
         elif self.max_train_steps is not None:

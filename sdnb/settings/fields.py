@@ -106,13 +106,19 @@ class DataSettings(Settings):
     affects_result = True
 
     dataset_name: str | None = setting(
-        None, f"hub id, folder or .parquet file of a data set, or an embedded one: {', '.join(EMBEDDED_DATA)}")
+        None, "hub id, folder, or .parquet or .tar file of a data set, or a pattern such as train-{000..099}.tar; or "
+        f"an embedded one: {', '.join(EMBEDDED_DATA)}")
     dataset_config_name: str | None = setting(None, "configuration of the data set")
     train_data_dir: str | None = setting(
         None, "folder of images with a metadata.jsonl; sub-folders train and validation are splits")
     image_column: str = setting("image", "column with the image")
     caption_column: str = setting("text", "column with the caption, or a list of captions")
     max_train_samples: Count | None = setting(None, "train on this many examples only")
+    streaming: Flag = setting(
+        False, "read the data set while training on it, as datasets.load_dataset does, for one that is larger than the "
+        "disk (not in the reference)")
+    shuffle_buffer: Count = setting(
+        1000, "shuffle a stream in a buffer of this many examples (not in the reference)")
     resolution: int = setting(512, "side of the training images, in pixels", ge=16, le=8192, multiple_of=8)
     image_interpolation_mode: Literal[
         "nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"

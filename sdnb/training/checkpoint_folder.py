@@ -19,6 +19,7 @@ from sdnb.settings.config import TrainConfig
 
 if TYPE_CHECKING:  # who verifies a run needs no data, and loading that takes seconds
     from sdnb.data.image_captions import ImageCaptions
+    from sdnb.data.stream import ImageStream
 
 MANIFEST = "checkpoint.json"
 _REFERENCE_FILES = ("unet/config.json", run_folder.ADAPTER), ("optimizer.bin",), ("scheduler.bin",)  # one of each
@@ -41,7 +42,7 @@ class FoundCheckpoints:
     rejected: tuple[str, ...]
 
 
-def find_checkpoints(config: TrainConfig, examples: ImageCaptions) -> FoundCheckpoints:
+def find_checkpoints(config: TrainConfig, examples: ImageCaptions | ImageStream) -> FoundCheckpoints:
     """The checkpoints that `resume_from_checkpoint` names. Empty if it is not set, or if it is `latest` and there is no
     checkpoint yet. Raises RunError if a named checkpoint is missing or incomplete, if none of several is complete, or
     if settings that affect the result have changed."""
@@ -122,7 +123,7 @@ def changed_files(checkpoint: Checkpoint) -> list[str]:
     return [name for name, digest in digests.items() if digest_of(checkpoint.folder / name) != digest]
 
 
-def identity(config: TrainConfig, examples: ImageCaptions) -> dict[str, Any]:
+def identity(config: TrainConfig, examples: ImageCaptions | ImageStream) -> dict[str, Any]:
     """All that affects the result of a run. A checkpoint stores it."""
     return {**config.trajectory(), "the data": examples.digest()}
 
@@ -140,7 +141,7 @@ def machine_and_software(folder: Path) -> dict[str, Any]:
     return {name: environment.get(name) for name in ("host", "cpu", "devices", "packages", "code", "git_commit")}
 
 
-def differences(checkpoint: Checkpoint, config: TrainConfig, examples: ImageCaptions) -> dict[str, str]:
+def differences(checkpoint: Checkpoint, config: TrainConfig, examples: ImageCaptions | ImageStream) -> dict[str, str]:
     """By name, what affects the result and has changed since the checkpoint. Empty if the checkpoint does not say."""
     if checkpoint.manifest is None:
         return {}

@@ -225,7 +225,8 @@ def _compute_as_now(optimizer: AcceleratedOptimizer) -> None:
 def _restore_position(training: Training, checkpoint: Checkpoint) -> None:
     examples, batches = training.splits.train, training.batches
     if checkpoint.manifest is None:
-        batches.epoch = int(checkpoint.step // training.config.epoch(len(examples)).steps)
+        count = examples.count
+        batches.epoch = int(checkpoint.step // training.config.epoch(count).steps) if count else 0
         logger.warning("the epoch starts again, in another order: %s does not contain its position", checkpoint.folder)
         _record_changes(training, ["the reference made the checkpoint"])
         return

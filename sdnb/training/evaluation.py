@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from sdnb.data.image_captions import ImageCaptions, first_caption, tokenize
+from sdnb.data.loading import HELD_OUT_IMAGES
 from sdnb.models.pipeline import Parts
 from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.training.objective import loss_per_image, target_of
 
-HELD_OUT_IMAGES = 64
 INFERENCE_STEPS = 20
 
 

@@ -146,7 +146,7 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
         remove_leftovers(training.folder)
         # An interrupted run may have recorded later steps, which will be recorded again.
         run_folder.go_back(training.folder, training.step)
-        data = {"images": len(training.splits.train), "digest": training.splits.train.digest()}
+        data = {"images": training.splits.train.count, "digest": training.splits.train.digest()}
         run_folder.add_to_environment(training.folder, threads=waits.now(), data=data)
     settings = config.model_dump(mode="json", exclude={"validation_prompts", "hub_token"})
     purge = {"tensorboard": {"purge_step": training.step + 1}} if training.step else {}
@@ -186,12 +186,12 @@ def _look_around(training: Training) -> None:
 
 
 def _log_start(training: Training) -> None:
-    config, accelerator, examples = training.config, training.accelerator, len(training.splits.train)
+    config, accelerator, examples = training.config, training.accelerator, training.splits.train.count
     held_out = len(training.splits.held_out) if training.splits.held_out is not None else 0
     steps, scheduled, ranks = training.total_steps, config.schedule_steps(examples), accelerator.num_processes
     logger.info(
-        "%d images to train on, %d held out; %d optimizer steps of %d%s, on %s%s",
-        examples, held_out, steps, config.global_batch,
+        "%s images to train on, %d held out; %d optimizer steps of %d%s, on %s%s",
+        "an unknown number of" if examples is None else examples, held_out, steps, config.global_batch,
         f", {training.step} of them done" if training.step else "", accelerator.device,
         f", {ranks} ranks, {accelerator.distributed_type.value}" if ranks > 1 else "",
     )  # fmt: skip

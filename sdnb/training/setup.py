@@ -18,11 +18,12 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.optimization import get_scheduler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from sdnb.compat import has_fused_adam, has_stances
 from sdnb.data.loading import Splits, load_data
 from sdnb.data.micro_batches import MicroBatches
+from sdnb.data.stream import ImageStream
 from sdnb.data.training_set import TrainingSet
 from sdnb.errors import ConfigError, RunError
 from sdnb.machine import onednn_linear
@@ -72,7 +73,7 @@ class Training:
 
     @property
     def total_steps(self) -> int:
-        return self.config.total_steps(len(self.splits.train))
+        return self.config.total_steps(self.splits.train.count)
 
 
 def start(config: TrainConfig) -> Accelerator:
@@ -131,15 +132,16 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
         trained, lr=config.peak_learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay, eps=config.adam_epsilon,
     )  # fmt: skip
-    schedule = schedule_of(config, optimizer, len(splits.train))
+    schedule = schedule_of(config, optimizer, splits.train.count)
     unet, optimizer, schedule = accelerator.prepare(parts.unet, optimizer, schedule)
     # On a CPU, threads that load would take cores from the step. Worker processes load without threads.
     in_threads = device.type == "cuda" and not config.dataloader_num_workers
     threads = max(1, len(os.sched_getaffinity(0)) // config.ranks_here) if in_threads else 0
     examples = TrainingSet(splits.train, parts.tokenizer, encoders.moments, threads)
+    rows = splits.train if isinstance(splits.train, ImageStream) else RandomSampler(examples)
     loader = DataLoader(
-        examples, config.train_batch_size, shuffle=True, collate_fn=examples.collate,
-        num_workers=config.dataloader_num_workers, worker_init_fn=end_with_rank, drop_last=config.whole_steps,
+        examples, batch_sampler=BatchSampler(rows, config.train_batch_size, drop_last=config.whole_steps),
+        collate_fn=examples.collate, num_workers=config.dataloader_num_workers, worker_init_fn=end_with_rank,
     )  # fmt: skip
     # The encoders move the batches to the device: accelerate would wait there for all pending work.
     loader = accelerator.prepare_data_loader(loader, device_placement=False)
@@ -155,7 +157,7 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
     )  # fmt: skip
 
 
-def schedule_of(config: TrainConfig, optimizer: torch.optim.Optimizer, examples: int) -> LambdaLR:
+def schedule_of(config: TrainConfig, optimizer: torch.optim.Optimizer, examples: int | None) -> LambdaLR:
     """The schedule of the learning rate, which accelerate advances once per rank in each step."""
     return get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps * config.ranks,
