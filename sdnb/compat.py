@@ -1,5 +1,6 @@
 """Differences between versions of the libraries, from early 2024 until now."""
 
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -67,3 +68,10 @@ def write_vocabulary(folder: Path, tokens: list[str], merges: list[tuple[str, st
     vocabulary.write_text(json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False))
     pairs.write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
     return vocabulary, pairs
+
+
+def one_shard_at_a_time(shuffle: Any) -> dict[str, int]:
+    """What tells the method `shuffle` of a stream to fill its buffer from one shard after the other. Since version 5
+    `datasets` reads ten by turns, each in a thread, and then waits five seconds after the last parquet file."""
+    name = "max_buffer_input_shards"
+    return {name: 1} if name in inspect.signature(shuffle).parameters else {}

@@ -175,7 +175,15 @@ def streamed(settings, folder):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [{}, dict(dataloader_num_workers=2), dict(center_crop=True, whole_steps=True)])
+@pytest.mark.parametrize(
+    "folder, how",
+    [
+        (write_tars, {}),
+        (write_parquet, dict(dataloader_num_workers=2)),
+        (write_tars, dict(center_crop=True, whole_steps=True)),
+    ],
+    indirect=["folder"],
+)
 def test_resuming_anywhere_is_exact(streamed, tmp_path, how):
     streamed = {**streamed, **how}
     whole = train(streamed, output_dir=str(tmp_path / "whole"))
@@ -187,6 +195,7 @@ def test_resuming_anywhere_is_exact(streamed, tmp_path, how):
         assert_same(train(streamed, output_dir=str(folder), resume_from_checkpoint="latest"), whole)
 
 
+@pytest.mark.parametrize("folder", [write_tars], indirect=True)
 def test_what_is_replayed_is_not_decoded(streamed, tmp_path, monkeypatch):
     kept = train(streamed, checkpointing_steps=1, steps=4)
     folder, decoded, image = power_off_after(kept, 3, tmp_path / "resumed"), [], Images.image
@@ -195,6 +204,7 @@ def test_what_is_replayed_is_not_decoded(streamed, tmp_path, monkeypatch):
     assert len(decoded) == COUNT - 3 * 4, "only the last image of the epoch was left"
 
 
+@pytest.mark.parametrize("folder", [write_tars], indirect=True)
 def test_two_ranks_one_of_them_killed(streamed, tmp_path, forked_ranks, monkeypatch):
     monkeypatch.setattr(notebook, "POLL_SECONDS", 0.05)
     streamed = {**streamed, "num_processes": 2}
@@ -233,15 +243,16 @@ def test_parquet_files_know_their_length(settings, tmp_path):
     assert plan.facts["the training"] == "12 steps, 3.0 epochs"
 
 
-def test_another_stream_is_not_resumed(streamed, folder, tmp_path):
-    run = train(streamed, checkpointing_steps=1, steps=2)
+@pytest.mark.parametrize("folder", [write_tars], indirect=True)
+def test_another_stream_is_not_resumed(streamed, folder):
+    train(streamed, checkpointing_steps=1, steps=2)
     for change in (dict(shuffle_buffer=5), dict(streaming=False)):
         with pytest.raises(RunError, match=next(iter(change))):
             prepare(TrainConfig(**{**streamed, **change}, resume_from_checkpoint="latest"))
     first, *others = sorted(folder.iterdir())
     first.write_bytes(others[0].read_bytes())
     with pytest.raises(RunError, match="the data: stream of 3 shards"):
-        prepare(TrainConfig(**streamed, output_dir=str(run.folder), resume_from_checkpoint="latest"))
+        prepare(TrainConfig(**streamed, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -326,7 +337,11 @@ def test_what_cannot_be_used_is_named(tmp_path, streaming):
         load(*members[:10], (names[10], b"no image"), members[11])
     with pytest.raises(DataError, match=rf"{names[10]} in .*a\.tar.*: the caption in column txt is None"):
         load(*members[:11])
-    with pytest.raises(DataError, match=r"an image in .*a\.tar.*: there is no image"):
+    key = names[10].partition(".")[0]
+    expected = (
+        rf"{key} in .*a\.tar: there is no image" if streaming else rf"1 of 6 images are missing.*: {key} in .*a\.tar"
+    )
+    with pytest.raises(DataError, match=expected):
         load(*members[:10], members[11])
 
 

@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 
 from sdnb.data.columns import describe, find_columns
+from sdnb.data.shards import ARCHIVE, file_in_archive
 from sdnb.data.transforms import crop, normalize, resize, size_after_resize
 from sdnb.errors import DataError
 from sdnb.settings.fields import DataSettings
-
-ARCHIVE = "__url__"  # a WebDataset's column with the path of the tar
 
 
 class Images:
@@ -157,11 +156,6 @@ class ImageCaptions(Images):
                 file = self._file(self._stored(row))
             digest.update(hashlib.sha256(file).digest())
         return digest.hexdigest()
-
-
-def file_in_archive(path: str | None, archive: str | None) -> str:
-    """The name of an image file, in a message."""
-    return f"{path or 'an image'} in {archive}" if archive else path or ""
 
 
 def first_caption(caption: str | list[str]) -> str:

@@ -83,7 +83,7 @@ def _load_splits(config: TrainConfig) -> datasets.DatasetDict:
     column, _ = find_columns(splits["train"].features, config)
     splits = datasets.DatasetDict({split: _with_images(rows, column) for split, rows in splits.items()})
     for split, rows in splits.items():
-        check_files(describe(config), rows, column)
+        (shards.check_images if shards.ARCHIVE in rows.features else check_files)(describe(config), rows, column)
         if split in images:
             check_captions(describe(config), *images[split], rows)
     return splits

@@ -7,12 +7,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 import pyarrow
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sdnb.errors import DataError
 
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}  # of `datasets`
+ARCHIVE, KEY = "__url__", "__key__"  # columns of a WebDataset: the path of the tar, the name without its extension
 _END_OF_TAR = bytes(1024)
 
 
@@ -65,6 +68,20 @@ def _ends(tar: str | Path) -> bool:
         size = file.seek(0, 2)
         file.seek(max(0, size - len(_END_OF_TAR)))
         return file.read() == _END_OF_TAR
+
+
+def check_images(described: str, rows: datasets.Dataset, column: str) -> None:
+    """Raises DataError if an example of a WebDataset has no image."""
+    nulls = pc.is_null(rows.data.column(column)).to_pylist()
+    missing = [file_in_archive(key, tar) for null, key, tar in zip(nulls, rows[KEY], rows[ARCHIVE]) if null]
+    if missing:
+        names = ", ".join(missing[:5])
+        raise DataError(f"{described}: {len(missing)} of {len(rows)} images are missing, those with .{column}: {names}")
+
+
+def file_in_archive(name: str | None, archive: str | None) -> str:
+    """The name of an image file in a message; empty if it has none."""
+    return f"{name} in {archive}" if archive else name or ""
 
 
 def rows_of(described: str, files: Sequence[str]) -> int | None:

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import datasets
 from PIL import Image
 
+from sdnb.compat import one_shard_at_a_time
 from sdnb.data import shards
 from sdnb.data.columns import describe, find_columns, value_of
-from sdnb.data.image_captions import ARCHIVE, ImageCaptions, Images, file_in_archive, first_caption
+from sdnb.data.image_captions import ImageCaptions, Images, first_caption
+from sdnb.data.shards import ARCHIVE, KEY, file_in_archive
 from sdnb.errors import DataError
 from sdnb.settings.fields import DataSettings
 
@@ -38,7 +40,8 @@ class ImageStream(Images):
             if count is not None and wanted > count:
                 raise self._too_few(count)
             self._in_order, self.count = self._in_order.take(wanted), wanted
-        self._shuffled = self._in_order.shuffle(seed=seed, buffer_size=settings.shuffle_buffer)
+        shuffle = self._in_order.shuffle
+        self._shuffled = shuffle(seed=seed, buffer_size=settings.shuffle_buffer, **one_shard_at_a_time(shuffle))
 
     def __iter__(self) -> Iterator[Streamed]:
         """The examples of an epoch. Raises DataError if one cannot be read or has no caption, or if there are none."""
@@ -74,7 +77,7 @@ class ImageStream(Images):
         try:
             for row in rows:
                 stored = row[self._column] or {}
-                file = file_in_archive(stored.get("path"), row.get(ARCHIVE))
+                file = file_in_archive(stored.get("path") or row.get(KEY), row.get(ARCHIVE))
                 example = Streamed(stored, value_of(row, self._caption_column), file)
                 if error := self.caption_error(example, self._caption_column):
                     raise error
