@@ -9,8 +9,10 @@ from collections import Counter
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from launching import at_step
+from packaging.version import Version
 from PIL import Image
 from processes import processes_of
 from test_checkpoints import STEPS, assert_same, power_off_after
@@ -22,6 +24,7 @@ from sdnb.data.image_captions import Images
 from sdnb.data.loading import load_data
 from sdnb.data.micro_batches import MicroBatches
 from sdnb.data.shards import expand_braces
+from sdnb.data.stream import read_ahead
 from sdnb.data.training_set import TrainingSet
 from sdnb.errors import ConfigError, DataError, RunError
 from sdnb.launch import notebook
@@ -122,6 +125,7 @@ def test_a_stream_has_the_images_and_captions_of_the_whole(folder, tmp_path):
 
 def trained_on(examples, ranks, epochs, **settings):
     """For each rank and epoch the examples of its micro-batches, of which a step has two."""
+    Accelerator(cpu=True)
     made = []
     for rank in range(ranks):
         rows = TrainingSet(examples, None)
@@ -271,7 +275,7 @@ def test_the_only_column_with_images_and_that_with_texts_are_found(tmp_path, str
         found = order_of(examples) if streaming else examples.captions
         assert Counter(found) == Counter(caption for *_, caption in drawings())
     assert "image_column = jpg: there is no column image" in caplog.text
-    with pytest.raises(DataError, match=r"caption_column = text: .* it has: .*png.*json\.url, json\.caption\. Set"):
+    with pytest.raises(DataError, match=r"caption_column = text: .* it has: .*png.*json\.(url|caption), json\."):
         load_data(config(tars, streaming=streaming))
 
 
@@ -337,6 +341,8 @@ def test_what_cannot_be_used_is_named(tmp_path, streaming):
         load(*members[:10], (names[10], b"no image"), members[11])
     with pytest.raises(DataError, match=rf"{names[10]} in .*a\.tar.*: the caption in column txt is None"):
         load(*members[:11])
+    if Version(datasets.__version__).major < 3:
+        return  # it raises a KeyError then
     key = names[10].partition(".")[0]
     expected = (
         rf"{key} in .*a\.tar: there is no image" if streaming else rf"1 of 6 images are missing.*: {key} in .*a\.tar"
@@ -349,6 +355,17 @@ def test_what_can_be_streamed(image_folder):
     for data in (dict(dataset_name="openmoji"), dict(dataset_name=None, train_data_dir=str(image_folder(1)))):
         with pytest.raises(ConfigError, match="streaming = True needs a dataset_name"):
             config("", **data)
+
+
+def test_reading_ahead():
+    read = []
+    ahead = read_ahead((read.append(number) or number for number in range(100)), 5)
+    assert [next(ahead) for _ in range(10)] == [*range(10)]
+    ahead.close()
+    assert read == [*range(len(read))] and 10 <= len(read) <= 15
+    assert [*read_ahead(range(3), 5)] == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        [*read_ahead((1 // number for number in (1, 0, 1)), 5)]
 
 
 def test_each_worker_loads_its_own(folder):

@@ -1,7 +1,9 @@
 """A data set that is read while it is trained on, because it is larger than the disk."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 from PIL import Image
@@ -13,6 +15,9 @@ from sdnb.data.image_captions import ImageCaptions, Images, first_caption
 from sdnb.data.shards import ARCHIVE, KEY, file_in_archive
 from sdnb.errors import DataError
 from sdnb.settings.fields import DataSettings
+
+READ_AHEAD = 128  # examples: `datasets` fills half of its buffer at once, and a step should not wait for that
+T = TypeVar("T")
 
 
 class Streamed(NamedTuple):
@@ -47,7 +52,7 @@ class ImageStream(Images):
         """The examples of an epoch. Raises DataError if one cannot be read or has no caption, or if there are none."""
         self._shuffled.set_epoch(self.epoch)
         read = 0
-        for example in self._read(self._shuffled):
+        for example in read_ahead(self._read(self._shuffled), READ_AHEAD):
             read += 1
             yield example
         if not read or read < (self.settings.max_train_samples or 0):
@@ -85,12 +90,27 @@ class ImageStream(Images):
         except DataError:
             raise
         except Exception as error:  # `datasets`, pyarrow, tarfile and fsspec each raise their own
-            raise DataError(f"{describe(self.settings)}: a shard cannot be read: {error}") from error
+            raise DataError(
+                f"{describe(self.settings)}: a shard cannot be read: {type(error).__name__}: {error}"
+            ) from error
 
     def _too_few(self, count: int) -> DataError:
         wanted = self.settings.max_train_samples
         asked = f"max_train_samples = {wanted}, but " if wanted else ""
         return DataError(f"{asked}{describe(self.settings)} has {count} examples")
+
+
+def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The items. A thread reads so many ahead."""
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(1, "reader")
+    try:
+        waiting = deque(pool.submit(next, iterator, end) for _ in range(count))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, iterator, end))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def first_examples(rows: datasets.IterableDataset, settings: DataSettings, count: int) -> ImageCaptions:
