@@ -355,7 +355,7 @@ def test_the_schedule_of_epochs_on_several_ranks_is_the_references_and_said_to_b
         num_processes=2, is_main_process=True, device="cpu", distributed_type=SimpleNamespace(value="MULTI_CPU")
     )
     for config, said in ((made.updated(max_train_steps=15), 0), (made, 1)):
-        splits, steps = SimpleNamespace(train=range(40), held_out=None), config.total_steps(40)
+        splits, steps = SimpleNamespace(train=SimpleNamespace(count=40), held_out=None), config.total_steps(40)
         loop._log_start(SimpleNamespace(config=config, accelerator=two, splits=splits, step=0, total_steps=steps))
         assert caplog.text.count("laid out for 30 steps") == said
 
