@@ -290,8 +290,7 @@ class RunFolder:
         """The drawn images: file (in samples/), step, prompt, seed, scale (of an adapter; 1 without one),
         num_inference_steps, guidance_scale. Those with the whole adapter are last."""
         drawn = read_lines(self.folder / SAMPLES_LIST, numbers=("step",), texts=("file", "prompt"))
-        scales = drawn.scale.fillna(1.0) if "scale" in drawn else 1.0
-        drawn = drawn.assign(scale=scales)
+        drawn = drawn.assign(scale=drawn.scale.fillna(1.0) if "scale" in drawn else 1.0)
         return drawn if drawn.empty else drawn.sort_values(["step", "scale"], kind="stable", ignore_index=True)
 
     def sample(self, file: str) -> Image.Image | None:
