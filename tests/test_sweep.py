@@ -1,10 +1,14 @@
 """A grid of settings: executed one after the other, past failures, and taken up where it stopped."""
 
+import subprocess
+import sys
+
 import nbformat
+import psutil
 import pytest
 import yaml
 from made_runs import make_run
-from processes import ROOT
+from processes import ROOT, wait_for
 from training import small_data, small_model, train
 
 from sdnb.errors import ConfigError, RunError
@@ -13,6 +17,7 @@ from sdnb.launch import sweep
 from sdnb.run import folder as run_folder
 from sdnb.run.comparison import compare
 
+SLEEPS = "import time; from pathlib import Path; Path('began').touch(); time.sleep(200)"
 BASE = dict(
     dataset_name="openmoji", resolution=64, center_crop=True, gradient_accumulation_steps=1, steps=3, lr_warmup_steps=0,
     validation_loss_steps=0, validation_prompts=None,
@@ -122,3 +127,19 @@ def test_the_figure_of_a_sweep(tmp_path):
     assert [label.get_text() for label in upper.get_xticklabels()] == ["1", "2"]
     assert lower.get_ylabel() == "peak memory of a rank, GiB"
     figure.canvas.draw()
+
+
+def test_when_a_sweep_is_killed_its_notebook_ends(tmp_path):
+    about = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SLEEPS)], metadata=about)
+    nbformat.write(notebook, tmp_path / "sleeps.ipynb")
+    program = "from pathlib import Path; from sdnb.launch.sweep import _execute; "
+    program += "_execute(Path('sleeps.ipynb'), Path('out.ipynb'), {})"
+    sweeping = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
+    try:
+        wait_for((tmp_path / "began").exists)
+        started = psutil.Process(sweeping.pid).children(recursive=True)
+    finally:
+        sweeping.kill()
+        sweeping.wait()
+    assert len(started) >= 2 and not psutil.wait_procs(started, timeout=60)[1]

@@ -142,7 +142,8 @@ def _function(card: Card, run: Run) -> Iterator[str]:
     limit, after, of = card.target["loss"], int(card.target["after"]), int(card.target.get("of", 1))
     what = f"mean of {of} train_loss" if of > 1 else "last step_loss"
     if not card.does_the_work:
-        yield f"target ({what} under {limit:g} after step {after}): not judged, as {', '.join(card.changed)} differ"
+        differ = ", ".join(name for name in _OF_THE_WORK if name in card.changed)
+        yield f"target ({what} under {limit:g} after step {after}): not judged, as the card has another {differ}"
     elif len(run.steps) < after:
         yield f"target ({what} under {limit:g}): not reached, as it is judged after step {after}"
     else:
@@ -167,7 +168,7 @@ def _performance(card: Card, run: Run, measured: Measurements) -> Iterator[str]:
     elif card.published:
         yield f"published: IPS {card.published.images_per_second:g}: not comparable, as the model or the size differ"
     mfu = measured.value_of(MFU_NAME)
-    yield f"MFU: {mfu:.1%}" if math.isfinite(mfu) else "MFU: unknown, as the device's peak is"
+    yield f"MFU: {mfu:.1%}" if math.isfinite(mfu) else "MFU: unknown: the peak of the device is not known"
 
 
 def _stability(run: Run) -> Iterator[str]:

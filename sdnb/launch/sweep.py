@@ -35,6 +35,13 @@ from sdnb.settings.config import TrainConfig, read_yaml
 from sdnb.settings.flags import found
 
 EXECUTED = "train.ipynb"  # in the folder of each run
+# When a sweep is killed, its notebook and the training in it end, too.
+_PAPERMILL = """
+from sdnb.machine.watchdog import end_with_parent
+end_with_parent()
+from papermill.__main__ import papermill
+papermill()
+"""
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def _is_complete(where: Path, parameters: dict[str, Any]) -> bool:
 def _execute(notebook: Path, out: Path, parameters: dict[str, Any]) -> str | None:
     """Execute a notebook in another process. Returns the last line of an error, if there was one."""
     encoded = base64.b64encode(yaml.safe_dump(parameters).encode()).decode()
-    command = [sys.executable, "-m", "papermill", str(notebook), str(out), "--no-progress-bar", "-b", encoded]
+    command = [sys.executable, "-c", _PAPERMILL, str(notebook), str(out), "--no-progress-bar", "-b", encoded]
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.returncode:
         return None
