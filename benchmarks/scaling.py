@@ -129,11 +129,15 @@ def prediction_table(fitted: Fit, launches: list[Launch], counts: list[int]) -> 
 
 def parameters(fitted: Fit) -> str:
     model = fitted.model
+    share = model.hidden_share
+    beside = f"{share:.0%} of the reduction is hidden"
+    if share < 0:
+        beside = f"in a step the reduction costs {-share:.0%} more"
     bandwidth = f"{1e-9 / model.seconds_per_byte:.2f} GB/s" if model.seconds_per_byte else "too high to be seen"
     return (
         f"The model: work {model.alone:.3f} s of one rank, {model.work:.3f} s of several; latency "
         f"{model.latency * 1e6:.0f} µs per bucket and hop; bandwidth {bandwidth}; {model.bytes / 1e6:.1f} MB in "
-        f"{model.buckets} buckets; {model.hidden_share:.0%} of the reduction is hidden, at most "
+        f"{model.buckets} buckets; {beside}; hidden is at most "
         f"{model.backward:.3f} s. The steps of the launches differ from the model by {fitted.noise:.1%} (standard "
         f"deviation, {fitted.freedom} degrees of freedom)."
     )

@@ -31,11 +31,6 @@ from sdnb.metrics.throughput import Estimate
 
 PARAMETERS = 3  # fitted to steps: work of one rank and of several, hidden share
 DRAWS = 400  # of the bootstrap
-BYTES_PER_GRADIENT = 4  # the weights are in float32, also with mixed_precision = fp16
-UNET_PARAMETERS = {"v1": 859_520_964, "v2": 865_910_724}
-LARGEST_BACKWARD = (
-    2 / 3
-)  # of a micro-batch's time: a backward pass has two matrix products for each of the forward pass
 
 
 def ring(ranks: int) -> float:

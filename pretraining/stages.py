@@ -174,7 +174,7 @@ def train_unet(config: TrainConfig, trained_vae: Run, show: Show | None = None) 
         if config.validation_prompts:
             draw_samples(
                 pipeline, training.accelerator, training.folder, step, config.validation_prompts, config.resolution,
-                seed=config.seed or 0, guidance_scale=config.validation_guidance_scale,
+                seeds=[config.seed or 0], guidance_scale=config.validation_guidance_scale,
             )  # fmt: skip
 
     def save() -> None:

@@ -144,7 +144,7 @@ def test_tables_sort(pages, browser):
         assert first.inner_text() == "adam_beta1"
         assert table.locator("thead th").first.get_attribute("aria-sort") == "ascending"
         button.click()
-        assert first.inner_text() == "whole_steps"
+        assert first.inner_text() == "without_xformers"
         table.get_by_role("button", name="Value").click()
         numbers = [text for text in table.locator("tbody td").all_inner_texts() if re.fullmatch(r"-?[\d.e-]+", text)]
         assert [float(number) for number in numbers] == sorted(map(float, numbers)), "numbers by their size"

@@ -230,4 +230,4 @@ def test_making_a_band(tmp_path, monkeypatch, forked_ranks, capsys):
     shutil.rmtree(tmp_path / "runs/bands/mine/seed-1/unet")
     with pytest.raises(SystemExit) as ended:
         main(["certify", str(tmp_path / "runs/bands/mine/seed-1"), "--band", str(tmp_path / "b.yaml")])
-    assert ended.value.code == 1 and "its saved UNet cannot be loaded" in capsys.readouterr().err
+    assert ended.value.code == 1 and "its saved weights cannot be loaded" in capsys.readouterr().err

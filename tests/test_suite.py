@@ -19,8 +19,8 @@ from sdnb.settings.flags import parse
 
 CARDS = sorted(path for path in (ROOT / "params" / "suite").glob("*.yaml") if path.stem != "embedded")
 # What a card adds to the command, and where the suite's text and logs say another number of steps than its command.
-ADDED = {"encoder_cache_gib", "fold_micro_batches", "fused_optimizer", "validation_loss_steps", "num_processes",
-         "max_train_steps", "output_dir"}  # fmt: skip
+ADDED = {"encoder_cache_gib", "fold_micro_batches", "fused_optimizer", "without_xformers", "validation_loss_steps",
+         "num_processes", "max_train_steps", "output_dir"}  # fmt: skip
 
 
 def command_in(card):
@@ -67,6 +67,7 @@ def test_each_card_has_its_published_figures():
         (["sd14"], None, "there is no card sd14; the cards are: sd14-512-8, "),
         (None, {"stepz": 3}, "sd14-512-8.yaml with changes = {'stepz': 3}: stepz: there is no such setting"),
         (None, "[3]", "changes = [3]: give names and values"),
+        (None, {"repeats": 3}, "changes: repeats: a card is run once"),
     ],
 )
 def test_a_wrong_choice(names, changes, said):
@@ -86,7 +87,7 @@ def test_the_notebook(tmp_path):
     text = page.read_text()
     assert len(headline) == 1 and not problem
     for said in (
-        "trained: 4 steps", "not judged, as", "as the suite computes",
+        "trained: 4 steps", "not judged: it is of another pretrained", "as the suite computes",
         "spread of the first 4 losses", "no band to compare it with", "not certified: there is no band",
     ):  # fmt: skip
         assert said in text, said
@@ -94,7 +95,7 @@ def test_the_notebook(tmp_path):
     assert run.config.lora and run.config.resolution == 64 and len(run.steps) == 4
 
     said = []
-    chosen = suite.cards(["lora-sd15-256-1"], changes) | suite.cards(["sd21-960-8"], {"without_xformers": True})
+    chosen = suite.cards(["lora-sd15-256-1"], changes) | suite.cards(["sd21-960-8"])
     results = suite.run_cards(chosen, tmp_path / "runs", said.append)
     assert said[0] == "1 of 2: lora-sd15-256-1: complete already"
     assert "mixed_precision = fp16 needs a GPU" in results.failed["sd21-960-8"]
@@ -102,13 +103,17 @@ def test_the_notebook(tmp_path):
 
 
 def test_a_target_is_judged_by_the_cards_own_work():
-    (card,) = suite.cards(["lora-sd15-256-1"], {"dataset_name": "openmoji"}).values()
+    lora, four = suite.cards(["lora-sd15-256-1", "sd15-960-4x8"], {"dataset_name": "openmoji"}).values()
+    (four_small,) = suite.cards(["sd15-960-4x8"], {"resolution": 256}).values()
+    assert (lora.other_work, four_small.other_work) == ([], ["resolution"])
     run = type("Run", (), {"state": "complete", "certificate": {}})()
     steps = RunFolder(ROOT / "sdnb" / "run" / "published" / "sd-v1-4-8-gpus-2024").steps
-    for count, loss, said in (
-        (2000, 0.07, "target: met: mean of 20 train_loss 0.0700, under 0.079 is asked for, on another data set"),
-        (2000, 0.08, "target: not met: mean of 20 train_loss 0.0800"),
-        (1999, 0.07, "target (mean of 20 train_loss under 0.079): not reached, as it is judged after step 2000"),
+    for card, count, loss, said in (
+        (four, 5001, 0.01, "not judged: it is of another resolution"),
+        (four_small, 5001, 0.01, "target: met: last step_loss 0.0100, under 0.015 is asked for"),
+        (lora, 2000, 0.07, "target: met: mean of 20 train_loss 0.0700, under 0.079 is asked for, on another data set"),
+        (lora, 2000, 0.08, "target: not met: mean of 20 train_loss 0.0800"),
+        (lora, 1999, 0.07, "target (mean of 20 train_loss under 0.079): not reached, as it is judged after step 2000"),
     ):
-        run.steps = steps.iloc[[0] * count].assign(train_loss=loss)
+        run.steps = steps.iloc[[0] * count].assign(train_loss=loss, step_loss=loss)
         assert said in "\n".join(suite._function(card, run))

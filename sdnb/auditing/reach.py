@@ -25,6 +25,9 @@ def within_reach(case: Case) -> Iterator[Finding]:
     if own is not None and own.value is not None:
         yield Finding(POSSIBLE, FAILS if own.value > 1 else HOLDS, f"MFU {own.text} {own.how}")
         return
+    if config.lora:
+        yield Finding(POSSIBLE, UNKNOWN, "no figures of LoRA are published for a device")
+        return
     rate = case.rate or (evidence.ways[0].rate if evidence.ways else None)
     tflop = UNET_TFLOP.get(_architecture(config.pretrained_model_name_or_path), {}).get(_resolution(case) or 0)
     kind = _kind_of(case.device or next(iter(evidence.environment.get("devices", {}).get("names") or []), ""))

@@ -12,6 +12,7 @@ from sdnb.settings.fields import DataSettings
 logger = logging.getLogger("sdnb")
 _BYTES = (datasets.Value("binary"), datasets.Value("large_binary"))
 _TEXTS = (datasets.Value("string"), datasets.Value("large_string"))
+_SEVERAL = tuple(datasets.Sequence(kind) for kind in _TEXTS)
 
 
 def describe(settings: DataSettings) -> str:
@@ -19,13 +20,15 @@ def describe(settings: DataSettings) -> str:
     return f"data set {settings.dataset_name}" if settings.dataset_name else f"train_data_dir {settings.train_data_dir}"
 
 
-def find_columns(features: datasets.Features, settings: DataSettings) -> tuple[str, str]:
+def find_columns(features: datasets.Features | None, settings: DataSettings) -> tuple[str, str]:
     """The columns with the images and with the captions: those that the settings name. If there is none of a default
     name, but only one column with images, or with texts, it is that one. `json.caption` is the field `caption` of the
     column `json`. Raises DataError if a column is missing, or holds something else."""
+    if features is None:
+        raise DataError(f"{describe(settings)}: does not say which columns it has, so it cannot be streamed")
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     # A WebDataset's own columns are __key__ and __url__.
-    texts = [name for name, kind in features.items() if kind in _TEXTS and not name.startswith("__")]
+    texts = [name for name, kind in features.items() if kind in _TEXTS + _SEVERAL and not name.startswith("__")]
     fields = [*_fields(features)]
     image = _column("image_column", features, [*features], images, settings)
     caption = _column("caption_column", features, [*features, *fields], texts or fields, settings)
@@ -64,7 +67,7 @@ def _column(
     if column in possible:
         return column
     if column == type(settings).model_fields[setting].default and len(found) == 1:
-        logger.info("%s = %s: there is no column %s, and no other of its kind", setting, found[0], column)
+        logger.warning("%s = %s: there is no column %s, and no other of its kind", setting, found[0], column)
         return found[0]
     missing_metadata = "" if len(features) > 1 else " A folder needs a metadata.jsonl for captions."
     raise DataError(

@@ -98,7 +98,8 @@ def _source(config: TrainConfig) -> dict[str, Any]:
     shards.check_tars(describe(config), [*tars])
     if files:
         builder = shards.BUILDERS[Path(files[0]).suffix]
-        return {"path": builder, "data_files": {"train": [glob.escape(file) for file in files]}}
+        named = [file if "://" in file else glob.escape(file) for file in files]
+        return {"path": builder, "data_files": {"train": named}}
     return {"path": name, "name": config.dataset_config_name, "data_dir": config.train_data_dir}
 
 
@@ -116,8 +117,8 @@ def _stream(config: TrainConfig) -> Splits:
     if count is None and "train" in (builder.info.splits or {}):
         count = builder.info.splits["train"].num_examples or None
     train = ImageStream(splits["train"], config, config.seed or 0, files, count)
-    held_out = next((splits[name] for name in HELD_OUT if name in splits), None)
-    return Splits(train, None if held_out is None else first_examples(held_out, config, HELD_OUT_IMAGES))
+    some = (first_examples(splits[name], config, HELD_OUT_IMAGES) for name in HELD_OUT if name in splits)
+    return Splits(train, next(filter(None, some), None))
 
 
 def _with_images(rows: datasets.Dataset, column: str) -> datasets.Dataset:

