@@ -9,6 +9,7 @@ import sys
 import nbformat
 import pytest
 from made_runs import make_run
+from PIL import Image
 from processes import ROOT
 
 from sdnb.errors import ConfigError, RunError
@@ -16,6 +17,7 @@ from sdnb.figures import comparison_plots
 from sdnb.metrics.results import PAGE_MIME
 from sdnb.metrics.throughput import Estimate, ratio_of
 from sdnb.report.page import write_page
+from sdnb.run import files
 from sdnb.run import folder as run_folder
 from sdnb.run.baselines import PUBLISHED, baselines, published
 from sdnb.run.comparison import compare
@@ -90,6 +92,21 @@ def test_the_figures(three):
     images = comparison_plots.samples(compared)
     assert len(images.axes) == 3, "a row for each run, of the one prompt that all have"
     assert images.get_supxlabel() == "From the same seed."
+
+
+def test_of_several_seeds_the_first_is_compared(tmp_path):
+    made = [make_run(tmp_path / name) for name in ("one", "other")]
+    for scale, seed, colour in ((0.5, 0, "blue"), (1.0, 0, "red"), (1.0, 1, "green")):
+        name = f"{colour}.png"
+        Image.new("RGB", (8, 8), colour).save(made[0] / run_folder.SAMPLES / name)
+        files.append(
+            made[0] / run_folder.SAMPLES_LIST,
+            dict(step=41, prompt="sun", file=name, seed=seed, scale=scale, num_inference_steps=2, guidance_scale=1.0),
+        )
+    images = comparison_plots.samples(compare(made))
+    assert images.get_supxlabel() == "From the same seed."
+    shown = [axes.images[0].get_array()[0, 0, :3].tolist() for axes in images.axes]
+    assert shown == [[255, 0, 0], [255, 0, 0]]
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

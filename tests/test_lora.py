@@ -93,9 +93,15 @@ def test_a_notebooks_own_average_is_of_whole_models():
     given = dict(pretrained_model_name_or_path="tiny", dataset_name="openmoji", use_ema=True, lora=True)
     own = "# Parameters of this run\nuse_ema = True"
     assert not from_notebook({**given, "In": [own, "# Parameters\nlora = True"]}).use_ema
+    assert from_notebook({**given, "lora": "false", "In": [own, "# Parameters\nlora = 'false'"]}).use_ema
     for cells in ([f"{own}\nlora = True"], [own, "# Parameters\nlora = True\nuse_ema = True"]):
         with pytest.raises(ConfigError, match="use_ema is not defined for lora"):
             from_notebook({**given, "In": cells})
+
+
+def test_a_rank_without_an_adapter():
+    with pytest.raises(ConfigError, match="rank = 8 is the rank of an adapter: set lora = True"):
+        parse([*MODEL_AND_DATA, "--rank=8"])
 
 
 def test_only_the_adapter_is_trained(settings, monkeypatch):

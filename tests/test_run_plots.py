@@ -92,6 +92,30 @@ def test_samples_stand_under_their_prompt(tmp_path):
     assert "Seed 3" in figure.get_supxlabel() and "random weights" in figure.alt
 
 
+def test_the_scales_of_an_adapter_and_several_seeds_stay_in_the_figure(tmp_path):
+    """Of many steps the last one is shown whole."""
+    files.write(tmp_path / run_folder.MODEL, {})
+    (tmp_path / run_folder.CONFIG).write_text(
+        TrainConfig(pretrained_model_name_or_path="tiny", dataset_name="openmoji", lora=True).to_yaml()
+    )
+    (tmp_path / "samples").mkdir()
+    for step, scale in [*((step, 1.0) for step in range(31)), (30, 0.0), (30, 0.5)]:
+        for seed in (3, 4):
+            name = f"{step}-{scale}-{seed}.png"
+            Image.new("RGB", (8, 8)).save(tmp_path / "samples" / name)
+            record = dict(file=name, step=step, prompt="a", seed=seed, scale=scale, num_inference_steps=2)
+            files.append(tmp_path / "samples" / "samples.jsonl", {**record, "guidance_scale": 7.5})
+    run = run_folder.RunFolder(tmp_path)
+    figure = run_plots.samples(run)
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["a (3)", "a (4)"]
+    assert [" ".join(axes.get_ylabel().split()) for axes in figure.axes[::2]] == [
+        "before", "after step 14", "after step 29", "after step 30, adapter × 0", "after step 30, adapter × 0.5",
+        "after step 30",
+    ]  # fmt: skip
+    assert "Seeds 3 to 4" in figure.get_supxlabel()
+    assert list(run.drawn.scale[-6:]) == [0, 0, 0.5, 0.5, 1, 1]
+
+
 def test_a_figure_shows_itself_and_says_in_words_what_it_shows(measured):
     data, about = run_plots.loss(measured)._repr_mimebundle_()
     assert data["image/svg+xml"].startswith("<svg ") and "<metadata>" not in data["image/svg+xml"]

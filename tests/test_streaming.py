@@ -289,6 +289,29 @@ def test_held_out_images_are_loaded_and_no_more(settings, tmp_path, monkeypatch)
     assert run.validation.images.tolist() == [6, 6, 6] and (run.validation.loss > 0).all()
 
 
+def test_columns_that_are_not_needed_are_not_read(tmp_path):
+    """A broken image in another column stops nothing, and an empty held-out split is none."""
+    images = [{"bytes": image, "path": f"{key}.png"} for key, image, _ in drawings()]
+    masks = [{"bytes": b"broken", "path": "mask.png"}] * COUNT
+    rows = datasets.Dataset.from_dict({"image": images, "mask": masks, "text": [text for *_, text in drawings()]})
+    rows = rows.cast_column("image", datasets.Image()).cast_column("mask", datasets.Image())
+    rows.to_parquet(tmp_path / "data" / "train-0.parquet")
+    rows.select([]).to_parquet(tmp_path / "data" / "test-0.parquet")
+    splits = load_data(config(tmp_path / "data", streaming=True))
+    assert len([*splits.train]) == COUNT and splits.held_out is None
+
+
+def test_lists_of_captions_are_captions(tmp_path):
+    images = [{"bytes": image, "path": f"{key}.png"} for key, image, _ in drawings()]
+    columns = {"image": images, "id": ["x"] * COUNT, "captions": [[text, "another"] for *_, text in drawings()]}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "data" / "train-0.parquet")
+    with pytest.raises(DataError, match="caption_column = text: .* has no such column; it has: image, id, captions"):
+        load_data(config(tmp_path / "data", streaming=False))
+    loaded = load_data(config(tmp_path / "data", streaming=False, caption_column="captions"))
+    assert loaded.train.caption(0) == columns["captions"][0]
+
+
 def test_a_number_of_examples(folder):
     stream = load_data(config(folder, max_train_samples=6)).train
     assert stream.count == 6

@@ -129,6 +129,16 @@ def test_the_figure_of_a_sweep(tmp_path):
     figure.canvas.draw()
 
 
+def test_repeats_of_other_settings_are_kept_aside(tmp_path, monkeypatch):
+    settings = {"one": {"learning_rate": 1e-5, "repeats": 2}}
+    (tmp_path / "one" / "repeat-1").mkdir(parents=True)
+    (tmp_path / "one" / "repeat-1" / run_folder.STEPS).touch()
+    monkeypatch.setattr(sweep, "_execute", lambda *_: None)
+    assert sweep.run_each(settings, tmp_path) == {}
+    assert (tmp_path / "one.before-1" / "repeat-1" / run_folder.STEPS).exists()
+    assert not [*(tmp_path / "one").iterdir()]
+
+
 def test_when_a_sweep_is_killed_its_notebook_ends(tmp_path):
     about = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SLEEPS)], metadata=about)
