@@ -289,8 +289,9 @@ def test_held_out_images_are_loaded_and_no_more(settings, tmp_path, monkeypatch)
     assert run.validation.images.tolist() == [6, 6, 6] and (run.validation.loss > 0).all()
 
 
-def test_columns_that_are_not_needed_are_not_read(tmp_path):
+def test_images_in_other_columns_are_not_decoded(tmp_path):
     """A broken image in another column stops nothing, and an empty held-out split is none."""
+    (tmp_path / "data").mkdir()
     images = [{"bytes": image, "path": f"{key}.png"} for key, image, _ in drawings()]
     masks = [{"bytes": b"broken", "path": "mask.png"}] * COUNT
     rows = datasets.Dataset.from_dict({"image": images, "mask": masks, "text": [text for *_, text in drawings()]})
@@ -302,6 +303,7 @@ def test_columns_that_are_not_needed_are_not_read(tmp_path):
 
 
 def test_lists_of_captions_are_captions(tmp_path):
+    (tmp_path / "data").mkdir()
     images = [{"bytes": image, "path": f"{key}.png"} for key, image, _ in drawings()]
     columns = {"image": images, "id": ["x"] * COUNT, "captions": [[text, "another"] for *_, text in drawings()]}
     rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())

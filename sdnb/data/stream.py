@@ -40,7 +40,7 @@ class ImageStream(Images):
         is missing, or there are fewer examples than `max_train_samples`."""
         self.settings, self.epoch, self._files, self.count = settings, 0, files, count
         self._column, self._caption_column = find_columns(rows.features, settings)
-        self._in_order = stored_only(rows, self._column, self._caption_column)
+        self._in_order = stored_only(rows, self._column)
         if (wanted := settings.max_train_samples) is not None:
             if count is not None and wanted > count:
                 raise self._too_few(count)
@@ -115,13 +115,14 @@ def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
 
 def first_examples(rows: datasets.IterableDataset, settings: DataSettings, count: int) -> ImageCaptions | None:
     """The first examples of a stream's held-out split, loaded; None if it is empty."""
-    rows = stored_only(rows, *find_columns(rows.features, settings))
+    rows = stored_only(rows, find_columns(rows.features, settings)[0])
     first = [*rows.take(count)]
     return ImageCaptions(datasets.Dataset.from_list(first, rows.features), settings, "held out") if first else None
 
 
-def stored_only(rows: datasets.IterableDataset, images: str, captions: str) -> datasets.IterableDataset:
-    """The columns that are needed, with the images as they are stored."""
-    needed = dict.fromkeys((images, captions.partition(".")[0], KEY, ARCHIVE))
-    kept = [column for column in needed if column in rows.features]
-    return rows.select_columns(kept).cast_column(images, datasets.Image(decode=False))
+def stored_only(rows: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
+    """The rows with their images as they are stored, those in other columns too: `datasets` would decode them."""
+    others = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    for name in dict.fromkeys([column, *others]):
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
