@@ -224,7 +224,9 @@ def test_in_place_of_the_references_script(settings, tmp_path):
 
 def test_xformers_is_replaced_only_if_asked(settings):
     asked = {**settings, "enable_xformers_memory_efficient_attention": True}
-    with pytest.raises(ConfigError, match=r"pip install xformers; or set without_xformers: torch's own attention is"):
+    with pytest.raises(
+        ConfigError, match=r"pip install xformers; or set without_xformers: torch's own attention, which"
+    ):
         environment.require(TrainConfig(**asked))
     run = train(asked, without_xformers=True, steps=1)
     assert "torch's own attention runs in its place" in run.log

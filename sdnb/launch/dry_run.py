@@ -54,8 +54,7 @@ class Trace:
 
 def trace_of(config: TrainConfig, on_gpu: bool, gradient_checkpointing: bool) -> Trace:
     """Raises ModelError if the model is missing."""
-    rank = config.rank if config.lora else None
-    how = config.resolution, config.mixed_precision or "no", on_gpu, gradient_checkpointing, rank
+    how = config.resolution, config.mixed_precision or "no", on_gpu, gradient_checkpointing, config.adapter_rank
     return _trace(_where(config), how, config.cache_dir)
 
 

@@ -65,10 +65,9 @@ def _roughly(config: TrainConfig, environment: dict[str, Any], steps: int) -> fl
         text_encoder=SimpleNamespace(config=CLIPTextConfig.from_dict(dict(architecture["text_encoder"]))),
     )  # fmt: skip
     parts.tokenizer = SimpleNamespace(model_max_length=parts.text_encoder.config.max_position_embeddings)
-    rank = config.rank if config.lora else None
     per_image = computed_once(
-        "flop", [architecture, config.resolution, rank, torch.__version__],
-        lambda: flop_per_image(parts, config.resolution, rank), config.cache_dir,
+        "flop", [architecture, config.resolution, config.adapter_rank, torch.__version__],
+        lambda: flop_per_image(parts, config.resolution, config.adapter_rank), config.cache_dir,
     )  # fmt: skip
     devices = environment["devices"]
     if devices["type"] == "cpu":  # its ranks share the cores

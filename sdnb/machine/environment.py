@@ -24,7 +24,7 @@ _OPTIONAL = {
     "use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
     "report_to = wandb": "wandb", "report_to = comet_ml": "comet_ml",
 }  # fmt: skip
-_INSTEAD = {"xformers": "; or set without_xformers: torch's own attention is as fast, and runs in its place"}
+_INSTEAD = {"xformers": "; or set without_xformers: torch's own attention, which contains its kernel, then runs"}
 _PATHS = (
     "pretrained_model_name_or_path", "dataset_name", "train_data_dir", "output_dir", "cache_dir", "logging_dir",
 )  # fmt: skip

@@ -19,13 +19,12 @@ def describe_model(config: TrainConfig, parts: Parts) -> dict[str, Any]:
     """Parameters, FLOP per image, and whether the model started from random weights: the content of model.json."""
     configurations = [repr(part.config) for part in (parts.unet, parts.vae, parts.text_encoder)]
     architecture = [configurations, parts.tokenizer.model_max_length, torch.__version__, diffusers.__version__]
-    rank = config.rank if config.lora else None
-    key = [architecture, config.resolution, *([rank] if rank else [])]
+    key = [architecture, config.resolution, config.adapter_rank]
     return {
         "random_weights": has_random_weights(config),
         "parameters": parameter_counts(parts),
         "flop_per_image": computed_once(
-            "flop", key, lambda: flop_per_image(parts, config.resolution, rank), config.cache_dir
+            "flop", key, lambda: flop_per_image(parts, config.resolution, config.adapter_rank), config.cache_dir
         ),
     }
 

@@ -157,6 +157,11 @@ class TrainConfig(
         return self.learning_rate * (self.global_batch if self.scale_lr else 1)
 
     @property
+    def adapter_rank(self) -> int | None:
+        """The rank of the adapter that is trained; None if the whole UNet is."""
+        return self.rank if self.lora else None
+
+    @property
     def largest_norm(self) -> float:
         """The norm to which gradients are clipped. The reference's script for LoRA clips nothing: it gives
         `clip_grad_norm_` an iterator over the weights, and the optimizer has used that up."""

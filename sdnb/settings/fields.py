@@ -20,7 +20,7 @@ def _number_from_text(value: Any) -> Any:
         return value
 
 
-def _flag_from_text(value: Any) -> Any:
+def flag_from_text(value: Any) -> Any:
     # `papermill -p center_crop true` passes the text "true"; only True and False arrive as booleans.
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -51,7 +51,7 @@ def several(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Flag = Annotated[bool, BeforeValidator(_flag_from_text)]
+Flag = Annotated[bool, BeforeValidator(flag_from_text)]
 Real = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False, ge=-1e30, le=1e30)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 BatchSize = Annotated[int, Field(ge=1, le=2**16)]
@@ -173,7 +173,7 @@ class SpeedSettings(Settings):
     fused_optimizer: Flag = setting(True, "update the weights in one pass over memory, and the EMA in another")
     without_xformers: Flag = setting(
         False, "where xformers is not installed, do what enable_xformers_memory_efficient_attention asks for with "
-        "torch's own attention, which is as fast")
+        "torch's own attention, which contains its kernel")
     compile_unet: Annotated[Literal["no", "blocks", "whole"], BeforeValidator(_no_from_flag)] = setting(
         "no", "torch.compile of the UNet's transformer blocks, or of the whole UNet")
 
@@ -255,7 +255,7 @@ GROUPS: tuple[type[Settings], ...] = (
 
 def other_defaults(lora: Any) -> dict[str, Any]:
     """The defaults of `train_text_to_image_lora.py` that are others than those above, if `lora` is set."""
-    if _flag_from_text(lora) is not True:
+    if flag_from_text(lora) is not True:
         return {}
     return {"output_dir": "sd-model-finetuned-lora", "num_validation_images": 4, "validation_epochs": 1}
 

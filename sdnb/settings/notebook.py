@@ -7,7 +7,7 @@ from typing import Any
 from sdnb.errors import ConfigError
 from sdnb.places import shipped
 from sdnb.settings.config import TrainConfig, read_yaml
-from sdnb.settings.fields import other_defaults
+from sdnb.settings.fields import flag_from_text
 
 # The first line of a parameter cell: of the notebook's own, and of the one that papermill injects after it.
 PARAMETERS_COMMENT = "# Parameters"
@@ -48,7 +48,7 @@ def from_notebook(namespace: Mapping[str, Any], besides: Container[str] = ()) ->
                     settings.pop(name, None)
         settings.update({name: namespace[name] for name in names if name in namespace})
     given = set[str]().union(*cells[1:])
-    if "lora" in given and other_defaults(settings["lora"]) and "use_ema" not in given:
+    if "lora" in given and flag_from_text(settings["lora"]) is True and "use_ema" not in given:
         settings.pop("use_ema", None)  # the notebook's own default is for the whole UNet
     return TrainConfig(**_without_the_demos_goals(settings, given))
 
