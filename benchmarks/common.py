@@ -17,6 +17,7 @@ from typing import Any
 
 from sdnb import places
 from sdnb.machine import environment
+from sdnb.machine.device_kind import kind_here
 from sdnb.models import embedded
 
 # A small UNet and a heavy VAE that downsamples by 8: most of a step is encoding. Images are 128×128, latents 16×16.
@@ -33,13 +34,14 @@ embedded.ARCHITECTURES["small"] = dict(
     text_encoder={**embedded.TINY["text_encoder"], "hidden_size": 32, "intermediate_size": 64, "projection_dim": 32},
     unet={**embedded.TINY["unet"], "block_out_channels": (16, 24, 32), "norm_num_groups": 8, "cross_attention_dim": 32},
 )  # fmt: skip
+ACCELERATOR = "cuda" if kind_here().is_host else kind_here().type  # which large models need
 # For each model: the side of its images in pixels, its device, and additional flags of a run.
 MODELS = {
     "tiny": (64, "cpu", ""),
     "tiny-random": (64, "cpu", ""),
     "small": (64, "cpu", ""),
     "small-unet": (128, "cpu", ""),
-    "sd-v1-4-random": (512, "cuda", " --mixed_precision=fp16"),  # as params/reference.yaml
+    "sd-v1-4-random": (512, ACCELERATOR, " --mixed_precision=fp16"),  # as params/reference.yaml
 }
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "ftfy", "pillow", "numpy")
 

@@ -148,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sdnb-growth-") as work:
         try:
             seen = inspect(options.python, device, {PROGRAM}, Path(work))
-            ranks = len(seen["devices"]["names"]) if device == "cuda" else os.cpu_count() or 1
+            ranks = len(seen["devices"]["names"]) if device != "cpu" else os.cpu_count() or 1
             title = f"How the cost grows: {options.model} at {side}×{side}, batch 8, {device}"
             about = describe(title, seen, steps=options.steps, flags=f"{FLAGS}{further}")
             results: list[dict[str, Any]] = []

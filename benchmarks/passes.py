@@ -27,11 +27,11 @@ from common import MODELS, at_least, describe, file_of, write
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdnb.machine.device import keep_freed_memory, measured_matmul_tflops
+from sdnb.machine.device import WEIGHT_DTYPES, keep_freed_memory, measured_matmul_tflops, ran_out_of_memory
+from sdnb.machine.device_kind import kind_here, kind_of
 from sdnb.metrics.step_clock import StepClock
 from sdnb.models import embedded
 from sdnb.models.ema import EMA
-from sdnb.models.encoders import WEIGHT_DTYPES
 from sdnb.models.flops import flop_per_image
 from sdnb.models.pipeline import Parts
 from sdnb.settings.config import TrainConfig
@@ -122,7 +122,8 @@ def measure(way: Way, architecture: dict[str, Any], config: TrainConfig, device:
     began = time.perf_counter()
     with torch.device(device):
         run = PARTS[way.part](architecture, config.updated(**way.settings), way, device)
-    clock = StepClock(device)
+    kind = kind_of(device.type)
+    clock = StepClock(kind)
 
     def milliseconds(count: int) -> list[float]:
         times = []
@@ -136,12 +137,11 @@ def measure(way: Way, architecture: dict[str, Any], config: TrainConfig, device:
     milliseconds(3)
     result: dict[str, Any] = dict(way=way.label, warmup_seconds=time.perf_counter() - began)
     matmul = [measured_matmul_tflops(device, WEIGHT_DTYPES[config.mixed_precision])]
-    if device.type == "cuda":  # exclude the matrices of this measurement
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    kind.empty_cache()
+    kind.reset_peak(device)  # exclude the matrices of this measurement
     result["milliseconds"] = milliseconds(rounds)
-    if device.type == "cuda":
-        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if not kind.is_host:
+        result["peak_gib"] = kind.peak_bytes(device)[0] / 2**30
     matmul.append(measured_matmul_tflops(device, WEIGHT_DTYPES[config.mixed_precision]))
     return {**result, "matmul_tflops": matmul}
 
@@ -177,10 +177,10 @@ def main() -> None:
     ends = time.monotonic() + 60 * options.minutes
     architecture, (side, kind, _) = embedded.ARCHITECTURES[options.model], MODELS[options.model]
     device = torch.device(kind)
-    if kind == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--model {options.model} needs a GPU, but torch finds none")
+    if kind != "cpu" and kind_here().is_host:
+        parser.error(f"--model {options.model} needs an accelerator, but torch finds none")
     if kind == "cpu" and options.precision == "fp16":
-        parser.error("--precision fp16 needs a GPU, but this model is measured on the CPU")
+        parser.error("--precision fp16 needs an accelerator, but this model is measured on the CPU")
     config = TrainConfig(
         pretrained_model_name_or_path="tiny", dataset_name="openmoji", resolution=side, learning_rate=1e-5,
         mixed_precision=options.precision,
@@ -206,13 +206,14 @@ def main() -> None:
             continue
         try:
             result = measure(way, architecture, config, device, options.rounds)
-        except torch.cuda.OutOfMemoryError as error:
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
             print(f"{way.label}: {str(error).splitlines()[0]}")
             continue
         finally:
             gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            kind_of(device.type).empty_cache()
         results.append(dict(result, images=way.images, flop_per_image=flop.get(FLOP.get(way.part), 0)))
         print(table(results[-1:]).splitlines()[-1], flush=True)
         rates = [rate for one in results for rate in one["matmul_tflops"]]

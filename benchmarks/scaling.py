@@ -65,7 +65,7 @@ def launch(ranks: int, flags: list[str], device: str, repetitions: int, work: Pa
     folder = Path(tempfile.mkdtemp(dir=work))
     config = parse([*flags, f"--output_dir={folder}"])
     precision = config.mixed_precision or "no"
-    config = config.updated(num_processes=ranks, mixed_precision=precision).resolved(device, torch.cuda.device_count())
+    config = config.updated(num_processes=ranks, mixed_precision=precision)
     job = dict(config=config.model_dump(mode="json"), repetitions=repetitions, pin=device == "cpu",
                result=str(folder / "result.json"))  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))

@@ -26,6 +26,7 @@ from torch import distributed
 
 from sdnb.data.loading import load_data
 from sdnb.machine.device import keep_freed_memory
+from sdnb.machine.device_kind import kind_of
 from sdnb.settings.config import TrainConfig
 from sdnb.training.loop import train_step
 from sdnb.training.setup import Training, build, start
@@ -54,8 +55,7 @@ def seconds_of_reduction(buffers: list[torch.Tensor]) -> float:
     """Seconds to all-reduce the buffers while nothing else runs."""
 
     def synchronize() -> None:
-        if buffers[0].is_cuda:
-            torch.cuda.synchronize()
+        kind_of(buffers[0].device.type).synchronize(buffers[0].device)
 
     distributed.barrier()
     synchronize()

@@ -99,7 +99,7 @@ def comparison(reference: Path, device: str) -> list[list[Kind]]:
     # v0.26.3 resizes bilinearly and has no flag for it. Later versions have a flag with another default.
     later = "image_interpolation_mode" in reference.read_text()
     flags = ("--image_interpolation_mode=bilinear",) if later else ()
-    if device == "cuda":
+    if device != "cpu":
         theirs = Kind("reference", (str(reference),), flags, "reference")
         no_cache, no_folding = TECHNIQUES["encoder cache"], TECHNIQUES["folded micro-batches"]
         same = [

@@ -18,13 +18,12 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from sdnb.compat import has_fused_adam
 from sdnb.data.loading import load_data
 from sdnb.errors import ConfigError, DataError, RunError
 from sdnb.figures.live import Live, Progress
 from sdnb.launch.notebook import Show
 from sdnb.machine import environment
-from sdnb.machine.device import peak_bytes
+from sdnb.machine.device_kind import kind_of
 from sdnb.metrics.step_clock import StepClock
 from sdnb.models.flops import parameter_counts
 from sdnb.models.pipeline import load_parts
@@ -52,7 +51,7 @@ class Training:
         besides: additional entries for environment.json.
         """
         seen = environment.capture()
-        config = config.resolved(seen["devices"]["type"], 1, seen["devices"]["bf16"]).updated(num_processes=1)
+        config = environment.resolved(config.updated(num_processes=1), environment.Devices(**seen["devices"]))
         check_used(config)
         self.config = config
         self.folder = Path(config.output_dir)
@@ -62,7 +61,7 @@ class Training:
         self.environment = {**seen, **besides, "data": self.splits.train.digest()}
         AcceleratorState._reset_state()  # an earlier run may have used another precision
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
-        self.device = self.accelerator.device
+        self.device, self.kind = self.accelerator.device, kind_of(self.accelerator.device.type)
         for part in (self.parts.vae, self.parts.unet, self.parts.text_encoder):
             part.to(self.device)
 
@@ -93,7 +92,7 @@ class Training:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
-            fused=has_fused_adam(self.device.type) or None,  # with False, torch would update the weights one by one
+            fused=self.kind.has_fused_adam or None,  # with False, torch would update the weights one by one
         )
         schedule = get_scheduler(
             config.lr_scheduler,
@@ -121,9 +120,8 @@ class Training:
             run = Run(self.folder)
             progress = Progress(run, config.max_train_steps, resumed_after=step)
             progress.records = run.steps.to_dict("records")
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            clock = StepClock(self.device)
+            self.kind.reset_peak(self.device)
+            clock = StepClock(self.kind)
             while step < config.max_train_steps:
                 with self.accelerator.autocast():
                     batch_loss = loss()
@@ -155,7 +153,7 @@ class Training:
             ema.copy_to(parameters)
             with torch.no_grad():
                 save()
-            peak_gib = peak_bytes(self.device)[0] / 2**30
+            peak_gib = self.kind.peak_bytes(self.device)[0] / 2**30
             summary = dict(
                 world_size=1,
                 ranks=[dict(rank=0, peak_memory_gib=peak_gib)],
@@ -177,7 +175,7 @@ class Training:
         record = dict(step=step, epoch=(step - 1) * images // len(self.splits.train), micro_batches=1, images=images,
                       loss=loss, train_loss=loss, step_loss=loss, grad_norm=grad_norm, lr=lr)  # fmt: skip
         record["seconds"], record["phase_seconds"] = clock.read()
-        record["peak_memory_gib"] = round(peak_bytes(self.device)[0] / 2**30, 3)
+        record["peak_memory_gib"] = round(self.kind.peak_bytes(self.device)[0] / 2**30, 3)
         files.append(self.folder / run_folder.STEPS, record)
         return record
 
@@ -203,15 +201,14 @@ class Training:
         for one, its_state in zip(stateful, state["states"]):
             one.load_state_dict(its_state)
         torch.random.set_rng_state(state["random"].cpu())
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_on_gpu"].cpu())
+        if (on_device := state.get("random_on_device")) is not None:
+            self.kind.set_rng_state(on_device.cpu())
         run_folder.go_back(self.folder, state["step"])
         return state["step"]
 
     def _save_state(self, step: int, stateful: Sequence[Any]) -> None:
         state = dict(step=step, states=[one.state_dict() for one in stateful], random=torch.random.get_rng_state())
-        if self.device.type == "cuda":
-            state["random_on_gpu"] = torch.cuda.get_rng_state()
+        state["random_on_device"] = self.kind.rng_state()
         aside = self.folder / f".{STATE}"
         torch.save(state, aside)
         aside.replace(self.folder / STATE)

@@ -2,7 +2,7 @@
 
 `sdnb.train(…)` trains and returns a `Run`; `sdnb.Run(folder)` is an earlier one; `sdnb.runs()` is a table of all runs;
 `sdnb.compare(…)` compares some of them, also with what others published: `sdnb.published()`.
-`sdnb.audit(…)` checks claims about a training against its log.
+`sdnb.audit(…)` checks claims about a training against its log; `sdnb.check()` tries what this machine measures with.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdnb.auditing.audit import audit as audit
+    from sdnb.conformance.check import check as check
     from sdnb.launch.notebook import train as train
     from sdnb.report.run import Run as Run
     from sdnb.report.run import runs as runs
@@ -29,8 +30,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 
 # Imported only when they are used: a rank has no use for them.
 _PUBLIC = {
-    "Run": "report.run", "audit": "auditing.audit", "compare": "run.comparison", "published": "run.baselines",
-    "runs": "report.run", "train": "launch.notebook",
+    "Run": "report.run", "audit": "auditing.audit", "check": "conformance.check", "compare": "run.comparison",
+    "published": "run.baselines", "runs": "report.run", "train": "launch.notebook",
 }  # fmt: skip
 
 

@@ -39,13 +39,11 @@ def clip_tokenizer(tokens: list[str], merges: list[tuple[str, str]], max_length:
         return transformers.CLIPTokenizer(*map(str, files), model_max_length=max_length)
 
 
-def has_fused_adam(device_type: str) -> bool:
-    """Whether torch's AdamW updates all weights on this device in one pass: on a CPU since torch 2.4, on a GPU since
-    2.5. Earlier versions refused gradients with other strides than the weights, even in dimensions of size 1
-    (ATen/native/ForeachUtils.h)."""
+def torch_since(*version: int) -> bool:
+    """Whether torch has this version, such as (2, 5), or a later one."""
     import torch
 
-    return torch.torch_version.TorchVersion(torch.__version__) >= ((2, 5) if device_type == "cuda" else (2, 4))
+    return torch.torch_version.TorchVersion(torch.__version__) >= version
 
 
 def has_stances() -> bool:

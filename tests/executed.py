@@ -6,9 +6,9 @@ import sys
 from processes import ROOT
 
 
-def papermill(out, *arguments, cwd=ROOT, notebook="notebooks/train.ipynb"):
+def papermill(out, *arguments, cwd=ROOT, notebook="notebooks/train.ipynb", env=None):
     command = [sys.executable, "-m", "papermill", notebook, str(out), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=250)
 
 
 def outputs(notebook, kind):

@@ -18,13 +18,13 @@ from launching import at_step
 from processes import Forked, processes_of
 from training import small_data, small_model, train
 
-from sdnb.compat import has_fused_adam
 from sdnb.data.loading import load_data
 from sdnb.errors import RunError
 from sdnb.launch import command_line, notebook
 from sdnb.launch.notebook import launch
 from sdnb.launch.plan import prepare
 from sdnb.machine import environment
+from sdnb.machine.device_kind import kind_of
 from sdnb.run import folder as run_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.training import checkpoint_folder, setup
@@ -177,7 +177,7 @@ def copy(stopped, tmp_path):
 
 
 def found(settings):
-    config = TrainConfig(**settings).resolved("cpu", 0)
+    config = environment.resolved(TrainConfig(**settings), environment.devices())
     return checkpoint_folder.find_checkpoints(config, load_data(config).train)
 
 
@@ -406,7 +406,7 @@ def test_a_quantised_optimizer_goes_on_too(stopped, tmp_path, monkeypatch):
     assert all(one["step"] == 3 for one in kept.values())
 
 
-@pytest.mark.skipif(not has_fused_adam("cpu"), reason="no fused AdamW on the CPU before torch 2.4")
+@pytest.mark.skipif(not kind_of("cpu").has_fused_adam, reason="no fused AdamW on the CPU before torch 2.4")
 def test_a_fused_optimizer_with_scaled_losses_takes_up_one_without(stopped, tmp_path, monkeypatch):
     """As a training in float16 does that goes on from a checkpoint of the reference's, or of another precision."""
     plain, scaler = setup.make_accelerator, torch.amp.GradScaler("cpu", init_scale=4.0)

@@ -88,7 +88,7 @@ def test_what_accelerate_launch_says_of_the_ranks(monkeypatch):
     assert (settled.num_processes, settled.ranks_here, settled.machine_rank) == (4, 2, 1)
     with pytest.raises(ConfigError, match="num_processes = 8, num_machines = 1, but this is one of 4 ranks"):
         command_line._as_launched(config.updated(num_processes=8), world=4)
-    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+    with pytest.raises(ConfigError, match="fp16 needs an accelerator"):
         command_line._as_launched(config.updated(mixed_precision="fp16"), world=4)
 
 

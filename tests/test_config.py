@@ -6,6 +6,7 @@ import yaml
 from sdnb.errors import ConfigError
 from sdnb.launch import sweep
 from sdnb.machine import environment
+from sdnb.machine.environment import Devices, resolved
 from sdnb.settings.config import TrainConfig
 from sdnb.settings.notebook import from_notebook
 
@@ -100,20 +101,26 @@ def test_what_is_saved_makes_the_same_again(tmp_path):
     assert set(yaml.safe_load((tmp_path / "config.yaml").read_text())) == set(TrainConfig.model_fields) - {"hub_token"}
 
 
+def machine(kind, count=1, **what):
+    return Devices(
+        kind, ("a device",) * count, (80.0,) * count, (80.0,) * count, **{"bf16": True, "fp16": kind != "cpu", **what}
+    )
+
+
 def test_the_machine_settles_what_is_left_open():
-    cpu, gpus = config().resolved("cpu", 0), config().resolved("cuda", 8)
+    cpu, gpus = resolved(config(), machine("cpu")), resolved(config(), machine("cuda", 8))
     assert (cpu.mixed_precision, cpu.num_processes) == ("no", 1)
     assert (gpus.mixed_precision, gpus.num_processes) == ("fp16", 8)
-    assert config(mixed_precision="no", num_processes=2).resolved("cuda", 8).mixed_precision == "no"
+    assert resolved(config(mixed_precision="no", num_processes=2), machine("cuda", 8)).mixed_precision == "no"
 
 
 def test_what_the_machine_cannot_do():
-    with pytest.raises(ConfigError, match="fp16 needs a GPU.*use no"):
-        config(mixed_precision="fp16").resolved("cpu", 0)
+    with pytest.raises(ConfigError, match="fp16 needs an accelerator.*use no"):
+        resolved(config(mixed_precision="fp16"), machine("cpu"))
     with pytest.raises(ConfigError, match="bfloat16: use fp16"):
-        config(mixed_precision="bf16").resolved("cuda", 1, bf16=False)
-    with pytest.raises(ConfigError, match="shows 1 GPU"):
-        config(num_processes=2).resolved("cuda", 1)
+        resolved(config(mixed_precision="bf16"), machine("cuda", bf16=False))
+    with pytest.raises(ConfigError, match="shows 1 GPU: use 1"):
+        resolved(config(num_processes=2), machine("cuda"))
 
 
 def test_more_loading_processes_than_the_cores_can_run():
@@ -156,7 +163,7 @@ def test_a_list_that_papermill_gives_as_text(given, prompts):
 
 def test_a_cpu_that_only_imitates_bfloat16_is_warned_of(caplog):
     for precision, bf16, warned in (("bf16", True, False), ("no", False, False), ("bf16", False, True)):
-        assert config(mixed_precision=precision).resolved("cpu", 0, bf16).mixed_precision == precision
+        assert resolved(config(mixed_precision=precision), machine("cpu", bf16=bf16)).mixed_precision == precision
         assert ("many times slower" in caplog.text) == warned
 
 

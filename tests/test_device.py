@@ -6,29 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdnb.machine import device, peaks
-
-
-@pytest.mark.parametrize(
-    "name, precision, peak",
-    [
-        ("NVIDIA A100-SXM4-80GB", "fp16", 312),
-        ("NVIDIA A100-SXM4-80GB", "no", 156),
-        ("NVIDIA A10", "fp16", 125),
-        ("NVIDIA H100 PCIe", "bf16", 756),
-        ("NVIDIA H100 NVL", "bf16", 835),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989),
-        ("Tesla V100-PCIE-16GB", "fp16", 112),
-        ("Tesla V100-SXM2-16GB", "fp16", 125),
-        ("NVIDIA GeForce RTX 4090", "fp16", 165),
-        ("NVIDIA GeForce RTX 4090 D", "fp16", None),
-        ("Tesla T4", "no", 8.1),
-        ("Tesla T4", "bf16", None),
-        ("AMD EPYC", "no", None),
-    ],
-)
-def test_peaks(name, precision, peak):
-    assert peaks.peak_tflops(name, precision) == peak
+from sdnb.machine import device, vendors
 
 
 def test_the_rate_that_is_reached_is_that_of_this_machine():
@@ -51,6 +29,13 @@ class Counter:
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):
         assert handle == "the GPU"
         return self.millijoules
+
+
+@pytest.fixture(autouse=True)
+def ask_again():
+    vendors._nvml.cache_clear()
+    yield
+    vendors._nvml.cache_clear()
 
 
 def test_energy_is_read_from_the_counter(monkeypatch):

@@ -10,6 +10,7 @@ from training import train
 
 from sdnb.data.loading import load_data
 from sdnb.data.training_set import TrainingSet
+from sdnb.machine import environment
 from sdnb.models.encoders import Encoders
 from sdnb.models.pipeline import load_parts, model_folder
 from sdnb.settings.config import TrainConfig
@@ -29,7 +30,7 @@ def tables(settings):
 
 
 def encoders(settings, **changes):
-    config = TrainConfig(**{**settings, **changes}).resolved("cpu", 0)
+    config = environment.resolved(TrainConfig(**{**settings, **changes}), environment.devices())
     parts, examples = load_parts(config), load_data(config).train
     made = Encoders(parts, examples, config, torch.device("cpu"))
     return made, TrainingSet(examples, parts.tokenizer, made.moments)

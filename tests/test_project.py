@@ -101,7 +101,7 @@ def test_fast_yaml_is_the_same_training():
     then, now = reference.trajectory(), fast.trajectory()
     differ = {name for name in then if then[name] != now[name]}
     assert differ == {"allow_tf32"}
-    assert fast.encoder_cache_gib and fast.fold_micro_batches is None and fast.fused_optimizer
+    assert fast.encoder_cache_gib and fast.fold_micro_batches == 4 and fast.fused_optimizer
     assert fast.compile_unet == "blocks"
 
 

@@ -96,6 +96,7 @@ def test_the_results_of_the_published_run():
     measured = measure(FakeRun(published_run(), summary={"ranks": ranks, "ended": 250.0}))
     assert measured["images/s per GPU"].value == pytest.approx(14.3, abs=0.05)
     assert measured["MFU"].value == pytest.approx(14.3 * 3.537 / 312, rel=0.01)
+    assert measured["MFU"].how.startswith("of 312 TFLOP/s peak, by NVIDIA A100 data sheet: ")
     assert measured["peak memory"].text == "27.00 GiB"
     assert measured["short steps"].text == "25 of 101"
     assert measured["target"].text == "not met: 0.1000 (0.1000 to 0.1000) against 0.0456"
@@ -120,6 +121,7 @@ def test_a_peak_that_is_given_goes_before_the_known_one():
     run.model["reachable_tflops"] = 250.0
     measured = measure(run)
     assert measured["MFU"].value == pytest.approx(14.3 * 3.537 / 624, rel=0.01)
+    assert measured["MFU"].how.startswith("of 624 TFLOP/s peak, by device_peak_tflops: ")
     assert "20% of the 250 TFLOP/s that a plain matrix product reaches" in measured["MFU"].how
 
 

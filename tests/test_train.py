@@ -20,6 +20,7 @@ from sdnb.compat import has_stances
 from sdnb.data.loading import load_data
 from sdnb.errors import ConfigError
 from sdnb.machine import environment
+from sdnb.machine.device_kind import kind_of
 from sdnb.metrics.results import measure
 from sdnb.metrics.step_clock import PHASES, StepClock
 from sdnb.models.pipeline import load_parts
@@ -253,7 +254,7 @@ def test_the_held_out_loss_is_the_same_every_time_and_draws_nothing(settings):
 def test_the_clock_adds_up(monkeypatch):
     moments = iter([1.0, 1.25, 1.75, 2.0, 4.0, 9.0, 9.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
-    clock = StepClock(torch.device("cpu"))
+    clock = StepClock(kind_of("cpu"))
     clock.end_phase("data")
     clock.end_phase("forward")
     seconds, phases = clock.read()
@@ -352,7 +353,10 @@ def test_the_schedule_of_epochs_on_several_ranks_is_the_references_and_said_to_b
     assert (made.total_steps(40), made.schedule_steps(40)) == (15, 30)
     assert made.updated(max_train_steps=15).schedule_steps(40) == 15
     two = SimpleNamespace(
-        num_processes=2, is_main_process=True, device="cpu", distributed_type=SimpleNamespace(value="MULTI_CPU")
+        num_processes=2,
+        is_main_process=True,
+        device=torch.device("cpu"),
+        distributed_type=SimpleNamespace(value="MULTI_CPU"),
     )
     for config, said in ((made.updated(max_train_steps=15), 0), (made, 1)):
         splits, steps = SimpleNamespace(train=SimpleNamespace(count=40), held_out=None), config.total_steps(40)

@@ -1,6 +1,7 @@
 """What disturbs a measurement is recorded, said on the page, and keeps a comparison from a verdict."""
 
 import contextlib
+import math
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,9 @@ from training import small_data, small_model, train
 import sdnb
 import sdnb.__main__
 from sdnb.errors import RunError
-from sdnb.machine import witness
+from sdnb.machine import vendors, witness
+from sdnb.machine.device import EnergyMeter
+from sdnb.machine.device_kind import DeviceKind
 from sdnb.machine.witness import Witness, what_else_runs
 from sdnb.metrics.isolation import disturbances
 from sdnb.metrics.results import PAGE_MIME, measure
@@ -128,6 +131,7 @@ class Nvml:
 
 
 def test_the_state_of_a_gpu(monkeypatch):
+    vendors._nvml.cache_clear()
     monkeypatch.setitem(sys.modules, "pynvml", Nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="abc"))
     for name, value in (("clock_rate", 1410), ("power_draw", 400_000), ("temperature", 71)):
@@ -135,7 +139,25 @@ def test_the_state_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "utilization", lambda _: 1 / 0)  # what a device lacks is left out
     seen = Witness(torch.device("cuda", 0), True)
     assert seen.gpu() == {"clock_mhz": 1410, "power_w": 400, "temperature_c": 71, "slowed_by": ["heat"]}
-    assert seen.gpu_processes() == 2 and Witness(torch.device("cpu"), True).gpu() == {}
+    assert seen.other_processes() == 2 and Witness(torch.device("cpu"), True).gpu() == {}
+    monkeypatch.setattr(torch.version, "hip", "6.2", raising=False)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda _: 700)
+    assert seen._kind.state(torch.device("cuda", 0))["power_w"] == 700, "AMD's library has W, NVIDIA's mW"
+
+
+def test_what_a_vendors_package_cannot_tell_ends_no_run(monkeypatch, caplog):
+    for name in ("state", "slowed_by", "other_processes"):
+        monkeypatch.setattr(DeviceKind, name, lambda kind, device: 1 / 0)
+    monkeypatch.setattr(DeviceKind, "energy_counter", lambda kind, device: iter([5.0, 7.5]).__next__)
+    monkeypatch.setattr(DeviceKind, "synchronize", lambda kind, device: None)
+    device = torch.device("xpu")  # without a number, as accelerate has that of a single rank
+    seen = Witness(device, True)
+    assert [seen.gpu(), seen.slowed_by(), seen.other_processes(), seen.gpu()] == [{}, [], 0, {}]
+    assert caplog.text.count("state of xpu:0 cannot be read: ZeroDivisionError") == 1
+    meter = EnergyMeter(device)
+    assert meter.joules() == 2.5
+    assert math.isnan(meter.joules()) and math.isnan(meter.joules())
+    assert caplog.text.count("the energy counter of xpu:0 cannot be read any more") == 1
 
 
 def of_a_gpu(**columns):

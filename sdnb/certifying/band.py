@@ -11,6 +11,7 @@ from scipy.special import stdtrit
 
 from sdnb.certifying.quantities import AVERAGED, BEFORE, GIVEN, ROUNDED, UNMOVED
 from sdnb.errors import ConfigError
+from sdnb.machine.device_kind import HOST
 from sdnb.places import shipped, workspace
 from sdnb.run import files
 from sdnb.run.folder import RunFolder
@@ -90,13 +91,13 @@ def made_with(run: RunFolder) -> dict[str, str]:
         "model": config.pretrained_model_name_or_path,
         "data": config.dataset_name or config.train_data_dir or "",
         "precision": config.mixed_precision or "no",
-        "device": run.environment.get("devices", {}).get("type", "cpu"),
+        "device": run.environment.get("devices", {}).get("type", HOST),
     }
 
 
 def _tolerance(made: dict[str, str]) -> float:
     """How far the precision may move a loss, relative."""
-    return max(_OF_PRECISION[made["precision"]], 0.0 if made["device"] == "cpu" else _ON_A_GPU)
+    return max(_OF_PRECISION[made["precision"]], 0.0 if made["device"] == HOST else _ON_A_GPU)
 
 
 def deciding_settings(run: RunFolder) -> dict[str, Any]:

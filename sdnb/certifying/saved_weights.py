@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from sdnb.certifying.quantities import AVERAGED, ROUNDED, SAVED, UNMOVED, recorded_quantities
 from sdnb.data.loading import load_data
 from sdnb.errors import RunError
+from sdnb.machine.device_kind import HOST
 from sdnb.models.lora import merge_adapter
 from sdnb.models.pipeline import load_parts
 from sdnb.run.folder import ADAPTER, RunFolder
@@ -56,7 +57,7 @@ def _saved(run: RunFolder) -> dict[str, float]:
     found[UNMOVED] = float(unmoved)
     found[ROUNDED] = max(rounded.values()) / max(1, moved)
     if data.held_out is not None:
-        held_out = HeldOutLoss(data.held_out, parts, run.config.train_batch_size, torch.device("cpu"))
+        held_out = HeldOutLoss(data.held_out, parts, run.config.train_batch_size, torch.device(HOST))
         found[SAVED] = held_out(saved)["loss"]
     return found
 

@@ -22,10 +22,14 @@ class MicroBatches:
     3. Restore the RNG state of the position itself.
     """
 
-    def __init__(self, loader: DataLoaderShard, accumulation_steps: int, whole_steps: bool = False) -> None:
+    def __init__(
+        self, loader: DataLoaderShard, accumulation_steps: int, whole_steps: bool = False, device: Any = None
+    ) -> None:
         """`loader` is over a `TrainingSet`, prepared by accelerate. A full step has `accumulation_steps` micro-batches.
-        With `whole_steps` a step does not end where an epoch ends."""
+        With `whole_steps` a step does not end where an epoch ends. `device`: the `DeviceKind` whose generator belongs
+        to the position, too."""
         self.loader, self.accumulation_steps, self.whole_steps = loader, accumulation_steps, whole_steps
+        self._device = device
         self.epoch = self._taken = 0
         self._iterator: Iterator[dict[str, Any]] | None = None
         self._resume_from: dict[str, Any] | None = None
@@ -54,8 +58,8 @@ class MicroBatches:
     def state_dict(self) -> dict[str, Any]:
         """The position after a step. `torch.save` can write it."""
         state = {"epoch": self.epoch, "taken": self._taken, "generators": self._rng_states()}
-        if torch.cuda.is_initialized():  # the run uses a GPU
-            state["generators"]["cuda"] = torch.cuda.get_rng_state()
+        if self._device is not None and (of_device := self._device.rng_state()) is not None:
+            state["generators"][self._device.type] = of_device
         if self._taken:
             state.update(at_start=self._at_start, before_fetch=self._before_fetch)
         return state
@@ -89,8 +93,8 @@ class MicroBatches:
         set_rng_states(states)
         if states["order"] is not None:
             self.loader.synchronized_generator.set_state(states["order"])
-        if "cuda" in states and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(states["cuda"])
+        if self._device is not None and self._device.type in states:
+            self._device.set_rng_state(states[self._device.type])
 
 
 def rng_states() -> dict[str, Any]:

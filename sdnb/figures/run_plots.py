@@ -21,8 +21,8 @@ _MOST_SEARCHED = 2000  # steps, for a place that covers none; with more, that ta
 
 
 def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
-    """The loss of each step in a faint colour, its running mean, the held-out loss with its 95 % interval, and the
-    target. `what` is the label of the loss axis. Raises RunError if no loss is known."""
+    """The loss of each step in a faint colour, its running mean, the skipped steps, the held-out loss with its 95 %
+    interval, and the target. `what` is the label of the loss axis. Raises RunError if no loss is known."""
     steps, validation, target = measured.steps, measured.validation, measured.config.target_loss
     if steps.loss.isna().all():
         raise RunError("no loss was recorded")
@@ -41,6 +41,9 @@ def loss(measured: Measurements, what: str = "mean squared error") -> Chart:
     else:
         axes.plot(steps.step, steps.loss, color=BLUE, alpha=0.3, lw=1, label="each step")
         axes.plot(steps.step, steps.running_loss, color=BLUE, lw=2, label=f"mean of {RUNNING_MEAN_STEPS} steps")
+    if steps.skipped.any():
+        skipped = steps[steps.skipped]
+        dots(axes, skipped.step, skipped.loss, "x", color=ORANGE, ms=5, label="skipped: gradients overflowed")
     if len(validation):
         label = f"{int(validation.images.iloc[-1])} held-out images, 95 % interval"
         held_out(axes, validation, fmt="o-", color=RED, lw=1.2, label=label)

@@ -78,8 +78,7 @@ def main(read: Callable[[], TrainConfig] = lambda: parse(sys.argv[1:]), launches
 
 
 def _ranks(config: TrainConfig) -> int:
-    devices = environment.devices()
-    return config.num_processes or config.num_machines * (1 if devices.type == "cpu" else len(devices.names))
+    return config.num_processes or config.num_machines * environment.devices().ranks
 
 
 def _launch(config: TrainConfig) -> None:
@@ -110,7 +109,8 @@ def _as_launched(config: TrainConfig, world: int) -> TrainConfig:
         machine_rank=int(os.environ.get("GROUP_RANK", 0)),
         main_process_ip=os.environ.get("MASTER_ADDR"),
         mixed_precision=config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-    ).resolved(devices.type, len(devices.names), devices.bf16)
+    )
+    config = environment.resolved(config, devices)
     environment.require(config)
     from sdnb.launch import memory
 

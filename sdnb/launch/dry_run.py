@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdnb.cache import computed_once
+from sdnb.machine.device_kind import HOST
 from sdnb.machine.environment import version_of
 from sdnb.models import embedded
 from sdnb.models.lora import add_adapter
@@ -52,10 +53,10 @@ class Trace:
         return max(peaks)
 
 
-def trace_of(config: TrainConfig, on_gpu: bool, gradient_checkpointing: bool) -> Trace:
+def trace_of(config: TrainConfig, norms_in_float32: bool, gradient_checkpointing: bool) -> Trace:
     """Raises ModelError if the model is missing."""
-    how = config.resolution, config.mixed_precision or "no", on_gpu, gradient_checkpointing, config.adapter_rank
-    return _trace(_where(config), how, config.cache_dir)
+    how = config.resolution, config.mixed_precision or "no", norms_in_float32, gradient_checkpointing
+    return _trace(_where(config), (*how, config.adapter_rank), config.cache_dir)
 
 
 def architecture_of(config: TrainConfig) -> dict[str, Any]:
@@ -87,14 +88,14 @@ def _trace(where: str, how: tuple[int, str, bool, bool, int | None], cache_dir: 
 
 
 def _dry_run(
-    architecture: dict[str, Any], resolution: int, precision: str, on_gpu: bool, gradient_checkpointing: bool,
+    architecture: dict[str, Any], resolution: int, precision: str, norms_in_float32: bool, gradient_checkpointing: bool,
     adapter_rank: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the step on fake tensors, which have shapes and types but no memory. No random number is drawn.
 
-    They are CPU tensors also for a GPU, because torch differentiates fake GPU tensors only if there is a GPU. Attention
-    is the same on both: the fused kernels, also those of xformers, keep no matrix of tokens × tokens. Autocast differs,
-    and is corrected here.
+    They are CPU tensors also for an accelerator, because torch differentiates fake ones of it only if there is one.
+    Attention is the same on both: the fused kernels, also those of xformers, keep no matrix of tokens × tokens.
+    Autocast differs, and is corrected here.
     """
     dtype = torch.float32 if precision == "no" else torch.bfloat16  # has the size of fp16
     with torch.device("meta"):  # PEFT moves its layers, and fake ones cannot be moved
@@ -112,10 +113,9 @@ def _dry_run(
         encoders = [*vae.parameters(), *text_encoder.parameters()]
         for parameter in (*frozen, *encoders):
             parameter.data = parameter.data.to(dtype)
-        if on_gpu and precision != "no":
+        if norms_in_float32 and precision != "no":
             for module in unet.modules():
                 if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                    # a GPU's autocast computes these in float32, a CPU's does not
                     module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
         with _AliveBytes([*trained, *frozen, *encoders]) as alive:
             for parameter in trained:
@@ -126,7 +126,7 @@ def _dry_run(
                 token_ids = torch.zeros(_IMAGES, text_encoder.config.max_position_embeddings, dtype=torch.long)
                 encoder_hidden_states = text_encoder(token_ids, return_dict=False)[0]
             encoded = len(alive.bytes)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+            with torch.autocast(HOST, torch.bfloat16, enabled=precision != "no"):
                 timesteps = torch.zeros(_IMAGES, dtype=torch.long)
                 prediction = unet(latents, timesteps, encoder_hidden_states, return_dict=False)[0]
             F.mse_loss(prediction.float(), latents.float()).backward()

@@ -11,10 +11,11 @@ from transformers import CLIPTextConfig
 from sdnb.cache import computed_once
 from sdnb.figures.live import clock
 from sdnb.launch.dry_run import architecture_of
-from sdnb.machine.device import measured_matmul_tflops
+from sdnb.machine.device import WEIGHT_DTYPES, measured_matmul_tflops
+from sdnb.machine.device_kind import HOST
+from sdnb.machine.environment import PROCESSOR
 from sdnb.machine.peaks import peak_of
 from sdnb.metrics.throughput import flop_of
-from sdnb.models.encoders import WEIGHT_DTYPES
 from sdnb.models.flops import flop_per_image
 from sdnb.places import runs_folder
 from sdnb.run.folder import SUMMARY, RunFolder, problems_of
@@ -50,7 +51,7 @@ def expected(config: TrainConfig, environment: dict[str, Any], steps: int) -> st
 
 def _as(run: RunFolder, config: TrainConfig, environment: dict[str, Any], steps: int) -> float | None:
     """Seconds, if the run is of the same kind, and was made on such a machine."""
-    machine = [[one.get(name) for name in ("cpu", "cpu_cores")] + [one["devices"]["names"]]
+    machine = [[one.get(name) for name in (PROCESSOR, "cpu_cores")] + [one["devices"]["names"]]
                for one in (run.environment, environment)]  # fmt: skip
     if machine[0] != machine[1] or any(getattr(run.config, name) != getattr(config, name) for name in _KIND):
         return None
@@ -70,9 +71,9 @@ def _roughly(config: TrainConfig, environment: dict[str, Any], steps: int) -> fl
         lambda: flop_per_image(parts, config.resolution, config.adapter_rank), config.cache_dir,
     )  # fmt: skip
     devices = environment["devices"]
-    if devices["type"] == "cpu":  # its ranks share the cores
+    if devices["type"] == HOST:  # its ranks share the cores
         dtype = WEIGHT_DTYPES[config.mixed_precision or "no"]
-        tflops = _OF_MATMUL * measured_matmul_tflops(torch.device("cpu"), dtype)
+        tflops = _OF_MATMUL * measured_matmul_tflops(torch.device(HOST), dtype)
     else:  # not measured: that would keep memory of a GPU
         tflops = _OF_PEAK * (peak_of(config, devices["names"][0]) or 0.0) * config.ranks
     images = config.global_batch * steps

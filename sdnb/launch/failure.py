@@ -15,8 +15,9 @@ def details_of(error: Exception, config: TrainConfig | None) -> str:
     if isinstance(error, SdnbError):
         return str(error)
     from sdnb.launch import memory  # it loads torch, which a misspelt flag need not wait for
+    from sdnb.machine.device import ran_out_of_memory
 
-    if config is None or not memory.ran_out(error):
+    if config is None or not ran_out_of_memory(error):
         return traceback.format_exc()
     first_line = str(error).partition("\n")[0] or type(error).__name__
     return f"memory ran out: {first_line}\n{memory.advice_after_running_out(config)}"

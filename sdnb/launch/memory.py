@@ -5,27 +5,19 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
 from typing import Any
 
-import torch
-
-from sdnb.compat import has_fused_adam
 from sdnb.errors import ConfigError, SdnbError
 from sdnb.launch.dry_run import trace_of
+from sdnb.machine.device_kind import kind_of
 from sdnb.machine.environment import Devices, devices
 from sdnb.settings.config import TrainConfig
 
 logger = logging.getLogger("sdnb")
 
-_MEASURED_ON = ("cpu",)  # the kinds of device whose predictions benchmarks/growth.py compared with real runs
-# What a process takes besides tensors. On a CPU, measured: 0.50 to 0.61 GiB are resident after all imports, with the
-# embedded data (torch 2.13 and 2.1). On a GPU, an estimate: context, kernels, NCCL's buffers.
-_PROCESS_GIB = {"cpu": 0.58, "cuda": 0.8}
-# What a torch built for CUDA, such as PyPI's, adds on a CPU (measured: torch 2.13, CUDA 13).
-_CUDA_BUILD_GIB = 0.36
 # What the allocator takes in addition to the tensors. On a CPU, fitted to the runs of benchmarks/growth.py (glibc,
 # torch 2.13): fragmentation of the heap, the same with gradient checkpointing. Blocks from 32 MiB are outside the heap,
-# so this is too much for large models. On a GPU, an estimate: fragmentation, and workspaces of cuDNN and cuBLAS.
-_CPU_SLACK_OF_ACTIVATIONS = 0.6
-_CUDA_SLACK_OF_ALL = 0.05
+# so this is too much for large models. On an accelerator, an estimate: fragmentation, and workspaces of libraries.
+_HEAP_SLACK_OF_ACTIVATIONS = 0.6
+_SLACK_OF_ALL = 0.05
 # The share of a rank's memory that folded micro-batches may fill: a prediction error must not end a run.
 _FOR_FOLDING = 0.8
 
@@ -53,11 +45,14 @@ class Prediction:
 
 def settle(config: TrainConfig, on: Devices) -> tuple[TrainConfig, Prediction | None]:
     """A copy in which `fold_micro_batches` is set: as many as fit in most of a rank's memory. It counts all memory and
-    not only what is free, so that a machine always folds the same number; fewer only if that much is not free. Also
-    returns the predicted peak; None if the architecture cannot be predicted. Raises ConfigError if the peak is above
-    the free memory, and ModelError if the model is missing."""
+    not only what is free, so that a machine always folds the same number; fewer only if that much is not free. In
+    float16 the default is none: folded gradients add up in float16, where the reference adds them up in float32, so
+    they overflow at a smaller scale of the loss, and other steps are skipped. Also returns the predicted peak; None if
+    the architecture cannot be predicted. Raises ConfigError if the peak is above the free memory, and ModelError if the
+    model is missing."""
     steps = config.gradient_accumulation_steps
-    asked = min(config.fold_micro_batches, steps) if config.fold_micro_batches else None
+    wanted = config.fold_micro_batches or (1 if config.mixed_precision == "fp16" else None)
+    asked = min(wanted, steps) if wanted else None
     all_gib, free_gib = (per_rank(config, on.type, gib) for gib in (on.memory_gib, on.free_gib))
     try:
         folded = asked or folded_that_fits(config, on.type, min(_FOR_FOLDING * all_gib, free_gib))
@@ -72,30 +67,30 @@ def settle(config: TrainConfig, on: Devices) -> tuple[TrainConfig, Prediction | 
 
 
 def per_rank(config: TrainConfig, device_type: str, gib: tuple[float, ...]) -> float:
-    """A rank's part of the memory of these devices. `memory_gib` takes precedence. On GPUs it is the smallest of those
+    """A rank's part of the memory of these devices. `memory_gib` takes precedence. It is the smallest of those
     in use; on a CPU the ranks share."""
     if config.memory_gib is not None:
         return config.memory_gib
-    return min(gib[: config.ranks_here]) if device_type != "cpu" else gib[0] / config.ranks_here
+    return gib[0] / config.ranks_here if kind_of(device_type).is_host else min(gib[: config.ranks_here])
 
 
 def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Prediction:
     """The peak of a run without `torch.compile` that draws no samples between steps. The precision and the number of
     ranks must be resolved. `folded`: micro-batches that the UNet runs as one batch. Raises ModelError if the model is
     missing."""
-    on_gpu, several = device_type == "cuda", config.ranks > 1
-    trace = trace_of(config, on_gpu, config.gradient_checkpointing)
+    kind, several = kind_of(device_type), config.ranks > 1
+    trace = trace_of(config, kind.norms_in_float32, config.gradient_checkpointing)
     trained, of_frozen = 4 * trace.trained_parameters, 4 if config.mixed_precision == "no" else 2
     # DDP's buckets keep the gradients, as views. While ranks accumulate without reducing, gradients are tensors of
     # their own in addition to the buckets: `zero_grad` has dropped the views.
     accumulates = folded < config.gradient_accumulation_steps
     gradients = 2 * trained if several and accumulates else trained
-    offloaded = on_gpu and config.use_ema and config.offload_ema
+    offloaded = not kind.is_host and config.use_ema and config.offload_ema
     # After the backward pass, a foreach AdamW makes a copy of the weights' size, and an offloaded EMA returns, in the
     # place of the gradients unless these are in buckets. DREAM's extra forward pass keeps nothing, so it stays below
     # the trained one.
-    in_one_pass = config.use_8bit_adam or (config.fused_optimizer and has_fused_adam(device_type))
-    copies = on_gpu and (not in_one_pass or (offloaded and several))
+    in_one_pass = config.use_8bit_adam or (config.fused_optimizer and kind.has_fused_adam)
+    copies = not kind.is_host and (not in_one_pass or (offloaded and several))
     batches = config.train_batch_size, config.train_batch_size * folded, accumulates or several
     activations = max(trace.peak(*batches), trained if copies else 0)
     tensors = dict(
@@ -106,13 +101,12 @@ def predict(config: TrainConfig, device_type: str, folded: int = 1) -> Predictio
         encoders_gib=of_frozen * trace.encoder_parameters / 2**30,
         activations_gib=activations / 2**30,
     )
-    if on_gpu:
-        slack_gib = _CUDA_SLACK_OF_ALL * sum(tensors.values())
+    if kind.is_host:
+        without_checkpointing = trace_of(config, kind.norms_in_float32, gradient_checkpointing=False)
+        slack_gib = _HEAP_SLACK_OF_ACTIVATIONS * without_checkpointing.peak(*batches) / 2**30
     else:
-        without_checkpointing = trace_of(config, on_gpu, gradient_checkpointing=False)
-        slack_gib = _CPU_SLACK_OF_ACTIVATIONS * without_checkpointing.peak(*batches) / 2**30
-        slack_gib += _CUDA_BUILD_GIB if torch.version.cuda else 0.0
-    return Prediction(**tensors, overhead_gib=_PROCESS_GIB[device_type] + slack_gib)
+        slack_gib = _SLACK_OF_ALL * sum(tensors.values())
+    return Prediction(**tensors, overhead_gib=kind.process_gib + slack_gib)
 
 
 def folded_that_fits(config: TrainConfig, device_type: str, memory_gib: float) -> int:
@@ -133,7 +127,9 @@ def require_fit(config: TrainConfig, device_type: str, free_gib: float, folded: 
     def verdict(changes: dict[str, Any]) -> str:
         return f"{total_gib(changes):.1f} GiB{', enough' if total_gib(changes) <= free_gib else ''}"
 
-    if total_gib({}) <= free_gib:
+    if free_gib == 0 and config.memory_gib is None:
+        logger.warning("whether the run fits is not known: torch does not tell the memory of this kind of device")
+    if total_gib({}) <= free_gib or free_gib == 0:
         return
     advice: list[str] = []
     together: dict[str, Any] = {}
@@ -150,15 +146,9 @@ def require_fit(config: TrainConfig, device_type: str, free_gib: float, folded: 
         f"What would help: {'; '.join(advice) or 'a smaller model, or a smaller resolution'}. "
         f"The prediction is {predict(config, device_type, folded)}"
     )
-    if device_type in _MEASURED_ON or config.memory_gib is not None:
+    if kind_of(device_type).memory_was_measured or config.memory_gib is not None:
         raise ConfigError(f"{problem}. If you know better, set memory_gib")
     logger.warning("%s. It was not measured on this kind of device, so the run starts", problem)
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out."""
-    of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no type of its own
-    return of_cpu or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
 
 
 def advice_after_running_out(config: TrainConfig) -> str:
@@ -180,8 +170,8 @@ def _remedies(config: TrainConfig, device_type: str, folded: int) -> Iterator[li
         sizes = [size for size in range(batch - 1, 0, -1) if batch % size == 0]
         yield [{"train_batch_size": size, "gradient_accumulation_steps": steps * batch // size} for size in sizes]
     if config.mixed_precision == "no":
-        yield [{"mixed_precision": "fp16" if device_type == "cuda" else "bf16"}]
-    if device_type == "cuda":
+        yield [{"mixed_precision": kind_of(device_type).half_precision}]
+    if not kind_of(device_type).is_host:
         yield from ([{name: True}] for name in ("fused_optimizer", "use_8bit_adam", "offload_ema"))
 
 

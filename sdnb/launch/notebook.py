@@ -18,6 +18,7 @@ from sdnb.errors import RunError
 from sdnb.figures.live import Live, Progress, in_notebook
 from sdnb.launch.failure import advice_when_killed, how_it_was_killed
 from sdnb.launch.plan import Plan, prepare
+from sdnb.machine.device_kind import kind_of
 from sdnb.machine.threads import share
 from sdnb.report.run import Run
 from sdnb.run import files, repeats
@@ -136,13 +137,8 @@ def _start(
 def _process_environment(plan: Plan) -> dict[str, str]:
     """Variables that the ranks' process needs before it loads torch. The user's own variables take precedence."""
     threads = {"OMP_NUM_THREADS": str(share(plan.environment["cpu_cores"], plan.config.ranks_here))}
-    if plan.environment["devices"]["type"] != "cpu":
-        # Before it forks, torch's launcher asks whether there are GPUs. It must not ask the driver, or no rank can use
-        # one. accelerate sets this itself since 1.14.
-        return {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **threads}
-    # Without the first, accelerate's launcher takes CPU ranks for GPU ranks, and each of them trains alone.
-    network = {"GLOO_SOCKET_IFNAME": "lo"} if plan.config.num_machines == 1 else {}
-    return {"ACCELERATE_USE_CPU": "true", **network, **threads}
+    kind = kind_of(plan.environment["devices"]["type"])
+    return {**kind.environment_of_ranks(one_machine=plan.config.num_machines == 1), **threads}
 
 
 def _follow(

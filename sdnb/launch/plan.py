@@ -11,6 +11,7 @@ from sdnb.data.loading import Splits, load_data
 from sdnb.errors import ConfigError
 from sdnb.launch import duration, memory
 from sdnb.machine import environment
+from sdnb.machine.device_kind import kind_of
 from sdnb.models.pipeline import model_folder
 from sdnb.settings.config import TrainConfig
 from sdnb.tables import html_table
@@ -35,7 +36,7 @@ class Plan:
         held_out = len(self.examples.held_out) if self.examples.held_out is not None else 0
         ranks = "1 rank" if config.ranks == 1 else f"{config.ranks} ranks"
         where = f"on the CPU: {devices['names'][0]}, {self.environment['cpu_cores']} cores"
-        if devices["type"] != "cpu":
+        if not kind_of(devices["type"]).is_host:
             where = f"each on {devices['names'][0]} with {devices['memory_gib'][0]} GiB"
         facts = {
             "model": config.pretrained_model_name_or_path,
@@ -94,7 +95,7 @@ def prepare(config: TrainConfig) -> Plan:
     machine, its memory, the model or the data do not allow the run."""
     seen = environment.capture()
     devices = seen["devices"]
-    config = config.resolved(devices["type"], len(devices["names"]), devices["bf16"])
+    config = environment.resolved(config, environment.Devices(**devices))
     environment.require(config)
     _require_port(config)
     model_folder(config)

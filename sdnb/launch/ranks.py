@@ -89,6 +89,7 @@ def _pass_on(number: int, _: object) -> None:
 def _rank(config: TrainConfig, replayed: dict[str, Any] | None) -> None:
     sys.stdout = sys.__stdout__
     tempfile.tempdir = None
+    faulthandler.register(signal.SIGUSR1)  # a rank that was spawned, and not forked, has not run `main`
     if config.ranks_here > 1:
         for number in (*SIGNALS, LAUNCHER_GONE):  # not as torch's launcher handles them, from which it was forked
             signal.signal(number, signal.SIG_DFL)

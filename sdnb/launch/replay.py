@@ -15,7 +15,9 @@ from sdnb.errors import SdnbError
 from sdnb.figures.live import Progress
 from sdnb.launch.notebook import launch
 from sdnb.launch.plan import prepare
-from sdnb.metrics.second_moment import OF_THE_GRADIENTS, second_moment
+from sdnb.machine.device_kind import kind_of
+from sdnb.machine.environment import PROCESSOR
+from sdnb.metrics.second_moment import explained, second_moment
 from sdnb.run import files
 from sdnb.run.folder import RunFolder
 from sdnb.sealing.verify import opened
@@ -86,8 +88,9 @@ def _restored(restored: pd.DataFrame, steps: pd.DataFrame, config: TrainConfig) 
         taken, expected = int(np.isfinite(norms).sum()), second_moment(norms, config)
         if row.optimizer_steps != taken:
             wrong.append(f"that of checkpoint-{row.step} has taken {row.optimizer_steps} steps, and not {taken}")
-        elif not abs(row.moment / expected - 1) <= OF_THE_GRADIENTS:
-            wrong.append(f"that of checkpoint-{row.step} remembers {row.moment / expected:.4g} times the gradients")
+        elif not explained(row.moment, expected):
+            times = row.moment / (expected or math.nan)
+            wrong.append(f"that of checkpoint-{row.step} remembers {times:.4g} times the gradients")
     how = f"of {len(restored)} checkpoints, it has taken their steps and remembers their gradients"
     return Finding("replay: optimizer", FAILS if wrong else HOLDS, "; ".join(wrong[:2]) or how)
 
@@ -98,9 +101,9 @@ def _quiet(_: Progress) -> None:
 
 def _tolerance(then: dict[str, Any], now: dict[str, Any]) -> float:
     """0 where a step must be the same to the bit."""
-    if now["devices"]["type"] != "cpu":
+    if not kind_of(now["devices"]["type"]).is_host:
         return ON_AN_ACCELERATOR
-    names, before, after = ("cpu", "cpu_capability", "cpu_cores"), then.get("packages", {}), now["packages"]
+    names, before, after = (PROCESSOR, "cpu_capability", "cpu_cores"), then.get("packages", {}), now["packages"]
     same = all(then.get(name) == now.get(name) for name in names) and all(
         before.get(name) == after.get(name) for name in _SOFTWARE
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from sdnb.errors import RunError
 from sdnb.logs.facts import MOST_EXAMPLES, checked, chosen, require
+from sdnb.machine.device_kind import SOME_GPU
 from sdnb.run.log import Log
 
 MARK = ":::MLLOG"
@@ -64,7 +65,7 @@ def read(lines: Iterable[str], name: str, settings: dict[str, Any], run: int | N
     if benchmark := said.get("submission_benchmark"):
         given.setdefault("pretrained_model_name_or_path", f"MLPerf {benchmark}")
     log = Log("MLPerf Training log", given, None, records, header={"global_batch": together}, run=number + 1,
-              runs=len(runs), device_type="cuda")  # fmt: skip
+              runs=len(runs), device_type=SOME_GPU)  # fmt: skip
     log.began = runs[number][0]["time_ms"] / 1000
     log.trained_seconds = sum(record["seconds"] for record in records)
     per_block = records[-1]["images"] / together

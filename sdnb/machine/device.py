@@ -1,50 +1,51 @@
-"""What a device does and uses: the matrix-product rate that it really reaches, its memory, its energy."""
+"""What a device does and uses: the matrix-product rate that it really reaches, its energy, the host's memory."""
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
-import re
 import time
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from sdnb.machine import onednn_linear
+from sdnb.machine.device_kind import kind_here, kind_of, with_index
 
+logger = logging.getLogger("sdnb")
+
+# What the weights that are not trained are kept in, by `mixed_precision`.
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ROUNDS, _PRODUCTS = 3, 4  # products per round, at least
 _ROUND_SECONDS = 0.1  # about, at least
+_SIDE, _LARGER, _TOO_SHORT = 1024, 8, 0.005  # of a matrix; eight times as long if a product takes fewer seconds
 _TOO_LONG = 0.5  # seconds for one product, as on a processor without half precision: then one is enough
 
 
 def measured_matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """The rate of square matrix products on the device, in TFLOP/s: of the fastest round, with the faster library."""
-    side = 1024 if device.type == "cpu" else 8192  # large enough to keep the device busy
+    kind = kind_of(device.type)
+    multiply = onednn_linear.as_convolution if onednn_linear.pays(device, dtype) else torch.matmul
     # Random, as in a model: with zeros an A100 draws less power, and reached 295 TFLOP/s instead of 257
     # (thonking.ai/p/strangely-matrix-multiplications).
-    generator = torch.Generator(device).manual_seed(0)
-    one, other = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
-    multiply = onednn_linear.as_convolution if onednn_linear.pays(device, dtype) else torch.matmul
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(_SIDE, _SIDE, generator=generator).to(device, dtype) for _ in range(2))
 
     def seconds(products: int) -> float:
-        _synchronize(device)
+        kind.synchronize(device)
         began = time.perf_counter()
         for _ in range(products):
             multiply(one, other)
-        _synchronize(device)
+        kind.synchronize(device)
         return (time.perf_counter() - began) / products
 
     once = min(seconds(1), seconds(1))  # the first is a warm-up
+    if not kind.is_host and once < _TOO_SHORT:
+        one, other = (matrix.repeat(_LARGER, _LARGER) for matrix in (one, other))
+        once = min(seconds(1), seconds(1))
     products = max(_PRODUCTS, math.ceil(_ROUND_SECONDS / once))
     fastest = once if once > _TOO_LONG else min(seconds(products) for _ in range(_ROUNDS))
-    return 2 * side**3 / fastest / 1e12
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 2 * len(one) ** 3 / fastest / 1e12
 
 
 def keep_freed_memory() -> None:
@@ -60,54 +61,39 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the system: a GPU's, and the host's (malloc_trim(3))."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    """Return freed memory to the system: the device's, and the host's (malloc_trim(3))."""
+    kind_here().empty_cache()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def nvml_of(device: torch.device) -> tuple[Any, Any] | None:
-    """NVML and its handle of a GPU; None if there is none."""
-    if device.type != "cuda" or torch.version.hip:
-        return None
-    with contextlib.suppress(Exception):  # no driver, or a torch that does not know the UUID
-        import pynvml
-
-        pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    return None
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says so. torch has a type for its allocator on GPUs; on the host, and in some vendors'
+    packages, only the message tells."""
+    said = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "DefaultCPUAllocator" in str(error))
+    return said or isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
 
 
 class EnergyMeter:
-    """The energy counter of a GPU, read through NVML (NVIDIA since Volta, nvidia-ml-py). False if there is none."""
+    """Reads a device's energy counter. False if it has none."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._read = device, None
-        if nvml := nvml_of(device):
-            library, handle = nvml
-            read = partial(library.nvmlDeviceGetTotalEnergyConsumption, handle)
-            with contextlib.suppress(Exception):  # no counter
-                self._before = read() / 1000
-                self._read = read
+        self._device, self._kind = with_index(device), kind_of(device.type)
+        self._read = self._kind.energy_counter(self._device)
+        self._before = self._read() if self._read else math.nan
 
     def __bool__(self) -> bool:
         return self._read is not None
 
     def joules(self) -> float:
         """Energy since the last call, in J; NaN without a counter. It waits for the device."""
-        if not self:
+        if self._read is None:
             return math.nan
-        _synchronize(self._device)
-        before, self._before = self._before, self._read() / 1000
+        self._kind.synchronize(self._device)
+        try:
+            before, self._before = self._before, self._read()
+        except Exception as error:  # of a driver, or of a vendor's own package: no run ends for it
+            logger.warning("the energy counter of %s cannot be read any more: %s", self._device, error)
+            self._read = None
+            return math.nan
         return self._before - before
-
-
-def peak_bytes(device: torch.device) -> tuple[int, int]:
-    """The peak memory of this process so far: allocated, and reserved. On a CPU both are its resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    # ru_maxrss would not do: it starts with the value of the parent process.
-    resident = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-    return resident, resident

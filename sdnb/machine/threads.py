@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sdnb.machine.device_kind import HOST
+
 logger = logging.getLogger("sdnb")
 
 # If one of these is in the environment, the user has decided how threads wait.
@@ -78,7 +80,7 @@ class Waits:
             threading.Thread(target=self._watch, name="core use", daemon=True).start()
 
     def _why_fixed(self, device_type: str) -> str:
-        if device_type != "cpu":
+        if device_type != HOST:
             return f"the {device_type} device computes"
         if self.threads == 1:
             return "a single thread never waits"

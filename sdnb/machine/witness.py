@@ -1,20 +1,20 @@
 """What disturbs a measurement: other processes on the cores and on the GPU, and a GPU that slows itself down."""
 
 import contextlib
+import logging
 import math
 import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdnb.machine.device import nvml_of
+from sdnb.machine.device_kind import kind_of, with_index
 from sdnb.machine.threads import CoreUse
+
+logger = logging.getLogger("sdnb")
 
 _LOOK_SECONDS = 0.4  # before the first step
 _NAMED_FROM = 0.05  # cores
-# NVML's reasons for lower clocks (nvml.h, nvmlClocksEventReasons) that are no normal operation. A power cap is: most
-# data-centre GPUs reach it under load.
-_SLOWED_BY = {0x08: "hardware slowdown", 0x20: "heat", 0x40: "heat", 0x80: "power brake"}
 
 
 class Spent(NamedTuple):
@@ -32,11 +32,12 @@ class Witness:
     (`of_machine`); the sums over all ranks then tell what others used."""
 
     def __init__(self, device: Any, of_machine: bool) -> None:
-        self.of_machine, self._device, self._use = of_machine, device, None
+        self.of_machine, self._device, self._use = of_machine, with_index(device), None
         with contextlib.suppress(OSError):  # not Linux
             self._use = CoreUse()
         self._children = _children_seconds(os.getpid())
-        self._nvml = nvml_of(device)
+        self._kind = kind_of(device.type)
+        self._failed = set[str]()
 
     def spent(self) -> Spent:
         """What was used since the last call; NaN if the system does not tell."""
@@ -48,37 +49,28 @@ class Witness:
         return Spent(clock, in_use if self.of_machine else 0.0, own, len(self._use.cores) if self.of_machine else 0)
 
     def gpu(self) -> dict[str, Any]:
-        """Clock, power, temperature and use of this rank's GPU now, and why it is slowed down; empty without a GPU."""
-        if self._device.type != "cuda":
-            return {}
-        import torch
-
-        read = {
-            "clock_mhz": torch.cuda.clock_rate, "power_w": lambda device: torch.cuda.power_draw(device) / 1000,
-            "temperature_c": torch.cuda.temperature, "busy_percent": torch.cuda.utilization,
-        }  # fmt: skip
-        state: dict[str, Any] = {}
-        for name, of in read.items():
-            with contextlib.suppress(Exception):  # NVML and AMD's library raise many types, for what a device lacks
-                state[name] = of(self._device)
-        return {**state, "slowed_by": self.slowed_by()}
+        """Clock, power, temperature and use of this rank's device now, and why it is slowed down; empty if none of it
+        is known."""
+        state = self._told("state", {})
+        return {**state, "slowed_by": self.slowed_by()} if state else {}
 
     def slowed_by(self) -> list[str]:
-        """Why this rank's GPU is slowed down now; empty if it is not, or that is unknown."""
-        if self._nvml:
-            with contextlib.suppress(Exception):
-                library, handle = self._nvml
-                reasons = library.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-                return sorted({why for bit, why in _SLOWED_BY.items() if reasons & bit})
-        return []
+        """Why this rank's device is slowed down now; empty if it is not, or that is unknown."""
+        return self._told("slowed_by", [])
 
-    def gpu_processes(self) -> int:
-        """Other processes that compute on this rank's GPU; 0 if that is unknown."""
-        if self._nvml:
-            with contextlib.suppress(Exception):
-                library, handle = self._nvml
-                return len({one.pid for one in library.nvmlDeviceGetComputeRunningProcesses(handle)} - {os.getpid()})
-        return 0
+    def other_processes(self) -> int:
+        """Other processes that compute on this rank's device; 0 if that is unknown."""
+        return self._told("other_processes", 0)
+
+    def _told(self, what: str, unknown: Any) -> Any:
+        """What the kind tells of the device. No run ends because a vendor's own package raises something."""
+        if what not in self._failed:
+            try:
+                return getattr(self._kind, what)(self._device)
+            except Exception as error:
+                logger.warning("%s of %s cannot be read: %s: %s", what, self._device, type(error).__name__, error)
+                self._failed.add(what)
+        return unknown
 
 
 def _children_seconds(pid: int) -> float:

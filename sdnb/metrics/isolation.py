@@ -5,15 +5,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-# Shares of the cores that others may use: of a CPU that trains, and of one whose GPU trains.
-MOST_OF_A_CPU, MOST_BESIDE_A_GPU = 0.05, 0.5
+from sdnb.machine.device_kind import kind_of
+
+# Shares of the cores that others may use: of a CPU that trains, and of one whose accelerator trains.
+MOST_OF_A_CPU, MOST_BESIDE = 0.05, 0.5
 _MOST_SLOWED = 0.05  # of the steps
 _LEAST_CLOCK = 0.97  # of that at the beginning
 
 
-def most_of_others(on_gpu: bool) -> float:
+def most_of_others(cpu_trains: bool) -> float:
     """The share of the cores that other processes may use without a warning."""
-    return MOST_BESIDE_A_GPU if on_gpu else MOST_OF_A_CPU
+    return MOST_OF_A_CPU if cpu_trains else MOST_BESIDE
 
 
 def others_share(steady: pd.DataFrame) -> float:
@@ -26,8 +28,8 @@ def others_share(steady: pd.DataFrame) -> float:
 def disturbances(steady: pd.DataFrame, environment: dict[str, Any]) -> list[str]:
     """What disturbed the measured steps, each in a few words; empty if nothing did, or nothing was recorded."""
     found = []
-    on_gpu = environment.get("devices", {}).get("type", "cpu") not in ("cpu", "unknown")
-    if (share := others_share(steady)) > most_of_others(on_gpu):
+    kind = kind_of(environment.get("devices", {}).get("type"))
+    if (share := others_share(steady)) > most_of_others(kind.is_host or not kind.is_known):
         found.append(f"other processes used {share:.0%} of the cores")
     if "slowed_gpus" in steady and (slowed := float((steady.slowed_gpus > 0).mean())) > _MOST_SLOWED:
         found.append(f"a GPU slowed itself down in {slowed:.0%} of the steps")

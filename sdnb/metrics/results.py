@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sdnb.machine.peaks import peak_of
+from sdnb.machine.device_kind import DeviceKind, kind_of
+from sdnb.machine.peaks import peak_of, source_of_peak
 from sdnb.metrics.isolation import disturbances, others_share
 from sdnb.metrics.logged import throughput_of_a_log
 from sdnb.metrics.result import RATE, Result, rate_result
@@ -62,8 +63,8 @@ def measure(run: Any) -> Measurements:
     resumed, log = environment.get("resumed", []), environment.get("imported")
     steps = mark(run.steps, config, [one["after_step"] for one in resumed], examples_of(environment))
     devices = environment.get("devices", {})  # unknown if environment.json is damaged
-    on_gpu = devices.get("type", "cpu") not in ("cpu", "unknown")
-    noun = "GPU" if on_gpu else "CPU rank" if devices.get("type") == "cpu" else "rank"
+    kind = kind_of(devices.get("type"))
+    noun = kind.noun
     steady = steps[steps.steady & steps.seconds.notna()]
     if log:
         each, throughput = throughput_of_a_log(steps, config, noun, log, summary.get("total_seconds"))
@@ -79,10 +80,11 @@ def measure(run: Any) -> Measurements:
         *throughput,
         *_unique(steps, noun, each),
         Result("short steps", f"{short} of {len(steps)}", how, short, "steps", len(steps)),
+        *_skipped(steps),
         *_mfu(model, config, devices.get("names"), steady),
         *([] if log else _encodings(steady)),
-        *_energy(steady, config),
-        *([] if log else [_memory(summary, on_gpu)]),
+        *_energy(steady, config, noun),
+        *([] if log else [_memory(summary, kind)]),
         *_losses(steps, run.validation, config, model, bool(log)),
         *([] if log and summary.get("total_seconds") is None else [_total_time(steps, summary, environment)]),
         *_others(steady, disturbed),
@@ -105,6 +107,13 @@ def _unique(steps: pd.DataFrame, noun: str, each: Estimate) -> Iterator[Result]:
         how = f"each image once an epoch: {repeats:.0f} of {images:.0f} images ({repeats / images:.1%}) are repeats"
         how += ", with which accelerate fills the last round of an epoch" if repeats else ""
         yield rate_result(f"unique images/s per {noun}", each.scaled(unique / images), how, len(steps))
+
+
+def _skipped(steps: pd.DataFrame) -> Iterator[Result]:
+    if skipped := int(steps.skipped.sum()):
+        how = "their gradients overflowed in float16, so weights and learning rate stayed as they were; "
+        how += "they count as steps"
+        yield Result("skipped steps", f"{skipped} of {len(steps)}", how, skipped, "steps", len(steps))
 
 
 def _throughput(
@@ -168,25 +177,27 @@ def _mfu(model: dict[str, Any], config: TrainConfig, names: list[str] | None, st
     rate = f"{tflops:.3g} TFLOP/s ({total / steady.images.sum() / 1e12:.4g} TFLOP per image: {parts})"
     if reachable := model.get("reachable_tflops"):
         rate += f"; {tflops / reachable:.0%} of the {reachable:.3g} TFLOP/s that a plain matrix product reaches here"
-    peak = peak_of(config, (names or [""])[0])
+    device = (names or [""])[0]
+    peak = peak_of(config, device)
     if peak is None:
         yield Result(MFU_NAME, "unknown peak: set device_peak_tflops", rate)
     else:
+        source = "device_peak_tflops" if config.device_peak_tflops else source_of_peak(device)
         yield Result(
             MFU_NAME,
             f"{100 * tflops / peak:.1f} %",
-            f"of {peak:g} TFLOP/s peak: {rate}",
+            f"of {peak:g} TFLOP/s peak, by {source}: {rate}",
             tflops / peak,
             "of peak",
             len(steady),
         )
 
 
-def _energy(steady: pd.DataFrame, config: TrainConfig) -> Iterator[Result]:
+def _energy(steady: pd.DataFrame, config: TrainConfig, noun: str) -> Iterator[Result]:
     if "joules" in steady and not steady.joules.isna().any() and steady.joules.sum():
         watts = steady.joules.sum() / steady.seconds.sum() / config.ranks
         per_joule = steady.images.sum() / steady.joules.sum()
-        how = f"from the energy counters of the GPUs, without the rest of the machine; mean {watts:.0f} W per GPU"
+        how = f"from the energy counters of the {noun}s, without the rest of the machine; mean {watts:.0f} W per {noun}"
         yield Result("images per joule", f"{per_joule:.4f}", how, per_joule, "images/J", len(steady))
 
 
@@ -198,11 +209,12 @@ def _encodings(steady: pd.DataFrame) -> Iterator[Result]:
         yield Result("encodings kept", f"{100 * share:.0f} %", how, share, "of images", int(trained))
 
 
-def _memory(summary: dict[str, Any], on_gpu: bool) -> Result:
+def _memory(summary: dict[str, Any], kind: DeviceKind) -> Result:
     if not summary:
         return Result("peak memory", "unknown: the run is incomplete", "")
     peaks = [rank["peak_memory_gib"] for rank in summary["ranks"]]
-    how = "torch's allocator, from the first step on" if on_gpu else "resident memory of the process, from its start"
+    of_host, of_device = "resident memory of the process, from its start", "torch's allocator, from the first step on"
+    how = of_device if kind.is_known and not kind.is_host else of_host
     highest = "the highest of the ranks; " if len(peaks) > 1 else ""
     return Result("peak memory", f"{max(peaks):.2f} GiB", highest + how, max(peaks), "GiB", len(peaks))
 

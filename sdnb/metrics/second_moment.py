@@ -7,6 +7,11 @@ from sdnb.settings.config import TrainConfig
 OF_THE_GRADIENTS = 1e-2  # relative: torch's float32 norm of a large UNet on a CPU is off by 0.2 %
 
 
+def explained(kept: float, expected: float) -> bool:
+    """Whether the recorded norms explain what the optimizer keeps. Both are 0 if all steps were skipped."""
+    return abs(kept - expected) <= OF_THE_GRADIENTS * expected
+
+
 def second_moment(norms: np.ndarray, config: TrainConfig) -> float:
     """The sum, over all weights, of AdamW's averages of squared gradients, after steps with these norms of the
     gradients, each clipped as torch's `clip_grad_norm_` does (Kingma and Ba, arXiv 1412.6980, algorithm 1). A step

@@ -1,28 +1,26 @@
 """Where the time of an optimizer step goes, measured without waiting for the device."""
 
-from __future__ import annotations
-
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:  # readers of a run need the phases, but not torch, which takes seconds to load
-    import torch
+from sdnb.machine.device_kind import DeviceKind
 
 PHASES = ("data", "encode", "forward", "backward", "optimizer", "ema", "other")
 
 
 class Moment(NamedTuple):
     wall: float  # seconds
-    event: Any  # the same moment on the GPU, or None
+    event: Any  # the same moment on the device; None if it is the host, or has no timing events
 
 
 class StepClock:
-    """Times the phases of a step on the device, and the whole step on the wall clock. On a GPU the end of a phase is an
-    event. It costs the host some microseconds and the device nothing. The events are read once a step, when the device
-    is idle because the step's results have been read."""
+    """Times the phases of a step on the device, and the whole step on the wall clock. On an accelerator the end of a
+    phase is an event. It costs the host some microseconds and the device nothing. The events are read once a step, when
+    the device is idle because the step's results have been read. Without events the whole step is `other`: the host's
+    clock would time how fast work is handed over."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+    def __init__(self, kind: DeviceKind) -> None:
+        self._kind = kind
         self.restart()
 
     def restart(self) -> None:
@@ -38,20 +36,19 @@ class StepClock:
         phase; `other` is the rest."""
         end_of_step = self._now()
         seconds = end_of_step.wall - self._ends[0][1].wall
-        if self._on_gpu:
-            self._ends[-1][1].event.synchronize()
+        if last := self._ends[-1][1].event:
+            last.synchronize()
         phases = dict.fromkeys(PHASES, 0.0)
         for (_, start), (phase, end) in zip(self._ends, self._ends[1:]):
-            phases[phase] += start.event.elapsed_time(end.event) / 1000 if self._on_gpu else end.wall - start.wall
+            phases[phase] += self._seconds(start, end)
         phases["other"] += max(0.0, seconds - sum(phases.values()))
         self._ends = [("", end_of_step)]
         return seconds, phases
 
-    def _now(self) -> Moment:
-        wall, event = time.perf_counter(), None
-        if self._on_gpu:
-            import torch
+    def _seconds(self, start: Moment, end: Moment) -> float:
+        if self._kind.is_host:
+            return end.wall - start.wall
+        return start.event.elapsed_time(end.event) / 1000 if start.event and end.event else 0.0
 
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        return Moment(wall, event)
+    def _now(self) -> Moment:
+        return Moment(time.perf_counter(), self._kind.event())

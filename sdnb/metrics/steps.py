@@ -1,4 +1,4 @@
-"""The step records, classified: warm-up, short steps, slow steps, phases. Reads no files and draws nothing."""
+"""The step records, classified: warm-up, short, skipped and slow steps, phases. Reads no files and draws nothing."""
 
 import math
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ _ENOUGH_STEPS = 5  # to know the usual time
 def mark(
     steps: pd.DataFrame, config: TrainConfig, resumed_after: Sequence[int] = (), examples: int | None = None
 ) -> pd.DataFrame:
-    """The step records with four more columns: `short` (fewer images than the global batch), `steady` (from
-    `steady_state` on, and not the first step after a resume), `running_loss` (the mean of `loss` over the last ten
-    steps, weighted by images), and `unique_images` (without those that accelerate repeats at the end of an epoch; NaN
-    if the number of examples is unknown). If a run did not record `encoded_images` and `encoded_captions`, it encoded
-    all images."""
+    """The step records with five more columns: `short` (fewer images than the global batch), `skipped` (see
+    `was_skipped`), `steady` (from `steady_state` on, and not the first step after a resume), `running_loss` (the mean
+    of `loss` over the last ten steps, weighted by images), and `unique_images` (without those that accelerate repeats
+    at the end of an epoch; NaN if the number of examples is unknown). If a run did not record `encoded_images` and
+    `encoded_captions`, it encoded all images."""
     if steps.empty:
-        return steps.assign(short=[], steady=[], running_loss=[], unique_images=[])
+        return steps.assign(short=[], skipped=[], steady=[], running_loss=[], unique_images=[])
     epoch = config.epoch(examples) if examples else None
     begin, _ = steady_state(steps)
     begin = warmup_steps(len(steps)) if begin is None else begin
@@ -33,6 +33,7 @@ def mark(
         encoded_images=steps.get("encoded_images", steps.images),
         encoded_captions=steps.get("encoded_captions", steps.images),
         short=steps.images < config.global_batch,
+        skipped=was_skipped(steps, config),
         steady=(np.arange(len(steps)) >= begin) & ~(steps.step - 1).isin(resumed_after),
         running_loss=(sums.loss / sums.images).where(sums.unknown == 0),
         unique_images=[epoch.unique_images_in(int(step)) if epoch else math.nan for step in steps.step],
@@ -50,6 +51,13 @@ def steady_state(steps: pd.DataFrame) -> tuple[int | None, int | None]:
     known = (column[warmup:] for column in (encoded / images, 1 / images))
     costs = np.concatenate([np.zeros(warmup), without((seconds / images)[warmup:], *known)])
     return steady_from(costs, warmup)
+
+
+def was_skipped(steps: pd.DataFrame, config: TrainConfig) -> pd.Series:
+    """Whether each step left the weights and the learning rate's schedule as they were, because its gradients
+    overflowed in float16. Their norm is not finite then."""
+    norms = steps.get("grad_norm", pd.Series(1.0, steps.index)).astype(float)
+    return ~np.isfinite(norms) & (config.mixed_precision == "fp16")
 
 
 def first_not_finite(steps: pd.DataFrame) -> int | None:

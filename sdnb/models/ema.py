@@ -9,22 +9,24 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
+from sdnb.machine.device_kind import HOST, kind_of
+
 
 class EMA(EMAModel):
     """diffusers' EMAModel. It can stay in host memory between steps, and saving it draws no random numbers."""
 
     def __init__(self, unet: UNet2DConditionModel, offload: bool = False, fused: bool = True) -> None:
         """The UNet's weights are the average's first value. `offload` keeps the average in pinned host memory between
-        steps, if the device is a GPU. `fused` updates all weights in one pass over memory."""
+        steps, if the device is an accelerator. `fused` updates all weights in one pass over memory."""
         super().__init__(unet.parameters(), model_cls=UNet2DConditionModel, model_config=unet.config)
         self._offload, self._fused = offload, fused
 
     def settle(self, device: torch.device) -> None:
         """Move to where the average stays between steps: the device, or with `offload` the host."""
         self._device = device
-        self._offload = self._offload and device.type == "cuda"
+        self._offload = self._offload and not (kind := kind_of(device.type)).is_host
         if self._offload:
-            self.shadow_params = [average.to("cpu").pin_memory() for average in self.shadow_params]
+            self.shadow_params = [kind.pinned(average.to(HOST)) for average in self.shadow_params]
         else:
             self.to(device)
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdnb.errors import ModelError
+from sdnb.machine.vendors import geglu_by_device
 from sdnb.models import embedded
 from sdnb.models.trainable import require_folder, require_trainable, require_trainable_class
 from sdnb.settings.config import TrainConfig
@@ -23,6 +24,7 @@ from sdnb.settings.config import TrainConfig
 # The log and the notebook have one progress bar only: that of the steps.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+geglu_by_device()
 
 
 @dataclass

@@ -20,6 +20,7 @@ from sdnb.errors import DataError, RunError
 from sdnb.figures.chart import Chart, grid_of, legend
 from sdnb.figures.colours import BLUE, RED
 from sdnb.machine.device import release_freed_memory
+from sdnb.machine.device_kind import HOST, kind_here
 from sdnb.metrics.results import PAGE_MIME
 from sdnb.models.lora import merge_adapter
 from sdnb.models.pipeline import Parts, assemble, load_parts
@@ -192,11 +193,11 @@ def draw(
     options = dict(height=side, width=side, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps)
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline.to(kind_here().type)
         drawn = [pipeline(prompt, generator=torch.Generator().manual_seed(seed), **options) for prompt in prompts]
         rows.append([one.images[0] for one in drawn])
-        pipeline.to("cpu")
-    release_freed_memory()  # on a GPU, for a run that starts while this notebook is open
+        pipeline.to(HOST)
+    release_freed_memory()  # of an accelerator, for a run that starts while this notebook is open
     how = f"Seed {seed}, {num_inference_steps} steps, guidance {guidance_scale:g}."
     return grid_of(rows, "Images of the same prompts and noise", how, columns=prompts, rows=list(pipelines))
 

@@ -15,6 +15,7 @@ import pandas as pd
 from sdnb.errors import RunError
 from sdnb.figures import run_plots
 from sdnb.figures.chart import Chart
+from sdnb.machine.environment import PROCESSOR, software_of
 from sdnb.metrics.results import PAGE_MIME, Measurements, measure, time_by_part
 from sdnb.metrics.step_clock import PHASES
 from sdnb.places import runs_folder
@@ -219,15 +220,15 @@ def _machine(run: RunFolder) -> dict[str, str]:
     environment, summary = run.environment, run.summary
     devices = environment.get("devices", {})
     gib = devices.get("memory_gib")
-    units = {"cpu": "", "cpu_capability": "", "cpu_cores": " cores", "memory_gib": " GiB"}
+    units = {PROCESSOR: "", "cpu_capability": "", "cpu_cores": " cores", "memory_gib": " GiB"}
     cpu = [f"{environment[name]}{unit}" for name, unit in units.items() if environment.get(name)]
-    drivers = [str(environment[name]) for name in ("driver", "cuda", "rocm") if environment.get(name)]
+    software = [f"{name} {version}" for name, version in software_of(environment).items()]
     packages = [f"{name} {number}" for name, number in environment.get("packages", {}).items() if number]
     facts = {
         "devices": run.devices + (f", {gib[0]} GiB" if gib else ""),
         "CPU": ", ".join(cpu),
         "threads": _threads(environment.get("threads"), summary.get("threads") or {}),
-        "driver, CUDA, ROCm": ", ".join(drivers),
+        "driver": ", ".join(software),
         "system": environment.get("system", ""),
         "Python": environment.get("python", ""),
         "packages": ", ".join(packages),

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from sdnb.machine.device_kind import SOME_GPU
 from sdnb.metrics.result import RATE, Result
 from sdnb.metrics.results import Measurements, measure
 from sdnb.metrics.throughput import Estimate
@@ -52,7 +53,7 @@ class Baseline:
             "num_processes": self.devices_used, **self.settings,
             **({"max_train_steps": self.steps_run} if self.steps_run else {}),
         }  # fmt: skip
-        log = Log(f"published figures: {self.source}", settings, self.examples, device_type="cuda")
+        log = Log(f"published figures: {self.source}", settings, self.examples, device_type=SOME_GPU)
         log.device_names = [self.device] * self.devices_used
         log.records = [*empty_records(range(1, (self.steps_run or 1) + 1), log.config, self.examples).values()]
         if self.seconds_per_step and self.steps_run:

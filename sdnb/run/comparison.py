@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from sdnb.errors import RunError
+from sdnb.machine.environment import PROCESSOR
 from sdnb.metrics.result import Result
 from sdnb.metrics.results import PAGE_MIME, Measurements
 from sdnb.metrics.throughput import Estimate, ratio_of
@@ -60,7 +61,7 @@ class Comparison:
             seen = run.environment
             columns[label] = {
                 "devices": run.devices,
-                "CPU": seen.get("cpu", UNKNOWN),
+                "CPU": seen.get(PROCESSOR, UNKNOWN),
                 "CPU instructions": seen.get("cpu_capability", UNKNOWN),
                 "CPU cores": _text(seen.get("cpu_cores", UNKNOWN)),
                 "system": seen.get("system", UNKNOWN),
@@ -180,7 +181,7 @@ def compare(runs: Sequence[str | Path] | str | Path | None = None) -> Comparison
 
 def _per_device(name: str) -> str:
     """The name of a result, whatever the device is called: so the rates of all runs are in one row."""
-    return re.sub(r"\b(GPU|CPU rank|rank)(s?)\b", r"device\2", name) if "images/s" in name else name
+    return re.sub(r"\b(GPU|NPU|MLU|HPU|CPU rank|rank)(s?)\b", r"device\2", name) if "images/s" in name else name
 
 
 def _rate_of(measured: Measurements) -> Result:

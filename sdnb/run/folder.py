@@ -17,6 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from sdnb.errors import RunError, SdnbError
+from sdnb.machine.device_kind import kind_of
 from sdnb.machine.environment import version_of
 from sdnb.metrics.results import measure
 from sdnb.places import runs_folder
@@ -331,8 +332,10 @@ class RunFolder:
         names, ranks = seen.get("names") or [], self.config.num_processes or 1
         if names:
             return f"{len(names)} × {names[0]}"
-        unnamed = {"cuda": "GPU, kind unknown", "cpu": "CPU rank"}
-        return f"{ranks} × {unnamed[seen['type']]}" if seen.get("type") in unnamed else "unknown"
+        kind = kind_of(seen.get("type"))
+        if not kind.is_known:
+            return "unknown"
+        return f"{ranks} × {kind.noun}{'' if kind.is_host else ', kind unknown'}"
 
     @property
     def state(self) -> str:

@@ -8,6 +8,7 @@ from sdnb.auditing.case import FAILS, HOLDS, UNKNOWN, Finding, judged
 from sdnb.certifying.band import band_for, made_with
 from sdnb.certifying.quantities import recorded_quantities
 from sdnb.errors import ConfigError
+from sdnb.machine.device_kind import kind_of
 from sdnb.machine.environment import code_digest
 from sdnb.run.folder import CERTIFIED, RunFolder
 from sdnb.sealing.records import is_same
@@ -32,7 +33,8 @@ def ranks(sealed: Sealed, config: TrainConfig) -> Finding:
     }  # fmt: skip
     wrong += [f"{name} has the states of {count}" for name, count in files_of_ranks.items() if count != config.ranks]
     here = len(devices.get("names") or ())
-    if devices.get("type") not in (None, "cpu") and here * machines < config.ranks:
+    kind = kind_of(devices.get("type"))
+    if kind.is_known and not kind.is_host and here * machines < config.ranks:
         wrong.append(f"{config.ranks} ranks on {machines} machines with {here} devices")
     return judged("ranks", wrong, f"{config.ranks}, with the same weights at the end")
 

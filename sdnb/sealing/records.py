@@ -11,8 +11,8 @@ import pandas as pd
 from sdnb.auditing.case import FAILS, UNKNOWN, Finding, judged
 from sdnb.machine.environment import version_of
 from sdnb.metrics.results import Measurements, examples_of
-from sdnb.metrics.second_moment import OF_THE_GRADIENTS, second_moment
-from sdnb.metrics.steps import first_not_finite
+from sdnb.metrics.second_moment import explained, second_moment
+from sdnb.metrics.steps import first_not_finite, was_skipped
 from sdnb.run import folder as run_folder
 from sdnb.run.folder import RunFolder
 from sdnb.sealing.seal import CHECKPOINTS, FIGURES, Sealed, is_of_this_version
@@ -102,7 +102,7 @@ def gradients(run: RunFolder, steps: pd.DataFrame, config: TrainConfig) -> Findi
     if kept is None or (not math.isfinite(kept) and first_not_finite(steps)):
         return Finding("gradients", UNKNOWN, "the optimizer's memory of them was not recorded, or the run diverged")
     how = f"what AdamW remembers of them is {kept / (expected or math.nan):.6f} times what the recorded norms give"
-    return judged("gradients", [] if expected and abs(kept / expected - 1) <= OF_THE_GRADIENTS else [how], how)
+    return judged("gradients", [] if explained(kept, expected) else [how], how)
 
 
 def _schedule(config: TrainConfig, examples: int) -> Callable[[int], float]:
@@ -121,9 +121,7 @@ def learning_rate(run: RunFolder, steps: pd.DataFrame, config: TrainConfig) -> F
     if not (examples := examples_of(run.environment)):
         return Finding("learning rate", UNKNOWN, "the number of images in the data set was not recorded")
     schedule = _schedule(config, examples)
-    # In float16, a step whose gradients overflowed did not advance it.
-    stepped = np.isfinite(steps.grad_norm.to_numpy(float)) | (config.mixed_precision != "fp16")
-    before = np.concatenate([[0], np.cumsum(stepped)[:-1]])
+    before = np.concatenate([[0], np.cumsum(~was_skipped(steps, config))[:-1]])
     expected = [config.peak_learning_rate * schedule(int(count) * config.ranks) for count in before]
     bad = steps.step[~np.isclose(steps.lr, expected, rtol=1e-6, atol=1e-15)]
     wrong = [f"that of step {step} is not what the settings give, nor are those of {len(bad) - 1} more"

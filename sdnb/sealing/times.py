@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from sdnb.auditing.case import FAILS, HOLDS, UNKNOWN, Finding, judged
+from sdnb.machine.device_kind import kind_of
 from sdnb.machine.peaks import peak_tflops
 from sdnb.metrics.results import Measurements
 from sdnb.metrics.throughput import flop_of
@@ -35,8 +36,8 @@ def times(steps: pd.DataFrame) -> Finding:
 
 def phases(steps: pd.DataFrame, environment: dict[str, Any]) -> Finding:
     sums = np.array([sum(phases.values()) for phases in steps.phase_seconds])
-    on_cpu = environment.get("devices", {}).get("type") == "cpu"
-    allowed = 1e-6 if on_cpu else 1e-3 + 0.02 * steps.seconds  # a GPU has a clock of its own
+    on_cpu = kind_of(environment.get("devices", {}).get("type")).is_host
+    allowed = 1e-6 if on_cpu else 1e-3 + 0.02 * steps.seconds  # an accelerator has a clock of its own
     bad = steps.step[np.abs(sums - steps.seconds) > allowed]
     negative = any(value < 0 for phases in steps.phase_seconds for value in phases.values())
     wrong = [f"the phases of step {step} do not add up to its time, nor those of {len(bad) - 1} more"
@@ -86,7 +87,7 @@ def processor_time(run: RunFolder, steps: pd.DataFrame) -> Finding:
         return Finding("processor time", UNKNOWN, "it was not recorded, or the cores of all machines were not")
     used = steps.cpu_seconds.sum() / steps.seconds.sum()
     wrong = [] if used <= _MOST_CPU * cores else [f"{used:.2f} processor seconds a second, and there are {cores} cores"]
-    if run.environment.get("devices", {}).get("type") == "cpu" and used < 0.01:
+    if kind_of(run.environment.get("devices", {}).get("type")).is_host and used < 0.01:
         wrong.append(f"{used:.3f} processor seconds a second: nothing was computed in that time")
     return judged("processor time", wrong, f"{used:.2f} of {cores} cores, by the kernel")
 

@@ -109,27 +109,6 @@ class TrainConfig(
         none = dict.fromkeys(("validation_prompts", "target_loss", "until", "resume_from_checkpoint"))
         return self.updated(**none, report_to="none", push_to_hub=False, repeats=1, **changes)
 
-    def resolved(self, device_type: str, device_count: int, bf16: bool = True) -> TrainConfig:
-        """A copy in which `mixed_precision` and `num_processes` are set for a machine. `device_type`: torch's name,
-        `cuda` or `cpu`. `device_count`: visible GPUs; ignored on a CPU. `bf16`: whether the device has instructions for
-        bfloat16; a CPU without them is slow. Raises ConfigError if the machine cannot do what is asked for."""
-        on_gpu = device_type != "cpu"
-        precision = self.mixed_precision or ("fp16" if on_gpu else "no")
-        devices = self.num_machines * (device_count if on_gpu else 1)
-        ranks = self.num_processes or devices
-        if precision == "fp16" and not on_gpu:
-            raise ConfigError("mixed_precision = fp16 needs a GPU, and this machine shows none: use no, or bf16")
-        if precision == "bf16" and not bf16:
-            if on_gpu:
-                raise ConfigError("mixed_precision = bf16: this GPU does not compute in bfloat16: use fp16, or no")
-            logger.warning(
-                "mixed_precision = bf16: this CPU has no instructions for bfloat16, so it is many times slower than "
-                "float32 (mixed_precision = no)"
-            )
-        if on_gpu and ranks > devices:
-            raise ConfigError(f"num_processes = {ranks}, but this machine shows {device_count} GPUs: use {devices}")
-        return self.updated(mixed_precision=precision, num_processes=ranks)
-
     @property
     def ranks(self) -> int:
         """All ranks. `num_processes` must be resolved."""

@@ -167,7 +167,7 @@ class SpeedSettings(Settings):
         "image, its mirror image and each caption is encoded once and reused by later runs. 0 turns the cache off; a "
         "random crop does too", ge=0)
     fold_micro_batches: Count | None = setting(
-        None, "run this many micro-batches as one batch. 1 disables it; default: as many as fit in memory")
+        None, "run this many micro-batches as one batch. 1 disables it; default: as many as fit in memory, in fp16 1")
     memory_gib: Real | None = setting(
         None, "memory in GiB that a rank may use; a run that needs more is refused. Default: what is free", gt=0)
     fused_optimizer: Flag = setting(True, "update the weights in one pass over memory, and the EMA in another")

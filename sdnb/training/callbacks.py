@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from sdnb.errors import RunError
-from sdnb.machine.device import peak_bytes, release_freed_memory
+from sdnb.machine.device import release_freed_memory
+from sdnb.machine.device_kind import HOST, kind_of
 from sdnb.metrics.recent import RECENT_STEPS, recent_rates, utilisation_of
 from sdnb.metrics.steps import first_not_finite
 from sdnb.models.lora import SCALES, save_adapter, scaled
@@ -35,6 +37,7 @@ class Callbacks:
     def __init__(self, training: Training) -> None:
         self.training, self.checkpoints = training, Checkpoints(training)
         self.config, self.accelerator, self.folder = training.config, training.accelerator, training.folder
+        self.kind = kind_of(training.accelerator.device.type)
         self.began, self.diverged = time.perf_counter(), False
         self.spent: Counter[str] = Counter()  # seconds that no step counts
         self.held_out_loss: HeldOutLoss | None = None
@@ -59,19 +62,21 @@ class Callbacks:
             self._measure_held_out()
             self._draw()
         self.accelerator.wait_for_everyone()
-        if self.accelerator.device.type == "cuda":  # the reported peak starts with the first step
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        self.kind.empty_cache()
+        self.kind.reset_peak(self.accelerator.device)  # the reported peak starts with the first step
 
     def after_step(self, record: dict[str, Any], last: bool) -> bool:
         """Write the record; measure, and save a checkpoint, when it is time. Returns whether the training paused.
         Raises Stopped, with a checkpoint, if a signal asks the training to stop before its last step."""
         step = record["step"]
         if self.accelerator.is_main_process:
-            peak_gib = peak_bytes(self.accelerator.device)[0] / 2**30
+            peak_gib = self.kind.peak_bytes(self.accelerator.device)[0] / 2**30
             record = {**record, "peak_memory_gib": round(peak_gib, 3)}
             files.append(self.folder / run_folder.STEPS, record)
             self._log(record)
+            if self.accelerator.scaler is not None and not math.isfinite(record["grad_norm"]):
+                scale = self.accelerator.scaler.get_scale()
+                logger.info("step %d: skipped, as its gradients overflowed in float16; loss scale: %g", step, scale)
             if not math.isfinite(record["loss"]) and not self.diverged:
                 self.diverged = True
                 logger.warning("step %d: the loss is not finite; the steps after it are useless", step)
@@ -201,14 +206,13 @@ class Callbacks:
 
     def _describe_ranks(self) -> list[dict[str, Any]]:
         """Each rank's peak memory, and a checksum of its weights (sum and sum of squares): all ranks must agree."""
-        memory = peak_bytes(self.accelerator.device)  # before the sums take some
-        sums = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
-        for parameter in self.training.trained:  # one by one: a copy of all may not fit
-            values = parameter.detach().double()
+        memory = self.kind.peak_bytes(self.accelerator.device)  # before the sums take some
+        sums = torch.zeros(2, dtype=torch.float64)
+        for parameter in self.training.trained:  # one by one, and on the host: not every device has float64
+            values = parameter.detach().to(HOST).double()
             sums += torch.stack([values.sum(), values.square().sum()])
-        own = torch.cat([sums.new_tensor(memory), sums])
         ranks = []
-        for rank, (allocated, reserved, *checksum) in enumerate(self.accelerator.gather(own[None]).tolist()):
+        for rank, (allocated, reserved, *checksum) in enumerate(gather_object([(*memory, *sums.tolist())])):
             peaks = dict(peak_memory_gib=allocated / 2**30, peak_reserved_gib=reserved / 2**30)
             ranks.append(dict(rank=rank, **peaks, checksum=[value.hex() for value in checksum]))
         if any(rank["checksum"] != ranks[0]["checksum"] for rank in ranks):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from sdnb.errors import RunError
+from sdnb.machine.environment import PROCESSOR
 from sdnb.run import folder as run_folder
 from sdnb.run.files import intact_lines, read
 from sdnb.settings.config import TrainConfig
@@ -138,7 +139,8 @@ def records_digest(folder: Path, step: int) -> str:
 def machine_and_software(folder: Path) -> dict[str, Any]:
     """The part of a run's environment that a checkpoint commits to."""
     environment = read(folder / run_folder.ENVIRONMENT)
-    return {name: environment.get(name) for name in ("host", "cpu", "devices", "packages", "code", "git_commit")}
+    names = ("host", PROCESSOR, "devices", "packages", "code", "git_commit")
+    return {name: environment.get(name) for name in names}
 
 
 def differences(checkpoint: Checkpoint, config: TrainConfig, examples: ImageCaptions | ImageStream) -> dict[str, str]:

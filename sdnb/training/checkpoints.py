@@ -21,6 +21,7 @@ from accelerate.utils import SCALER_NAME
 from diffusers import UNet2DConditionModel
 
 from sdnb.errors import RunError
+from sdnb.machine.device_kind import HOST
 from sdnb.models.lora import load_adapter, save_adapter
 from sdnb.models.pipeline import model_folder
 from sdnb.run import folder as run_folder
@@ -217,7 +218,7 @@ def _compute_as_now(optimizer: AcceleratedOptimizer) -> None:
             if not isinstance(values, torch.Tensor) or not values.is_floating_point():
                 continue
             if name == "step":
-                state[name] = values.to(weights.device if defaults.get("fused") else "cpu")
+                state[name] = values.to(weights.device if defaults.get("fused") else HOST)
             elif values.shape == weights.shape and values.stride() != weights.stride():
                 state[name] = torch.empty_like(weights, dtype=values.dtype).copy_(values)
 
@@ -243,7 +244,7 @@ def _restore_position(training: Training, checkpoint: Checkpoint) -> None:
         _record_changes(training, [*changed])
     reordered = changed.keys() & _DECIDE_ORDER
     place = checkpoint.folder / _POSITION_FILE.format(0 if reordered else training.accelerator.process_index)
-    position = torch.load(place, map_location="cpu", weights_only=True)
+    position = torch.load(place, map_location=HOST, weights_only=True)
     if reordered:
         batches.epoch = position["epoch"]
         logger.warning("the epoch starts again, in another order: a changed setting affects the order")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from sdnb.data.loading import Splits
 from sdnb.errors import ConfigError, RunError
-from sdnb.machine.device import keep_freed_memory, measured_matmul_tflops, release_freed_memory
+from sdnb.machine.device import WEIGHT_DTYPES, keep_freed_memory, measured_matmul_tflops, release_freed_memory
+from sdnb.machine.device_kind import kind_of
 from sdnb.machine.threads import Waits
 from sdnb.machine.witness import what_else_runs
 from sdnb.metrics.isolation import most_of_others
-from sdnb.models.encoders import WEIGHT_DTYPES
 from sdnb.models.flops import describe_model
 from sdnb.run import files
 from sdnb.run import folder as run_folder
@@ -71,13 +71,13 @@ def train(config: TrainConfig, show: Show = lambda record, total: None, splits: 
         callbacks.after_training(waits.stop())
 
 
-def train_step(training: Training) -> dict[str, Any]:
-    """One optimizer step. Returns its record."""
+def train_step(training: Training, noisy: Callable[..., NoisyBatch] | None = None) -> dict[str, Any]:
+    """One optimizer step. Returns its record. `noisy`: in place of `add_noise`."""
     config, clock = training.config, training.clock
     epoch, waiting = training.batches.epoch, []
     for batch, ends_step in training.batches.of_a_step():
         clock.end_phase("data")
-        waiting.append(add_noise(training, batch))
+        waiting.append((noisy or add_noise)(training, batch))
         clock.end_phase("encode")
         if len(waiting) == config.fold_micro_batches or ends_step:
             forward_and_backward(training, waiting, ends_step)
@@ -158,7 +158,7 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
         ) from error
     _log_start(training)
     _look_around(training)
-    if accelerator.device.type == "cpu":
+    if kind_of(accelerator.device.type).is_host:
         release_freed_memory()  # gaps that loading has left
         keep_freed_memory()
     set_stance(config, "force_eager")  # for batch sizes that no step has
@@ -170,15 +170,16 @@ def _begin(training: Training, waits: Waits) -> Callbacks:
 def _look_around(training: Training) -> None:
     """Log and record what else runs. Raises RunError if that is too much and `device_isolation` is `error`."""
     config, accelerator = training.config, training.accelerator
+    kind = kind_of(accelerator.device.type)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and config.device_isolation != "ignore":
         with suppress(OSError):  # not Linux
             others = what_else_runs(with_siblings=accelerator.num_processes > 1)
-            on_gpu = training.stats.witness.gpu_processes()
-            found = {"share_of_cores": round(others.share, 3), "processes": others.names, "gpu_processes": on_gpu}
+            on_device = training.stats.witness.other_processes()
+            found = {"share_of_cores": round(others.share, 3), "processes": others.names, "gpu_processes": on_device}
             run_folder.add_to_environment(training.folder, what_else_ran=found)
-            beside = f"; {on_gpu} other processes compute on the GPU" if on_gpu else ""
-            is_shared = others.share > most_of_others(accelerator.device.type != "cpu") or on_gpu
+            beside = f"; {on_device} other processes compute on the {kind.noun}" if on_device else ""
+            is_shared = others.share > most_of_others(kind.is_host) or on_device
             if is_shared and config.device_isolation == "error":
                 raise RunError(f"device_isolation = error: {others}{beside}. End them, or set device_isolation = warn")
             logger.log(logging.WARNING if is_shared else logging.INFO, "%s%s", others, beside)
@@ -195,6 +196,8 @@ def _log_start(training: Training) -> None:
         f", {training.step} of them done" if training.step else "", accelerator.device,
         f", {ranks} ranks, {accelerator.distributed_type.value}" if ranks > 1 else "",
     )  # fmt: skip
+    if (missing := kind_of(accelerator.device.type).missing(accelerator.device)) and accelerator.is_main_process:
+        logger.info("not measured, as torch does not tell it of this kind of device: %s", "; ".join(missing))
     if config.lora and accelerator.is_main_process:
         logger.info("gradients are not clipped: the reference's script for LoRA does not apply max_grad_norm")
     if scheduled != steps and not config.lr_scheduler.startswith("constant") and accelerator.is_main_process:

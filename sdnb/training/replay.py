@@ -40,7 +40,7 @@ def replay(config: TrainConfig, source: str, intervals: Sequence[tuple[int, int]
                 raise RunError(problem)
             if accelerator.is_main_process:
                 counts = {int(state["step"]) for state in training.optimizer.state.values() if "step" in state}
-                restored = dict(step=begin, optimizer_steps=max(counts, default=None), moment=training.second_moment)
+                restored = dict(step=begin, optimizer_steps=max(counts, default=0), moment=training.second_moment)
                 files.append(training.folder / RESTORED, restored)
         training.step = begin
         measure()

@@ -20,16 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from sdnb.compat import has_fused_adam, has_stances
+from sdnb.compat import has_stances
 from sdnb.data.loading import Splits, load_data
 from sdnb.data.micro_batches import MicroBatches
 from sdnb.data.stream import ImageStream
 from sdnb.data.training_set import TrainingSet
 from sdnb.errors import ConfigError, RunError
 from sdnb.machine import onednn_linear
+from sdnb.machine.device import WEIGHT_DTYPES
+from sdnb.machine.device_kind import HOST, kind_here, kind_of
 from sdnb.metrics.step_clock import StepClock
 from sdnb.models.ema import EMA
-from sdnb.models.encoders import WEIGHT_DTYPES, Encoders
+from sdnb.models.encoders import Encoders
 from sdnb.models.lora import add_adapter
 from sdnb.models.pipeline import Parts, load_parts, start_of_ema
 from sdnb.run import folder as run_folder
@@ -69,7 +71,7 @@ class Training:
         """The sum of AdamW's averages of squared gradients, all weights together: what the optimizer was really given.
         None for an optimizer that keeps them in another form."""
         kept = [state.get("exp_avg_sq") for state in self.optimizer.state.values()]
-        return sum(one.double().sum().item() for one in kept) if all(one is not None for one in kept) else None
+        return sum(one.to(HOST).double().sum().item() for one in kept) if all(one is not None for one in kept) else None
 
     @property
     def total_steps(self) -> int:
@@ -86,12 +88,15 @@ def start(config: TrainConfig) -> Accelerator:
     logging.raiseExceptions = False  # on a full disk, tracebacks of the log would bury the error
     logger.setLevel(logging.INFO)
     # Two ranks that did not find each other both believe that they are alone, so they must count each other.
-    joined = int(accelerator.reduce(torch.ones(1, device=accelerator.device), reduction="sum"))
+    counts = torch.tensor([1.0, accelerator.process_index], device=accelerator.device)
+    joined, indices = map(int, accelerator.reduce(counts, reduction="sum").tolist())
     if not joined == accelerator.num_processes == config.num_processes:
         raise RunError(
             f"{config.num_processes} ranks were started, but {joined} joined "
             f"({accelerator.distributed_type.value}, world size {accelerator.num_processes})"
         )
+    if indices != sum(range(joined)):
+        raise RunError(f"the devices add up wrongly over ranks: 0 to {joined - 1} gave {indices}")
     if config.seed is not None:
         utils.set_seed(config.seed)
     return accelerator
@@ -100,8 +105,13 @@ def start(config: TrainConfig) -> Accelerator:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """accelerate's Accelerator for this rank."""
     folder = run_folder.path_of(config)
+    kind = kind_here()
+    os.environ.update(kind.environment_for_accelerate())
     if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            kind.use_tf32()
+        except AttributeError:
+            logger.warning("allow_tf32 has no effect: torch has no TF32 switch for %s devices", kind.type)
     patience = utils.InitProcessGroupKwargs(timeout=timedelta(hours=1))  # while one rank fills a cache, draws, or saves
     buckets = utils.DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(
@@ -135,7 +145,8 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
     schedule = schedule_of(config, optimizer, splits.train.count)
     unet, optimizer, schedule = accelerator.prepare(parts.unet, optimizer, schedule)
     # On a CPU, threads that load would take cores from the step. Worker processes load without threads.
-    in_threads = device.type == "cuda" and not config.dataloader_num_workers
+    kind = kind_of(device.type)
+    in_threads = not kind.is_host and not config.dataloader_num_workers
     threads = max(1, len(os.sched_getaffinity(0)) // config.ranks_here) if in_threads else 0
     examples = TrainingSet(splits.train, parts.tokenizer, encoders.moments, threads)
     rows = splits.train if isinstance(splits.train, ImageStream) else RandomSampler(examples)
@@ -150,8 +161,8 @@ def build(config: TrainConfig, accelerator: Accelerator, splits: Splits | None =
     stop = StopRequest(run_folder.path_of(config) / run_folder.FAILURE if config.ranks > 1 else None)
     return Training(
         config, accelerator, splits, parts, unet, trained, optimizer, schedule, ema, encoders,
-        batches=MicroBatches(loader, config.gradient_accumulation_steps, config.whole_steps),
-        clock=StepClock(device),
+        batches=MicroBatches(loader, config.gradient_accumulation_steps, config.whole_steps, kind),
+        clock=StepClock(kind),
         stats=StepStats(accelerator, config.gradient_accumulation_steps, encoders, stop),
         stop=stop,
     )  # fmt: skip
@@ -198,7 +209,7 @@ def optimizer_class(config: TrainConfig, device: torch.device) -> Callable[..., 
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit
-    if config.fused_optimizer and has_fused_adam(device.type):
+    if config.fused_optimizer and kind_of(device.type).has_fused_adam:
         return partial(torch.optim.AdamW, fused=True)
     return torch.optim.AdamW
 
