@@ -104,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     what = "run so many randomly drawn steps again, from the checkpoints in the run folder"
     verifying.add_argument("--replay", type=_count, metavar="STEPS", help=what)
 
+    checking = command("check", _check, "try what the measurements rely on, and say which numbers here can be trusted")
+    checking.add_argument("--only", nargs="+", default=[], metavar="CHECK", help="some of the checks; default: all")
+    checking.add_argument("--format", choices=("json",), help="print in this form, and make no page")
+    _file(checking.add_argument("--page", type=Path, help="the HTML page to write; default: one under runs/"))
+
     captions = command("captions", _captions, "write captions in .txt files beside images into a metadata.jsonl")
     _file(captions.add_argument("folder", type=Path, help="a folder of images, as in train_data_dir"))
 
@@ -259,6 +264,23 @@ def _verify(given: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _check(given: argparse.Namespace) -> None:
+    from sdnb.conformance.check import check
+    from sdnb.report.in_process import executed
+    from sdnb.report.page import write_page
+
+    _let_signals_raise()
+    checked = check(given.only, lambda found: print(f"{found.check}: {found.verdict}", file=sys.stderr, flush=True))
+    if given.format:
+        print(checked.export())
+    else:
+        print(checked)
+        page, *_ = write_page(runs_folder(), given.page, notebook=executed("check", {"checked": checked}))
+        print(f"report: {page}")
+    if not checked.holds:
+        sys.exit(1)
+
+
 def _facts_of(given: argparse.Namespace) -> dict[str, int]:
     return {name: fact for name in _FACTS if (fact := getattr(given, name)) is not None}
 
@@ -274,14 +296,18 @@ def _captions(given: argparse.Namespace) -> None:
 def _sweep(given: argparse.Namespace) -> None:
     from sdnb.launch import sweep
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            # An exception, so that the notebook ends, too. Its training then keeps a checkpoint.
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    _let_signals_raise()  # so that the notebook ends, too; its training then keeps a checkpoint
     page, failed = sweep.run(sweep.load(given.grid), given.output_dir)
     print(f"report: {page}")
     if failed:
         sys.exit(f"error: {len(failed)} runs failed: {', '.join(failed)}. The same command tries them again")
+
+
+def _let_signals_raise() -> None:
+    """Let SIGTERM and SIGHUP end this process by an exception, so that it ends those that it has started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _lab(given: argparse.Namespace) -> None:
