@@ -4,12 +4,17 @@
     python benchmarks/parity.py --reference PATH/train_text_to_image.py --python PATH/OF/AN/ENVIRONMENT/bin/python
     python benchmarks/parity.py --mixed_precision bf16 --reference …
     python benchmarks/parity.py --device cuda --mixed_precision fp16 --reference …
+    python benchmarks/parity.py --mixed_precision fp16 --init_scale 4194304 --reference …
 
 The reference is diffusers' `examples/text_to_image/train_text_to_image.py`, of tag v0.26.3 or later. The cases of LoRA
 need `train_text_to_image_lora.py` beside it. Its environment needs torchvision, and for these cases peft.
 
 On a GPU, only the cases with one rank run. The reference runs twice, because two runs of it can differ in the last bits
 there. sdnb may differ from the reference by at most ten times as much as the reference differs from itself.
+
+`--init_scale` runs both programs in float16 on the CPU, see float16.py. A scale of the loss that is too large makes the
+gradients of the first steps overflow, so these steps are skipped. Both programs must skip the same steps and use the
+same learning rates. Half precision rounds differently in other versions of torch, so run this program with `--python`.
 
 `--flags` adds flags for sdnb. With `--flags="--encoder_cache_gib=0 --fold_micro_batches=1"`, for example, sdnb does the
 same work as the reference. `--model small --record` writes the reference's losses to the folder where the tests read
@@ -28,8 +33,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import common
+import float16
 from common import a_python, describe, file_of, variables, versions, write
 
 STEPS = 24
@@ -174,12 +181,14 @@ def train(
     output: Path,
     extra: tuple[str, ...] = (),
     device: str = "cpu",
+    init_scale: float | None = None,
 ) -> None:
     """Run one program to its end, on the number of ranks of the case.
 
     Args:
         program: the arguments after `python`: the path of a script, or -m and a module.
         work: the folder with `model` and the data.
+        init_scale: if given, the program runs in float16 on the CPU. See float16.py.
 
     Raises:
         RuntimeError: if it fails. The message has the end of its output.
@@ -192,6 +201,9 @@ def train(
         if case.ranks > 1
         else []
     )
+    if init_scale is not None:
+        program = [float16.__file__, str(init_scale), str(_steps_file(output)), *program]
+        extra = (*extra, f"--checkpointing_steps={STEPS}")
     command = [python, *launcher, *program, *flags_of(case, work, output), *extra]
     own = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(work / "huggingface" / Path(python).name)}
     done = subprocess.run(command, env={**variables(device, work), **own}, capture_output=True, text=True)
@@ -205,6 +217,28 @@ def losses_of_reference(output: Path) -> list[float]:
 
     events = EventAccumulator(str(output / "logs" / "text2image-fine-tune"), size_guidance={"scalars": 0}).Reload()
     return [event.value for event in events.Scalars("train_loss")]
+
+
+def _steps_file(output: Path) -> Path:
+    """What float16.py records of a run."""
+    return output.with_suffix(".jsonl")
+
+
+def compare_scaled(ours: Path, theirs: Path) -> dict[str, Any]:
+    """What is compared of two runs with a scaled loss: skipped steps, learning rates, and the last step's weights. The
+    weights that are saved at the end are averages, with `use_ema`."""
+    expected, got = ([json.loads(line) for line in _steps_file(run).read_text().splitlines()] for run in (theirs, ours))
+    skipped = [", ".join(str(number) for number, step in enumerate(run, 1) if step["skipped"]) or "none"
+               for run in (expected, got)]  # fmt: skip
+    last, found = f"checkpoint-{STEPS}", {}
+    if (theirs / last).exists():
+        found["last_weights"] = weights_differ(ours / last, theirs / last)
+    return dict(
+        steps={"reference": expected, "sdnb": got}, same_steps=got == expected,
+        skipped=skipped[0] if len({*skipped}) == 1 else f"{skipped[0]}; sdnb: {skipped[1]}",
+        learning_rates="the same" if [step["lr"] for step in got] == [step["lr"] for step in expected] else "differ",
+        **found,
+    )  # fmt: skip
 
 
 def losses_of_sdnb(output: Path) -> list[float]:
@@ -256,6 +290,7 @@ def compare(
     device: str = "cpu",
     precision: str = "no",
     flags: Sequence[str] = (),
+    init_scale: float | None = None,
 ) -> Iterator[tuple[str, dict]]:
     """Run the cases with both programs, sdnb with additional `flags`. Skips the cases that the reference does not know.
 
@@ -283,7 +318,7 @@ def compare(
             runs.append((python, script, again := theirs.with_name(f"{theirs.name}-again"), (*extra, *in_precision)))
         with ThreadPoolExecutor(len(runs) if device == "cuda" else 1) as together:
             started = [
-                together.submit(train, with_python, program, case, work, output, given, device)
+                together.submit(train, with_python, program, case, work, output, given, device, init_scale)
                 for with_python, program, output, given in runs
             ]
             for one in started:
@@ -294,12 +329,13 @@ def compare(
         if device == "cuda":
             own_spread["largest_again"] = max(relative_differences(losses_of_reference(again), expected))
             own_spread["weights_again"] = weights_differ(again, theirs)
+        scaled = compare_scaled(ours, theirs) if init_scale is not None else {}
         result = dict(
             reference=expected, sdnb=got, largest=max(differences), weights=weights_differ(ours, theirs),
             command=" ".join([*(["accelerate launch --num_processes=2"] if case.ranks > 1 else ["python"]),
                               f"{case.script(reference).name} --pretrained_model_name_or_path=MODEL "
                               f"--train_data_dir={case.data}", *case.arguments, *extra, *in_precision]),
-            **own_spread,
+            **own_spread, **scaled,
         )  # fmt: skip
         print(f"\n{name}\n{'step':>4} {'reference':>12} {'sdnb':>12} {'difference':>11}")
         for step, (one, other, difference) in enumerate(zip(expected, got, differences), 1):
@@ -318,9 +354,12 @@ def table(results: dict[str, dict]) -> str:
     }
     if any("largest_again" in result for result in results.values()):
         columns |= {f"{name}_again": f"{text}, the reference compared with itself" for name, text in columns.items()}
+    if any("skipped" in result for result in results.values()):
+        columns |= {"last_weights": "before averaging", "skipped": "skipped steps", "learning_rates": "learning rates"}
     lines = [f"| case | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
     for name, result in results.items():
-        lines.append(f"| {name} | {' | '.join(f'{result[column]:.1e}' for column in columns)} |")
+        cells = (result.get(column, "") for column in columns)
+        lines.append(f"| {name} | {' | '.join(one if isinstance(one, str) else f'{one:.1e}' for one in cells)} |")
     return "\n".join(lines)
 
 
@@ -361,6 +400,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), help="some of: " + "; ".join(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--mixed_precision", choices=list(TOLERANCE), default="no")
+    parser.add_argument("--init_scale", type=float, help="the loss scale at the start, in float16 on the CPU")
     parser.add_argument("--flags", default="", help="additional flags for sdnb")
     parser.add_argument("--record", action="store_true", help="save the reference's losses for the tests")
     options = parser.parse_args()
@@ -371,6 +411,8 @@ def main() -> None:
     how = (options.model, options.device, options.mixed_precision)
     if options.record and how != (RECORDED_MODEL, "cpu", "no"):
         parser.error(f"--record: the tests need losses of --model {RECORDED_MODEL} on the CPU in float32")
+    if (options.init_scale is not None) != (how[1:] == ("cpu", "fp16")):
+        parser.error("--mixed_precision fp16 on the CPU and --init_scale need each other")
     if options.device == "cuda":
         options.cases = [name for name in options.cases if CASES[name].ranks == 1]
     on, precision, flags = options.device, options.mixed_precision, options.flags.split()
@@ -378,7 +420,8 @@ def main() -> None:
         results, failed = {}, ""
         try:
             sides = options.reference.absolute(), options.python
-            for name, result in compare(*sides, options.cases, Path(work), options.model, on, precision, flags):
+            settings = (options.model, on, precision, flags, options.init_scale)
+            for name, result in compare(*sides, options.cases, Path(work), *settings):
                 results[name] = result
         except (RuntimeError, ValueError) as error:
             failed = f"error: {options.cases[len(results)]}: {error}"
@@ -396,6 +439,8 @@ def main() -> None:
     if (on, precision) != ("cpu", "no"):
         title += f" on the {on.upper()}, mixed_precision {precision}"
         names += [on, precision]
+    if options.init_scale is not None:
+        title += f", loss scale {options.init_scale:g}"
     sdnb = f"sdnb with `{options.flags}`" if flags else "sdnb"
     about = describe(f"{sdnb} compared with train_text_to_image.py of {title}", **made_by)
     write(file_of(options, *names), text, about, flags=options.flags, cases=results)
@@ -414,7 +459,11 @@ def main() -> None:
     # On a GPU the reference itself differs from run to run. Allow ten times this, because it comes from one pair only.
     limits = {name: max(TOLERANCE[precision], 10 * result.get("largest_again", 0)) for name, result in results.items()}
     apart = [name for name in results if results[name]["largest"] > limits[name] and name not in changed]
-    sys.exit(failed or (f"error: the difference exceeds the tolerance: {'; '.join(apart)}" if apart else 0))
+    others = [name for name in results if not results[name].get("same_steps", True) and name not in changed]
+    problems = [failed] if failed else []
+    problems += [f"error: the difference exceeds the tolerance: {'; '.join(apart)}"] if apart else []
+    problems += [f"error: other steps were skipped, or the rates differ: {'; '.join(others)}"] if others else []
+    sys.exit("\n".join(problems) or 0)
 
 
 if __name__ == "__main__":
