@@ -2,9 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # torch 2.1.0 and other packages of early 2024, for Python 3.10 or 3.11
 VENV_2024 ?= .venv-2024
-TESTS_2024 = audit cache certify checkpoints config flags hub launch links logs lora onednn_linear parity pretraining report results run_folder run_plots seal steady stopping streaming threads tiny train
+TESTS_2024 = audit cache certify checkpoints config device_kinds flags hub launch links logs lora onednn_linear parity pretraining report results run_folder run_plots seal steady stopping streaming threads tiny train
 # The tests without training runs
-TESTS_FAST = audit cache comparison config data device encoding_cache flags importing links live logs models project report results run run_folder run_plots steady
+TESTS_FAST = audit cache comparison config data device device_kinds encoding_cache flags importing links live logs models peaks project report results run run_folder run_plots steady
 # One test worker per core
 PYTEST = -q -n logical --dist worksteal --durations=10
 BIN := $(VENV)/bin
