@@ -52,7 +52,7 @@ def _losses(device, half=None, fused=False):
     return losses
 
 
-@check("lost_rank")
+@check("lost_rank", "wrong_sum")
 def two_ranks_train_as_one():
     from accelerate import notebook_launcher
 

@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_ends_it(images, tmp_path):
 
 
 def test_what_it_cannot_do_is_said(images, image_folder, tmp_path):
-    with pytest.raises(ConfigError, match="fp16 needs a GPU|does not scale its loss"):
+    with pytest.raises(ConfigError, match="fp16 needs an accelerator|does not scale its loss"):
         stages.train_vae(config(images, tmp_path, mixed_precision="fp16"), **VAE, show=quiet)
     with pytest.raises(ConfigError, match="needs steps, validation_loss_steps and a seed"):
         stages.train_vae(config(images, tmp_path, seed=None), **VAE, show=quiet)

@@ -98,7 +98,7 @@ def test_the_notebook(tmp_path):
     chosen = suite.cards(["lora-sd15-256-1"], changes) | suite.cards(["sd21-960-8"])
     results = suite.run_cards(chosen, tmp_path / "runs", said.append)
     assert said[0] == "1 of 2: lora-sd15-256-1: complete already"
-    assert "mixed_precision = fp16 needs a GPU" in results.failed["sd21-960-8"]
+    assert "mixed_precision = fp16 needs an accelerator" in results.failed["sd21-960-8"]
     assert "did not run: " in results.table.function["sd21-960-8"] and "did not run" in repr(results)
 
 
