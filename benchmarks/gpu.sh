@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What this machine's accelerators do, in about ten minutes: whether their numbers can be trusted, the published training
+# What this machine's accelerators do, within twelve minutes: whether their numbers can be trusted, the published training
 # on all of them, what each technique of sdnb is worth on one, and how it scales.
 #
 #   benchmarks/gpu.sh [FOLDER]                               results go to FOLDER; default: runs/gpu-<time>
@@ -39,7 +39,7 @@ most = 2 if here.kind.is_host else here.ranks
 print(here.ranks, *sorted({1, most} | {count for count in (2, 4) if count < most}))') || exit 1
 read -r ranks several <<< "$counts"
 
-part check 240 "$PYTHON" -m sdnb check --page "$out/check.html"
+part check 220 "$PYTHON" -m sdnb check --page "$out/check.html"
 part train 200 "$PYTHON" -m sdnb train "${published[@]}" --pretrained_model_name_or_path "$MODEL" \
     --num_processes "$ranks" --steps "$STEPS" --output_dir "$out/train"
 part speed 160 "$PYTHON" benchmarks/speed.py --model "$MODEL" --pairs 1 --steps "$STEPS" --minutes 2 --out "$out" \

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sdnb.machine import device, vendors
+from sdnb.machine import device, nvml
 
 
 def test_the_rate_that_is_reached_is_that_of_this_machine():
@@ -33,9 +33,9 @@ class Counter:
 
 @pytest.fixture(autouse=True)
 def ask_again():
-    vendors._nvml.cache_clear()
+    nvml.nvml_of.cache_clear()
     yield
-    vendors._nvml.cache_clear()
+    nvml.nvml_of.cache_clear()
 
 
 def test_energy_is_read_from_the_counter(monkeypatch):

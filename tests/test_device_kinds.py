@@ -13,7 +13,7 @@ import torch
 
 import sdnb
 from sdnb.errors import ConfigError
-from sdnb.machine import device_kind, environment, vendors
+from sdnb.machine import device_kind, environment, nvml, vendors
 from sdnb.machine.device_kind import DeviceKind, kind_here, kind_of
 from sdnb.machine.environment import Devices, devices, resolved
 from sdnb.metrics.step_clock import StepClock
@@ -25,7 +25,7 @@ ROOMS = sorted(path for path in SDNB.rglob("*.py") if path.relative_to(SDNB).par
 
 @pytest.fixture(autouse=True)
 def ask_again():
-    caches = (device_kind.kind_of, device_kind._entries, device_kind._extension_loads, vendors._nvml)
+    caches = (device_kind.kind_of, device_kind._entries, device_kind._extension_loads, nvml.nvml_of)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -235,7 +235,7 @@ def test_what_is_free_on_gpus_and_slices_of_them(monkeypatch):
     """CUDA_VISIBLE_DEVICES may name them in any order: each is found by what torch says of it."""
     whole, piece = (SimpleNamespace(uuid=uuid, total_memory=gib * 2**30) for uuid, gib in (("aa", 80), ("bb", 10)))
     assert gpus(monkeypatch, piece, whole) == (9.0, 40.0)
-    vendors._nvml.cache_clear()
+    nvml.nvml_of.cache_clear()
     small = SimpleNamespace(uuid="aa", total_memory=20 * 2**30)
     assert gpus(monkeypatch, small) == (20.0,), "not more than torch has"
 

@@ -18,7 +18,7 @@ from training import small_data, small_model, train
 import sdnb
 import sdnb.__main__
 from sdnb.errors import RunError
-from sdnb.machine import vendors, witness
+from sdnb.machine import nvml, witness
 from sdnb.machine.device import EnergyMeter
 from sdnb.machine.device_kind import DeviceKind
 from sdnb.machine.witness import Witness, what_else_runs
@@ -131,7 +131,7 @@ class Nvml:
 
 
 def test_the_state_of_a_gpu(monkeypatch):
-    vendors._nvml.cache_clear()
+    nvml.nvml_of.cache_clear()
     monkeypatch.setitem(sys.modules, "pynvml", Nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="abc"))
     for name, value in (("clock_rate", 1410), ("power_draw", 400_000), ("temperature", 71)):

@@ -5,19 +5,16 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdnb.compat import torch_since
 from sdnb.machine.device_kind import DeviceKind
+from sdnb.machine.nvml import SLOWED_BY, nvml_of
 
 if TYPE_CHECKING:
     import torch
-
-# NVML's reasons for lower clocks (nvml.h, nvmlClocksEventReasons) that are no normal operation. A power cap is: most
-# data-centre GPUs reach it under load.
-_SLOWED_BY = {0x08: "hardware slowdown", 0x20: "heat", 0x40: "heat", 0x80: "power brake"}
 
 
 class Host(DeviceKind):
@@ -119,7 +116,7 @@ class CUDA(DeviceKind):
         free = []
         for index, all_gib in enumerate(self.memory_gib()):
             free.append(all_gib)
-            if nvml := _nvml(torch.device(self.type, index)):
+            if nvml := nvml_of(torch.device(self.type, index)):
                 with contextlib.suppress(Exception):  # NVML raises many types
                     library, handle = nvml
                     free[-1] = min(all_gib, round(library.nvmlDeviceGetMemoryInfo(handle).free / 2**30, 1))
@@ -145,7 +142,7 @@ class CUDA(DeviceKind):
         import torch
 
         versions = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
-        if nvml := _nvml(torch.device(self.type, 0)):
+        if nvml := nvml_of(torch.device(self.type, 0)):
             with contextlib.suppress(Exception):
                 versions = {"driver": _text(nvml[0].nvmlSystemGetDriverVersion()), **versions}
         return {name: version for name, version in versions.items() if version}
@@ -164,14 +161,14 @@ class CUDA(DeviceKind):
         return read
 
     def slowed_by(self, device: "torch.device") -> list[str]:
-        if nvml := _nvml(device):
+        if nvml := nvml_of(device):
             with contextlib.suppress(Exception):
                 reasons = nvml[0].nvmlDeviceGetCurrentClocksThrottleReasons(nvml[1])
-                return sorted({why for bit, why in _SLOWED_BY.items() if reasons & bit})
+                return sorted({why for bit, why in SLOWED_BY.items() if reasons & bit})
         return []
 
     def other_processes(self, device: "torch.device") -> int:
-        if nvml := _nvml(device):
+        if nvml := nvml_of(device):
             with contextlib.suppress(Exception):
                 running = nvml[0].nvmlDeviceGetComputeRunningProcesses(nvml[1])
                 return len({one.pid for one in running} - {os.getpid()})
@@ -179,36 +176,12 @@ class CUDA(DeviceKind):
 
     def energy_counter(self, device: "torch.device") -> Callable[[], float] | None:
         """NVML has one since Volta."""
-        if nvml := _nvml(device):
+        if nvml := nvml_of(device):
             read = partial(nvml[0].nvmlDeviceGetTotalEnergyConsumption, nvml[1])
             with contextlib.suppress(Exception):  # no counter
                 read()
                 return lambda: read() / 1000
         return None
-
-
-@cache
-def _nvml(device: "torch.device") -> tuple[Any, Any] | None:
-    """NVML and its handle of a GPU, or of a slice of one (MIG); None if there is none. By UUID: torch numbers only the
-    GPUs that CUDA_VISIBLE_DEVICES names, in its order."""
-    import torch
-
-    if torch.version.hip:
-        return None
-    with contextlib.suppress(Exception):  # no driver
-        import pynvml
-
-        pynvml.nvmlInit()
-        properties = torch.cuda.get_device_properties(device)
-        whole = () if "MIG" in getattr(properties, "name", "") else ("GPU-",)
-        for prefix in ("MIG-", *whole) if hasattr(properties, "uuid") else ():
-            with contextlib.suppress(Exception):  # the other one
-                return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"{prefix}{properties.uuid}")
-        if not whole:  # not the whole GPU's figures for a slice
-            return None
-        # torch before 2.5 does not know the UUID.
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(torch.cuda._get_nvml_device_index(device))
-    return None
 
 
 class Ascend(DeviceKind):
